@@ -1,0 +1,54 @@
+# make up    a server with two tenants and four adapters on a real small model
+# make test  lint, types, import contracts and all tests that take less than ten minutes
+
+PYTHON ?= python3
+# First and by itself: whatever depends on torch must find the build that is wanted here.
+TORCH ?= torch==2.13.0
+PORT ?= 8000
+HOST ?= 127.0.0.1
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
+MODEL := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/manylora/models/SmolLM2-135M-Instruct
+
+.PHONY: up test lint types contracts tests clean
+
+up: $(VENV)/.installed $(MODEL)/config.json
+	@exec $(BIN)/manylora demo --model $(MODEL) --host $(HOST) --port $(PORT)
+
+test: lint types contracts tests
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+contracts: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+tests: $(VENV)/.installed-dev $(MODEL)/config.json
+	$(BIN)/pytest -m "not slow" $(PYTEST_FLAGS)
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@echo "manylora  installing torch"
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	@echo "manylora  installing what Manylora needs"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(MODEL)/config.json: | $(VENV)/.installed
+	$(BIN)/python -m adapters.demo.base_model $(MODEL)
+
+clean:
+	rm -rf $(VENV) .manylora build *.egg-info

@@ -1,0 +1,337 @@
+"""Read `adapter_config.json`: which modules PEFT adapts, at which rank and which scaling.
+
+The meaning of each field is PEFT's own (0.21). A field that would change what the adapter computes
+and that we do not serve becomes a finding; it is never dropped.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from adapters.errors import Finding, InvalidAdapter, UnreadableArtifact
+from adapters.patterns import Pattern, PatternTable, tails
+
+FILE_NAME = "adapter_config.json"
+MAX_SIZE_BYTES = 4 << 20
+MAX_RANK = 65_536
+ALL_LINEAR = "all-linear"
+
+# Ways to begin training that leave the base model's weights as they are. The others (pissa, olora,
+# corda, loftq, lora_ga) train against a changed base, which no server has.
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+_TYPES: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": int | float,
+    "use_rslora": bool,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, int | float] | None,
+    "target_modules": list[str] | str | None,
+    "exclude_modules": list[str] | str | None,
+    "layers_to_transform": list[int] | int | None,
+    "layers_pattern": list[str] | str | None,
+    "base_model_name_or_path": str | None,
+}
+
+# Fields about training, provenance or the shape of PEFT's own process.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "corda_config",
+        "ephemeral_gpu_offload",
+        "eva_config",
+        "inference_mode",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+    }
+)
+
+_NOT_SERVED = {
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+    "ensure_weight_tying": "weight tying",
+    "fan_in_fan_out": "transposed base weights",
+    "kasa_config": "KaSA",
+    "layer_replication": "layer replication",
+    "loftq_config": "LoftQ",
+    "lora_bias": "a bias on lora_B",
+    "megatron_config": "Megatron layers",
+    "modules_to_save": "retrained modules",
+    "monteclora_config": "MonteCLoRA",
+    "target_parameters": "LoRA on bare parameters",
+    "trainable_token_indices": "trainable tokens",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "velora_config": "VeLoRA",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """What a configuration says about the function that an adapter computes."""
+
+    rank: int
+    alpha: int | float
+    use_rslora: bool
+    rank_pattern: PatternTable[int]
+    alpha_pattern: PatternTable[int | float]
+    # Names, one pattern over the whole path, or None for every Linear but the output layer.
+    target_modules: frozenset[str] | Pattern | None
+    exclude_modules: frozenset[str] | Pattern
+    # None means all.
+    layers_to_transform: frozenset[int] | None
+    layers_pattern: tuple[str, ...]
+    # What the trainer called the base model: a name or a path of theirs.
+    base_model_name: str | None
+
+    def rank_of(self, module: str) -> int:
+        rank = self.rank_pattern.find(module)
+        return self.rank if rank is None else rank
+
+    def alpha_of(self, module: str) -> int | float:
+        alpha = self.alpha_pattern.find(module)
+        return self.alpha if alpha is None else alpha
+
+    def scaling_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT would put LoRA on the module at this path."""
+        if _is_named(module, self.exclude_modules):
+            return False
+        if self.target_modules is None:
+            return module.rpartition(".")[2] != "lm_head"
+        if isinstance(self.target_modules, Pattern):
+            return self.target_modules.matches(module)
+        if module in self.target_modules:
+            return True
+        return _is_named(module, self.target_modules) and self._is_in_layers(module)
+
+    def _is_in_layers(self, module: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        index = _layer_index(module, self.layers_pattern)
+        return index is not None and index in self.layers_to_transform
+
+
+def _is_named(module: str, names: frozenset[str] | Pattern) -> bool:
+    if isinstance(names, Pattern):
+        return names.matches(module)
+    return any(tail in names for tail in tails(module))
+
+
+def _layer_index(module: str, containers: tuple[str, ...]) -> int | None:
+    if not containers:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+        return int(match[1]) if match else None
+    for container in containers:
+        if match := re.match(rf"(?:^|.*?\.){re.escape(container)}\.(\d+)\.", module):
+            return int(match[1])
+    return None
+
+
+def parse(data: bytes) -> tuple[LoraConfig, list[Finding]]:
+    """Return the configuration and what in it we do not serve.
+
+    Raises UnreadableArtifact when it is not a JSON object, and InvalidAdapter when its fields
+    cannot be understood at all.
+    """
+    fields = _decode(data)
+    _require_lora(fields)
+    config = _build(_typed(fields))
+    return config, _unserved(fields)
+
+
+def _decode(data: bytes) -> dict[str, Any]:
+    if len(data) > MAX_SIZE_BYTES:
+        raise _unreadable(f"is larger than {MAX_SIZE_BYTES} bytes")
+    try:
+        fields = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+        # Half a surrogate pair can be written in JSON, and can be sent to nobody.
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(f"is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise _unreadable("is not a JSON object")
+    return fields
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("the same key appears twice in one object")
+    return fields
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _unreadable(problem: str) -> UnreadableArtifact:
+    return UnreadableArtifact(
+        [
+            Finding(
+                code="config_unreadable",
+                where=FILE_NAME,
+                message=problem,
+                fix="upload the file that PEFT's save_pretrained wrote",
+            )
+        ]
+    )
+
+
+def _require_lora(fields: dict[str, Any]) -> None:
+    if fields.get("peft_type") != "LORA":
+        finding = Finding(
+            code="peft_type_not_served",
+            where="peft_type",
+            message=f"is {fields.get('peft_type')!r}; only LORA adapters are served",
+            fix="train a LoRA adapter with PEFT",
+        )
+        raise InvalidAdapter([finding])
+
+
+def _typed(fields: dict[str, Any]) -> dict[str, Any]:
+    # What PEFT assumes where an older version left a field out.
+    typed: dict[str, Any] = {"r": 8, "lora_alpha": 8, "use_rslora": False}
+    findings = []
+    for name, kind in _TYPES.items():
+        if name not in fields:
+            continue
+        try:
+            typed[name] = msgspec.convert(fields[name], kind)
+        except msgspec.ValidationError as error:
+            findings.append(_wrong(name, str(error)))
+    if fields.get("target_modules") is None:
+        findings.append(_wrong("target_modules", "is missing: it names the adapted modules"))
+    findings += _out_of_range(typed)
+    if findings:
+        raise InvalidAdapter(findings)
+    return typed
+
+
+def _wrong(field: str, problem: str) -> Finding:
+    return Finding(
+        code="config_field_invalid",
+        where=field,
+        message=problem,
+        fix=f"correct `{field}` in {FILE_NAME}",
+    )
+
+
+def _out_of_range(typed: dict[str, Any]) -> list[Finding]:
+    ranks = {"r": typed["r"], **_entries("rank_pattern", typed)}
+    alphas = {"lora_alpha": typed["lora_alpha"], **_entries("alpha_pattern", typed)}
+    findings = [
+        _wrong(name, f"is no rank between 1 and {MAX_RANK}")
+        for name, rank in ranks.items()
+        if not 1 <= rank <= MAX_RANK
+    ]
+    findings += [
+        _wrong(name, "is not a finite number")
+        for name, alpha in alphas.items()
+        if not -1e9 < alpha < 1e9
+    ]
+    if isinstance(typed.get("target_modules"), str) and typed.get("layers_to_transform"):
+        findings.append(_wrong("layers_to_transform", "needs target_modules as a list of names"))
+    findings += [
+        _wrong("layers_pattern", f"{name!r} is not a plain module name")
+        for name in _names(typed.get("layers_pattern"))
+        if not re.fullmatch(r"\w+(\.\w+)*", name)
+    ]
+    return findings
+
+
+def _entries(field: str, typed: dict[str, Any]) -> dict[str, Any]:
+    return {f"{field}[{key!r}]": value for key, value in (typed.get(field) or {}).items()}
+
+
+def _names(value: list[str] | str | None) -> list[str]:
+    return [value] if isinstance(value, str) and value else list(value or ())
+
+
+def _build(typed: dict[str, Any]) -> LoraConfig:
+    layers = typed.get("layers_to_transform")
+    return LoraConfig(
+        rank=typed["r"],
+        alpha=typed["lora_alpha"],
+        use_rslora=typed["use_rslora"],
+        rank_pattern=_table("rank_pattern", typed.get("rank_pattern")),
+        alpha_pattern=_table("alpha_pattern", typed.get("alpha_pattern")),
+        target_modules=_targets(typed["target_modules"]),
+        exclude_modules=_selection("exclude_modules", typed.get("exclude_modules") or ()),
+        layers_to_transform=_layers(layers),
+        layers_pattern=tuple(_names(typed.get("layers_pattern"))),
+        base_model_name=typed.get("base_model_name_or_path"),
+    )
+
+
+def _table(field: str, entries: dict[str, Any] | None) -> PatternTable[Any]:
+    return PatternTable((entries or {}).items(), field=field)
+
+
+def _targets(value: list[str] | str) -> frozenset[str] | Pattern | None:
+    if isinstance(value, str) and value.lower() == ALL_LINEAR:
+        return None
+    return _selection("target_modules", value)
+
+
+def _selection(field: str, value: Sequence[str]) -> frozenset[str] | Pattern:
+    return Pattern(value, field=field) if isinstance(value, str) else frozenset(value)
+
+
+def _layers(value: list[int] | int | None) -> frozenset[int] | None:
+    if value is None or value == []:
+        return None
+    return frozenset([value] if isinstance(value, int) else value)
+
+
+def _unserved(fields: dict[str, Any]) -> list[Finding]:
+    findings = [
+        _not_served(field, f"{what} is not served yet")
+        for field, what in _NOT_SERVED.items()
+        if not _is_default(fields.get(field))
+    ]
+    if fields.get("bias", "none") != "none":
+        findings.append(_not_served("bias", "trained biases are not served yet"))
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+        findings.append(_not_served("task_type", "only CAUSAL_LM adapters are served"))
+    if fields.get("init_lora_weights", True) not in _HARMLESS_INITS:
+        findings.append(
+            _not_served("init_lora_weights", "the adapter was trained against changed base weights")
+        )
+    known = {*_TYPES, *_HARMLESS, *_NOT_SERVED, "bias", "task_type", "init_lora_weights"}
+    findings += [
+        _not_served(field[:200], "is a field that this server does not know")
+        for field, value in fields.items()
+        if field not in known | {"peft_type"} and not _is_default(value)
+    ]
+    return findings
+
+
+def _is_default(value: object) -> bool:
+    """Whether a value says "not used" in the way that PEFT writes it."""
+    return value is None or value is False or value in ({}, [])
+
+
+def _not_served(field: str, problem: str) -> Finding:
+    return Finding(
+        code="field_not_served",
+        where=field,
+        message=problem,
+        fix=f"train without `{field}`, or convert the adapter to plain LoRA",
+    )

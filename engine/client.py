@@ -1,0 +1,493 @@
+"""A gateway worker's side of the link to one engine.
+
+Sends all commands of one event-loop tick in one POST, reads one frame per engine step, hands each
+new frame to the journal and then its events to the streams they belong to. Reconnects by itself.
+Knows nothing of text, tenants or money; imports no torch.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+import msgspec
+
+from engine.errors import EngineLost, EngineRefused, EngineUnreachable, LinkError, SlowConsumer
+from engine.protocol import (
+    FRAME_LENGTH,
+    MSGPACK,
+    UNIX_PREFIX,
+    Abort,
+    Command,
+    CommandBatch,
+    EngineInfo,
+    EngineProblem,
+    EngineStatus,
+    Frame,
+    ProbeReport,
+    ProbeRequest,
+    SamplingParams,
+    SequenceEvent,
+    Submit,
+    bearer,
+)
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T", bound=msgspec.Struct)
+
+# The engine forgets a worker that has been away for so long.
+RESUME_WINDOW_S = 3.0
+# Several heartbeats of silence mean that the connection is dead.
+_SILENCE_S = 5.0
+_CALL_S = 10.0
+# A probe runs the model many times, on a CPU perhaps.
+_PROBE_S = 600.0
+_SHORTEST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+# Acknowledge after so many frames, or when the first of them is so old.
+_FRAMES_PER_ACKNOWLEDGEMENT = 32
+_ACKNOWLEDGEMENT_DELAY_S = 0.2
+# Token ids of 5 bytes each stay well under the engine's limit of a body.
+_MAX_TOKENS_PER_BATCH = 2_000_000
+_MAX_FRAME_BYTES = 256 * 1024**2
+
+
+class _FramesGone(Exception):
+    """The engine cannot go on after the last frame."""
+
+
+class _BrokenFrames(Exception):
+    """What came is not the frames that should have come."""
+
+
+class SequenceStream:
+    """The events of one sequence, in order, the final one last.
+
+    Iterating raises EngineLost when the engine or the link is gone, SlowConsumer when events were
+    not taken in time, and EngineRefused when the engine did not take the submit; what had come
+    before is delivered first.
+    """
+
+    def __init__(self, link: "EngineLink", sequence_id: int, *, max_events: int) -> None:
+        self.sequence_id = sequence_id
+        self._link = link
+        self._max_events = max_events
+        self._events: deque[SequenceEvent] = deque()
+        self._news = asyncio.Event()
+        self._error: LinkError | None = None
+        self._is_over = False
+
+    def abort(self) -> None:
+        """End the sequence within a step; its final event still comes."""
+        self._link._abort(self.sequence_id)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> SequenceEvent:
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            if self._is_over:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._events.popleft()
+
+    def _push(self, event: SequenceEvent) -> None:
+        if self._is_over:
+            return
+        if len(self._events) >= self._max_events:
+            self.abort()
+            self._fail(SlowConsumer())
+            return
+        self._events.append(event)
+        self._is_over = event.state.is_final
+        self._news.set()
+
+    def _fail(self, error: LinkError) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._error = error
+            self._news.set()
+
+
+class EngineLink:
+    """Async context manager; `is_connected` tells whether submits reach the engine now.
+
+    `on_frame` is called for each frame number exactly once, in order, before the frame's events
+    reach any stream. It must not raise: if it does, the link ends and the exception with it.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        worker_id: str,
+        worker_epoch: int,
+        secret: str | None,
+        on_frame: Callable[[Frame], None],
+        max_queued_events: int = 1024,
+    ) -> None:
+        self._worker_id = worker_id
+        self._worker_epoch = worker_epoch
+        self._on_frame = on_frame
+        self._max_queued_events = max_queued_events
+        self._http = _http_client(address, secret)
+        self._tasks = asyncio.TaskGroup()
+        self._own: list[asyncio.Task[None]] = []
+        self._streams: dict[int, SequenceStream] = {}
+        self._last_sequence_id = 0
+        self._outgoing: deque[Command] = deque()
+        self._sender_has_work = asyncio.Event()
+        self._connected = asyncio.Event()
+        # Number of the last frame given to on_frame, and of the last that the engine may forget.
+        self._last_frame = 0
+        self._acknowledged = 0
+        self._is_acknowledgement_due = False
+        self._acknowledgement_timer: asyncio.TimerHandle | None = None
+        # Whether the engine may still know our sequences; how often it turned out not to.
+        self._can_resume = False
+        self._times_lost = 0
+        self._loss_timer: asyncio.TimerHandle | None = None
+        # How long to wait before the next attempt, and why the last one failed.
+        self._pause_s = _SHORTEST_PAUSE_S
+        self._trouble = ""
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        self._own = [
+            self._tasks.create_task(self._read_forever()),
+            self._tasks.create_task(self._send_forever()),
+        ]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for task in self._own:
+            task.cancel()
+        # A cancellation may be the group's own, which it turns into what a task of ours raised; any
+        # other error is the caller's, and reaches them as it is.
+        is_cancelled = isinstance(error, asyncio.CancelledError)
+        try:
+            await self._tasks.__aexit__(
+                kind if is_cancelled else None, error if is_cancelled else None, traceback
+            )
+        finally:
+            self._lose()
+            await self._http.aclose()
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connected.is_set()
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        sampling: SamplingParams,
+        adapter_digest: str | None = None,
+        generated_token_ids: Sequence[int] = (),
+        cache_salt: bytes = b"",
+        fairness_key: str = "",
+        weight: float = 1.0,
+    ) -> SequenceStream:
+        """Queue a sequence for the POST of this tick. Its id is known at once."""
+        self._last_sequence_id += 1
+        command = Submit(
+            sequence_id=self._last_sequence_id,
+            prompt_token_ids=list(prompt_token_ids),
+            sampling=sampling,
+            adapter_digest=adapter_digest,
+            generated_token_ids=list(generated_token_ids),
+            cache_salt=cache_salt,
+            fairness_key=fairness_key,
+            weight=weight,
+        )
+        stream = SequenceStream(self, command.sequence_id, max_events=self._max_queued_events)
+        if self._can_resume:
+            self._streams[stream.sequence_id] = stream
+            self._send(command)
+        else:
+            stream._fail(EngineLost())
+        return stream
+
+    async def info(self) -> EngineInfo:
+        """Raises EngineUnreachable, EngineRefused."""
+        return _decode(await self._call("GET", "/v1/info"), EngineInfo)
+
+    async def status(self) -> EngineStatus:
+        """Raises EngineUnreachable, EngineRefused."""
+        return _decode(await self._call("GET", "/v1/status"), EngineStatus)
+
+    async def probe(self, adapter_digest: str) -> ProbeReport:
+        """Raises EngineUnreachable, EngineRefused."""
+        body = msgspec.msgpack.encode(ProbeRequest(adapter_digest=adapter_digest))
+        answer = await self._call("POST", "/v1/probe", body=body, timeout_s=_PROBE_S)
+        return _decode(answer, ProbeReport)
+
+    async def _call(
+        self, method: str, path: str, *, body: bytes | None = None, timeout_s: float = _CALL_S
+    ) -> bytes:
+        headers = {"content-type": MSGPACK} if body is not None else None
+        try:
+            response = await self._http.request(
+                method, path, content=body, headers=headers, timeout=timeout_s
+            )
+        except httpx.HTTPError as error:
+            raise EngineUnreachable(f"The engine does not answer: {error!r}") from error
+        if response.is_error:
+            raise _refusal(response)
+        return response.content
+
+    # Frames in.
+
+    async def _read_forever(self) -> None:
+        while True:
+            try:
+                await self._read_connection(resume=self._can_resume)
+                self._note_trouble("the response ended")
+            except _FramesGone:
+                self._lose()
+                continue
+            except _BrokenFrames as error:
+                self._lose()
+                self._note_trouble(f"broken frames: {error}")
+            except EngineRefused as error:
+                # Replaced by a later start of this worker, or no longer known: nothing to wait for.
+                self._lose()
+                self._note_trouble(str(error))
+            except (httpx.HTTPError, EngineUnreachable) as error:
+                self._note_trouble(repr(error))
+            finally:
+                self._disconnect()
+            await asyncio.sleep(self._pause_s)
+            self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+
+    def _note_trouble(self, reason: str) -> None:
+        """Log each new reason once: retries go on for as long as an engine is away."""
+        if reason != self._trouble:
+            logger.warning("engine_link_down", extra={"reason": reason})
+        self._trouble = reason
+
+    async def _read_connection(self, *, resume: bool) -> None:
+        query: dict[str, str | int] = {
+            "worker": self._worker_id,
+            "epoch": self._worker_epoch,
+            "after": self._last_frame,
+            "resume": int(resume),
+        }
+        async with self._http.stream("GET", "/v1/frames", params=query) as response:
+            if response.is_error:
+                await response.aread()
+                raise (
+                    _FramesGone if response.status_code == httpx.codes.GONE else _refusal(response)
+                )
+            if resume and not self._can_resume:
+                # The window closed while the engine thought about it.
+                return
+            self._connect()
+            arriving = _FrameBuffer()
+            async for chunk in response.aiter_raw():
+                for frame in arriving.feed(chunk):
+                    self._take(frame)
+                    # After a resume many come at once: the streams' readers get their turns.
+                    await asyncio.sleep(0)
+
+    def _take(self, frame: Frame) -> None:
+        if frame.number <= self._last_frame:
+            return
+        if frame.number != self._last_frame + 1:
+            raise _BrokenFrames(f"frame {frame.number} came after frame {self._last_frame}")
+        self._on_frame(frame)
+        self._last_frame = frame.number
+        for event in frame.events:
+            self._deliver(event)
+        self._acknowledge_soon()
+
+    def _deliver(self, event: SequenceEvent) -> None:
+        stream = self._streams.get(event.sequence_id)
+        if stream is not None:
+            stream._push(event)
+            if event.state.is_final:
+                del self._streams[event.sequence_id]
+        elif not event.state.is_final:
+            # A submit that reached the engine after its stream had been given up.
+            self._send(Abort(event.sequence_id))
+
+    def _connect(self) -> None:
+        if self._loss_timer is not None:
+            self._loss_timer.cancel()
+            self._loss_timer = None
+        self._can_resume = True
+        self._pause_s = _SHORTEST_PAUSE_S
+        self._trouble = ""
+        self._connected.set()
+        logger.info("engine_link_up", extra={"after": self._last_frame})
+
+    def _disconnect(self) -> None:
+        self._connected.clear()
+        if self._can_resume and self._loss_timer is None:
+            loop = asyncio.get_running_loop()
+            self._loss_timer = loop.call_later(RESUME_WINDOW_S, self._lose)
+
+    def _lose(self) -> None:
+        """Give up what the engine had of us; each stream learns of it."""
+        self._connected.clear()
+        self._can_resume = False
+        self._times_lost += 1
+        for timer in (self._loss_timer, self._acknowledgement_timer):
+            if timer is not None:
+                timer.cancel()
+        self._loss_timer = self._acknowledgement_timer = None
+        self._outgoing.clear()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream._fail(EngineLost())
+
+    # Commands and acknowledgements out.
+
+    def _send(self, command: Command) -> None:
+        self._outgoing.append(command)
+        self._sender_has_work.set()
+
+    def _abort(self, sequence_id: int) -> None:
+        if sequence_id in self._streams:
+            self._send(Abort(sequence_id))
+
+    def _acknowledge_soon(self) -> None:
+        if self._last_frame - self._acknowledged >= _FRAMES_PER_ACKNOWLEDGEMENT:
+            self._acknowledge_now()
+        elif self._acknowledgement_timer is None:
+            self._acknowledgement_timer = asyncio.get_running_loop().call_later(
+                _ACKNOWLEDGEMENT_DELAY_S, self._acknowledge_now
+            )
+
+    def _acknowledge_now(self) -> None:
+        if self._acknowledgement_timer is not None:
+            self._acknowledgement_timer.cancel()
+            self._acknowledgement_timer = None
+        if self._last_frame > self._acknowledged:
+            self._is_acknowledgement_due = True
+            self._sender_has_work.set()
+
+    async def _send_forever(self) -> None:
+        while True:
+            await self._sender_has_work.wait()
+            await self._connected.wait()
+            self._sender_has_work.clear()
+            while self._outgoing or self._is_acknowledgement_due:
+                if not await self._send_batch():
+                    self._sender_has_work.set()
+                    await asyncio.sleep(_SHORTEST_PAUSE_S)
+                    break
+
+    async def _send_batch(self) -> bool:
+        """Whether the engine has answered; what it has not taken is put back, in order."""
+        times_lost, last_frame = self._times_lost, self._last_frame
+        commands = self._next_commands()
+        self._is_acknowledgement_due = False
+        batch = CommandBatch(self._worker_id, self._worker_epoch, last_frame, commands)
+        try:
+            await self._call("POST", "/v1/commands", body=msgspec.msgpack.encode(batch))
+        except EngineUnreachable:
+            if times_lost == self._times_lost:
+                self._outgoing.extendleft(reversed(commands))
+                self._is_acknowledgement_due = True
+            return False
+        except EngineRefused as error:
+            logger.error("engine_refused_commands", extra={"reason": str(error)})
+            self._give_up(commands, error)
+            return False
+        self._acknowledged = max(self._acknowledged, last_frame)
+        return True
+
+    def _next_commands(self) -> list[Command]:
+        commands: list[Command] = []
+        num_tokens = 0
+        while self._outgoing and num_tokens < _MAX_TOKENS_PER_BATCH:
+            command = self._outgoing.popleft()
+            commands.append(command)
+            if isinstance(command, Submit):
+                num_tokens += len(command.prompt_token_ids) + len(command.generated_token_ids)
+        return commands
+
+    def _give_up(self, commands: list[Command], error: EngineRefused) -> None:
+        for command in commands:
+            stream = self._streams.pop(command.sequence_id, None)
+            if stream is not None:
+                stream._fail(error)
+
+
+class _FrameBuffer:
+    """Cuts what arrives into frames."""
+
+    def __init__(self) -> None:
+        self._decoder = msgspec.msgpack.Decoder(Frame)
+        self._buffer = bytearray()
+
+    def feed(self, chunk: bytes) -> list[Frame]:
+        """All frames that are whole now. Raises _BrokenFrames."""
+        self._buffer += chunk
+        frames = []
+        start = 0
+        while len(self._buffer) - start >= FRAME_LENGTH.size:
+            (size_bytes,) = FRAME_LENGTH.unpack_from(self._buffer, start)
+            if size_bytes > _MAX_FRAME_BYTES:
+                raise _BrokenFrames(f"a frame of {size_bytes} bytes")
+            end = start + FRAME_LENGTH.size + size_bytes
+            if end > len(self._buffer):
+                break
+            frames.append(self._decode(self._buffer[start + FRAME_LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return frames
+
+    def _decode(self, body: bytearray) -> Frame:
+        try:
+            return self._decoder.decode(body)
+        except msgspec.MsgspecError as error:
+            raise _BrokenFrames(str(error)) from error
+
+
+def _http_client(address: str, secret: str | None) -> httpx.AsyncClient:
+    # One connection for the frames, one for commands, and a few for questions.
+    limits = httpx.Limits(max_connections=16, keepalive_expiry=30)
+    transport = (
+        httpx.AsyncHTTPTransport(uds=address.removeprefix(UNIX_PREFIX), limits=limits)
+        if address.startswith(UNIX_PREFIX)
+        else httpx.AsyncHTTPTransport(limits=limits)
+    )
+    return httpx.AsyncClient(
+        base_url="http://engine" if address.startswith(UNIX_PREFIX) else address,
+        headers={} if secret is None else {"authorization": bearer(secret)},
+        timeout=httpx.Timeout(_SILENCE_S, connect=RESUME_WINDOW_S),
+        transport=transport,
+        trust_env=False,
+    )
+
+
+def _refusal(response: httpx.Response) -> EngineRefused | EngineUnreachable:
+    """What a status other than success means; calls that may succeed later are unreachable."""
+    try:
+        problem = msgspec.msgpack.decode(response.content, type=EngineProblem)
+    except msgspec.MsgspecError:
+        problem = EngineProblem("http", f"status {response.status_code}")
+    message = f"{response.request.url.path}: {problem.message}"
+    if response.status_code >= 500 or problem.code == "not_connected":
+        return EngineUnreachable(message)
+    return EngineRefused(message, code=problem.code)
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise EngineRefused(f"The engine's {kind.__name__} cannot be read: {error}") from error

@@ -1,0 +1,164 @@
+"""What can go wrong in the engine, as one tree.
+
+EngineError
+├── ConfigurationError         the engine cannot start like this
+│   └── UnsupportedModel       the engine would compute this model wrongly
+├── SequenceError              one sequence cannot run, or run on; the others never notice
+│   ├── InvalidSequence
+│   ├── ContextLengthExceeded
+│   ├── AdapterUnavailable     may come back
+│   ├── AdapterMissing         will not come back by itself
+│   └── InvalidLogits
+├── ProbeError                 a probe could not be run; says nothing about the adapter
+├── LinkRefused                the engine refuses a worker's call as a whole, with an HTTP status
+│   ├── MalformedCall
+│   ├── SecretMismatch
+│   ├── NotConnected
+│   ├── StaleEpoch
+│   ├── FramesGone
+│   └── EngineStopped
+└── LinkError                  what a worker sees of a link or a stream that broke
+    ├── EngineLost
+    ├── EngineUnreachable
+    ├── EngineRefused
+    └── SlowConsumer
+"""
+
+from engine.protocol import SequenceFault
+
+
+class EngineError(Exception):
+    """The engine failed."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or self.__doc__)
+
+
+class ConfigurationError(EngineError):
+    """The engine cannot start with this configuration."""
+
+
+class UnsupportedModel(ConfigurationError):
+    """This model's code does not let the engine compute it correctly."""
+
+
+class SequenceError(EngineError):
+    """A sequence cannot be run."""
+
+    code = "engine_error"
+    is_retryable = False
+
+    def fault(self) -> SequenceFault:
+        return SequenceFault(code=self.code, message=str(self), is_retryable=self.is_retryable)
+
+
+class InvalidSequence(SequenceError):
+    """The sequence asks for something that makes no sense."""
+
+    code = "invalid_sequence"
+
+
+class ContextLengthExceeded(SequenceError):
+    """Prompt and answer do not fit into the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class AdapterUnavailable(SequenceError):
+    """The adapter could not be loaded now."""
+
+    code = "adapter_unavailable"
+    is_retryable = True
+
+
+class AdapterMissing(AdapterUnavailable):
+    """The adapter's files are missing or unusable."""
+
+    is_retryable = False
+
+
+class InvalidLogits(SequenceError):
+    """The model gave NaN or infinite logits for this sequence."""
+
+    code = "nan_logits"
+
+
+class ProbeError(EngineError):
+    """The probe could not be run."""
+
+    def __init__(self, message: str | None = None, *, is_retryable: bool = False) -> None:
+        super().__init__(message)
+        self.is_retryable = is_retryable
+
+
+class LinkRefused(EngineError):
+    """The engine refuses this call."""
+
+    status = 409
+    code = "refused"
+
+
+class MalformedCall(LinkRefused):
+    """The body or the query of this call cannot be read."""
+
+    status, code = 400, "malformed"
+
+
+class SecretMismatch(LinkRefused):
+    """The secret is missing or is not the engine's."""
+
+    status, code = 401, "secret_mismatch"
+
+
+class NotConnected(LinkRefused):
+    """This worker has no session here: read /v1/frames first."""
+
+    code = "not_connected"
+
+
+class StaleEpoch(LinkRefused):
+    """A later start of this worker has taken its place."""
+
+    code = "stale_epoch"
+
+
+class FramesGone(LinkRefused):
+    """The frames asked for are gone, and so are this worker's sequences."""
+
+    status, code = 410, "frames_gone"
+
+
+class EngineStopped(LinkRefused):
+    """The engine's thread has ended."""
+
+    status, code = 503, "engine_stopped"
+
+
+class LinkError(EngineError):
+    """The link to the engine failed."""
+
+    is_retryable = True
+
+
+class EngineLost(LinkError):
+    """The engine is gone or has forgotten this sequence; it can be submitted again."""
+
+
+class EngineUnreachable(LinkError):
+    """The engine does not answer."""
+
+
+class EngineRefused(LinkError):
+    """The engine refused a call; says why."""
+
+    is_retryable = False
+
+    def __init__(self, message: str | None = None, *, code: str = "refused") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class SlowConsumer(LinkError):
+    """Events of this sequence were not taken in time; it was aborted."""
+
+    is_retryable = False

@@ -1,0 +1,278 @@
+"""Load a transformers model and refuse what would be computed wrongly.
+
+After `load` every target module takes adapters, attention is paged, and a small batch has been
+compared with the model's own eager code. Knows models. Knows nothing of requests.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from adapters.validate import BaseShape
+from engine import batch as batches
+from engine.config import DtypeName, EngineConfig
+from engine.errors import ConfigurationError, UnsupportedModel
+from engine.model import attention
+from engine.model.attention import KVCache, LayerShape, Recorder
+from engine.model.lora import LoraBank
+from engine.scheduler import ScheduledSequence
+from engine.sequence import Sequence
+
+# Largest difference from eager logits, relative to their spread. Measured on the families that the
+# tests name: below 2e-6 in float32; a 16-bit format rounds each layer's sums in another order.
+LOGIT_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+# Configuration fields that say nothing about the function that the model computes.
+VOLATILE_FIELDS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
+CHECK_BLOCK_SIZE = 4
+CHECK_BLOCKS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: PreTrainedModel
+    bank: LoraBank
+    layers: tuple[LayerShape, ...]
+    base_shape: BaseShape
+    base_digest: str
+    max_model_len: int
+    vocab_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    """Raises ConfigurationError, or UnsupportedModel with the reason."""
+    attention.register()
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    model = _read(config.model, device, dtype)
+    text_config = model.config.get_text_config()
+    max_model_len = _max_model_len(config.max_model_len, text_config)
+    _freeze_rotary_frequencies(model, max_model_len)
+    base_digest = _digest(model)
+    vocab_size = _vocab_size(model)
+    prompts = _check_prompts(vocab_size)
+    targets, expected = _run_eager(model, prompts)
+    bank = LoraBank()
+    bank.wrap(model, list(targets))
+    layers = _record_layers(model, prompts[0], text_config)
+    _compare(_run_paged(model, layers, prompts), expected, bound=LOGIT_BOUNDS[model.dtype])
+    return LoadedModel(
+        model=model,
+        bank=bank,
+        layers=layers,
+        base_shape=BaseShape(base_model=config.served_name, modules=targets),
+        base_digest=base_digest,
+        max_model_len=max_model_len,
+        vocab_size=vocab_size,
+        device=device,
+        dtype=model.dtype,
+    )
+
+
+# Reading
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"There is no device {name!r}.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device is 'cuda', but torch finds no CUDA device: use 'cpu'.")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device must be 'cpu' or 'cuda': {name!r}")
+    return device
+
+
+def _dtype(name: DtypeName, device: torch.device) -> torch.dtype | str:
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    return "auto" if device.type == "cuda" else torch.float32
+
+
+def _read(name: str, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, attn_implementation="eager"
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"The model {name!r} cannot be loaded: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    module: nn.Module = model
+    module.to(device).eval().requires_grad_(False)
+    return model
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return embeddings.num_embeddings
+
+
+def _max_model_len(wanted: int | None, text_config: Any) -> int:
+    own: int | None = getattr(text_config, "max_position_embeddings", None)
+    if own is None and wanted is None:
+        raise ConfigurationError("The model names no context length: give max_model_len.")
+    if own is not None and wanted is not None and wanted > own:
+        raise ConfigurationError(f"max_model_len is {wanted}, but the model's own limit is {own}.")
+    return wanted or own or 0
+
+
+def _freeze_rotary_frequencies(model: nn.Module, max_model_len: int) -> None:
+    """Let `longrope` and `dynamic` RoPE take the frequencies of the longest context, once.
+
+    Their code picks frequencies by the largest position in the batch, which in a flat batch is
+    another sequence's.
+    """
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        if isinstance(rope_type, str) and _is_moving(rope_type):
+            _visit_longest(module, max_model_len)
+            setattr(module, "rope_type", "frozen")  # noqa: B010 nn.Module types hide it
+        elif isinstance(rope_type, dict) and any(map(_is_moving, rope_type.values())):
+            raise UnsupportedModel("Its RoPE changes with the context, layer type by layer type.")
+
+
+def _is_moving(rope_type: str) -> bool:
+    return rope_type == "longrope" or "dynamic" in rope_type
+
+
+@torch.no_grad()
+def _visit_longest(rotary: nn.Module, max_model_len: int) -> None:
+    device = next(rotary.buffers()).device
+    rotary(torch.zeros(1, device=device), torch.tensor([[max_model_len - 1]], device=device))
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """SHA-256 over the configuration and the names, dtypes and shapes of all tensors."""
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE_FIELDS}
+    tensors = sorted(
+        (name, str(tensor.dtype), list(tensor.shape)) for name, tensor in model.state_dict().items()
+    )
+    text = json.dumps([fields, tensors], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Checking
+
+
+def _check_prompts(vocab_size: int) -> list[list[int]]:
+    """Two fixed prompts that end in the middle of a block, far apart in the vocabulary."""
+    return [[(7 + 7919 * i) % vocab_size for i in range(n)] for n in (5, 10)]
+
+
+@torch.inference_mode()
+def _run_eager(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> tuple[dict[str, tuple[int, int]], list[Tensor]]:
+    """The linear layers that LoRA may target, and the last logits of each prompt."""
+    calls: Counter[str] = Counter()
+    untyped: Any = model
+    head = untyped.get_output_embeddings()
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head
+    }
+
+    def count(name: str, x: Tensor) -> None:
+        calls[name] += 1 if x.numel() == x.shape[-1] * len(prompts[0]) else 2
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: count(name, args[0]))
+        for name, module in linears.items()
+    ]
+    first = _last_logits(model, prompts[0])
+    for handle in handles:
+        handle.remove()
+    # A module that sees other rows than the batch's own (an expert) can't tell whose they are.
+    targets = {
+        name: (linears[name].in_features, linears[name].out_features)
+        for name in linears
+        if calls[name] == 1
+    }
+    return targets, [first, *(_last_logits(model, prompt) for prompt in prompts[1:])]
+
+
+def _last_logits(model: PreTrainedModel, prompt: list[int]) -> Tensor:
+    ids = torch.tensor([prompt], device=model.device)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
+    return logits.float()
+
+
+@torch.inference_mode()
+def _record_layers(
+    model: PreTrainedModel, prompt: list[int], text_config: Any
+) -> tuple[LayerShape, ...]:
+    model.set_attn_implementation(attention.ATTENTION_NAME)
+    recorder = Recorder()
+    ids = torch.tensor([prompt], device=model.device)
+    positions = torch.arange(len(prompt), device=model.device)[None]
+    model(input_ids=ids, position_ids=positions, use_cache=False, paged=recorder)
+    num_layers = text_config.num_hidden_layers
+    if sorted(recorder.layers) != list(range(num_layers)):
+        raise UnsupportedModel("Some of its layers do not call the attention function.")
+    layers = tuple(recorder.layers[index] for index in range(num_layers))
+    _check_windows(layers, text_config)
+    return layers
+
+
+def _check_windows(layers: tuple[LayerShape, ...], text_config: Any) -> None:
+    """A window must reach the attention function: in the model's own mask it would be lost."""
+    types = getattr(text_config, "layer_types", None)
+    window = getattr(text_config, "sliding_window", None)
+    if types is None:
+        types = ["sliding_attention" if window else "full_attention"] * len(layers)
+    unknown = set(types) - SERVED_LAYER_TYPES
+    if unknown:
+        raise UnsupportedModel(f"It has layers of the type {sorted(unknown)}.")
+    for layer, layer_type in zip(layers, types, strict=True):
+        if layer_type == "sliding_attention" and layer.sliding_window is None:
+            raise UnsupportedModel("Its sliding window does not reach the attention function.")
+
+
+@torch.inference_mode()
+def _run_paged(
+    model: PreTrainedModel, layers: tuple[LayerShape, ...], prompts: list[list[int]]
+) -> list[Tensor]:
+    """The last logits of each prompt, over two mixed steps and scattered blocks."""
+    # Odd blocks and even ones, backwards.
+    sequences = [
+        Sequence.unowned(prompt, block_table=list(range(2 * CHECK_BLOCKS - parity, 0, -2)))
+        for parity, prompt in enumerate(prompts)
+    ]
+    num_blocks = 2 * CHECK_BLOCKS
+    cache = KVCache(layers, num_blocks=num_blocks, block_size=CHECK_BLOCK_SIZE, device=model.device)
+    # First all but 2 tokens of the one and all but 1 of the other, then a decode and a chunk.
+    first, second = sequences
+    _run_step(model, cache, [(first, first.num_tokens - 2), (second, second.num_tokens - 1)])
+    first.num_computed_tokens = first.num_tokens - 2
+    second.num_computed_tokens = second.num_tokens - 1
+    logits = _run_step(model, cache, [(second, 1), (first, 2)])
+    return [logits[1], logits[0]]
+
+
+def _run_step(model: PreTrainedModel, cache: KVCache, rows: list[tuple[Sequence, int]]) -> Tensor:
+    scheduled = [ScheduledSequence(s, num_tokens, is_sampled=True) for s, num_tokens in rows]
+    batch = batches.build(scheduled, block_size=cache.block_size, device=model.device)
+    return attention.forward(model, batch, cache)
+
+
+def _compare(found: list[Tensor], expected: list[Tensor], *, bound: float) -> None:
+    for ours, eager in zip(found, expected, strict=True):
+        error = float((ours - eager).abs().max() / eager.std())
+        if not error <= bound:
+            raise UnsupportedModel(
+                f"Paged attention moves its logits by {error:.2g} of their spread; {bound} allowed."
+            )

@@ -1,0 +1,237 @@
+"""The words that a gateway worker and an engine exchange.
+
+    POST /v1/commands   `CommandBatch`, one per event-loop tick of the worker
+    GET  /v1/frames     ?worker=&epoch=&after=&resume=0|1: one long response, a `Frame` per step
+    GET  /v1/info       `EngineInfo`
+    GET  /v1/status     `EngineStatus`
+    POST /v1/probe      `ProbeRequest` -> `ProbeReport`
+    GET  /health        200 while the engine thread lives; the one route that needs no secret
+
+All bodies are msgpack, those of refusals too (`EngineProblem`). On the frames response each frame
+is preceded by its length as 4 bytes, little endian. With resume=1 the frames after `after` follow,
+or 410 says that they are gone and that the worker's sequences are aborted; with resume=0 all that
+the worker had running is aborted and numbering goes on after `after`. A secret travels as
+`Authorization: Bearer`.
+
+Imports no torch: the gateway reads this module.
+"""
+
+import enum
+import struct
+
+import msgspec
+
+from adapters.validate import BaseShape
+
+PROTOCOL_VERSION = 1
+FRAME_LENGTH = struct.Struct("<I")
+MSGPACK = "application/msgpack"
+# Largest body that an engine reads: a batch of a few million token ids.
+MAX_BODY_BYTES = 32 * 1024**2
+# An address is this followed by the path of a socket, or http://host:port.
+UNIX_PREFIX = "unix:"
+
+
+def bearer(secret: str) -> str:
+    """The Authorization header of a secret. Raises ValueError, which does not show the secret."""
+    if not secret or not secret.isascii() or not secret.isprintable() or " " in secret:
+        raise ValueError("the engine's secret must be visible ASCII characters without spaces")
+    return f"Bearer {secret}"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How the tokens of one sequence are chosen.
+
+    The noise of the token at position p depends on (seed, p) alone, so batch, preemption and
+    replica change nothing. EOS ids are in `stop_token_ids` unless the caller wants them ignored.
+    """
+
+    # Most tokens to generate, those of an earlier attempt (`generated_token_ids`) included.
+    max_tokens: int
+    # 64-bit unsigned; the gateway draws one when the client named none.
+    seed: int = 0
+    # 0 means greedy.
+    temperature: float = 1.0
+    top_p: float = 1.0
+    # 0 means no limit.
+    top_k: int = 0
+    # Generation ends with the first of these; it is delivered and counted like any other token.
+    stop_token_ids: tuple[int, ...] = ()
+    # How many alternatives to report beside each token's own log-probability; None reports neither.
+    logprobs: int | None = None
+
+
+class Submit(
+    msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, tag="submit"
+):
+    """Start a sequence."""
+
+    # Chosen by the worker, growing within its epoch: one that is not higher than all before came
+    # in a batch that was sent twice, and is passed over.
+    sequence_id: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    # Weights digest of the adapter, 64 hexadecimal digits; None is the base model alone.
+    adapter_digest: str | None = None
+    # Tokens that an earlier attempt delivered: generation goes on after them.
+    generated_token_ids: list[int] = []
+    # Separates the KV prefixes of those who must not share them.
+    cache_salt: bytes = b""
+    # Whose turn it is: opaque here, the tenant in the gateway.
+    fairness_key: str = ""
+    weight: float = 1.0
+
+
+class Abort(
+    msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, tag="abort"
+):
+    """End a sequence within one step; one that has ended already is not an error."""
+
+    sequence_id: int
+
+
+Command = Submit | Abort
+
+
+class CommandBatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All that one worker has to say in one event-loop tick."""
+
+    worker_id: str
+    # Grows with each start of the worker; a new epoch replaces the old and aborts its sequences.
+    worker_epoch: int
+    # Number of the last frame that the worker has taken over; the engine forgets up to here.
+    acknowledged: int
+    commands: list[Command]
+
+
+class SequenceState(enum.StrEnum):
+    """Where a sequence stands after the step that a frame tells of."""
+
+    RUNNING = "running"
+    STOPPED = "stop"
+    LENGTH = "length"
+    ABORTED = "abort"
+    FAILED = "error"
+
+    @property
+    def is_final(self) -> bool:
+        return self is not SequenceState.RUNNING
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural log-probability of a chosen token and of the likeliest alternatives at its place.
+
+    Taken from the model's own distribution, before temperature, top_k and top_p.
+    """
+
+    logprob: float
+    # (token id, log-probability), likeliest first.
+    top: list[tuple[int, float]] = []
+
+
+class SequenceFault(msgspec.Struct, frozen=True, array_like=True):
+    """Why a sequence ended with `FAILED`."""
+
+    # e.g. "adapter_unavailable", "context_length_exceeded", "engine_overloaded", "nan_logits"
+    code: str
+    message: str
+    # Whether the same submit may succeed later or elsewhere.
+    is_retryable: bool
+
+
+class SequenceEvent(msgspec.Struct, frozen=True, array_like=True):
+    """What one step did to one sequence. Counters are cumulative: applying twice does no harm."""
+
+    sequence_id: int
+    state: SequenceState
+    # New since the last event of this sequence.
+    token_ids: list[int]
+    prompt_tokens: int
+    # How many of the prompt tokens came from the prefix cache.
+    cached_tokens: int
+    # All generated so far, those of an earlier attempt included.
+    generated_tokens: int
+    # This sequence's share of the time of all its steps.
+    engine_ns: int
+    # One for each of `token_ids`, where asked for.
+    logprobs: list[TokenLogprob] | None = None
+    fault: SequenceFault | None = None
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True):
+    """All that happened to one worker's sequences in one engine step.
+
+    Numbers grow by one within a (worker, epoch), from 1, over reconnects too. A heartbeat is a
+    frame without events that repeats the last number; one goes out each second in which nothing
+    else does.
+    """
+
+    number: int
+    # Changes with each start of the engine; sequences of another engine epoch are gone.
+    engine_epoch: int
+    events: list[SequenceEvent]
+
+
+class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an engine serves; constant for the life of the process."""
+
+    protocol_version: int
+    engine_epoch: int
+    # The served name of the base model.
+    base_model: str
+    # SHA-256 over the model's configuration and the names, dtypes and shapes of its tensors.
+    base_digest: str
+    # Digest of the exported text bundle, to be read from the store.
+    text_bundle_digest: str
+    # Most tokens of prompt and answer together.
+    max_model_len: int
+    vocab_size: int
+    max_loras: int
+    max_lora_rank: int
+    device: str
+    dtype: str
+    base_shape: BaseShape
+
+
+class EngineStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How an engine is doing now."""
+
+    engine_epoch: int
+    is_healthy: bool
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    # Weights digests of the adapters that sit in a slot.
+    resident_adapters: list[str]
+
+
+class EngineProblem(msgspec.Struct, frozen=True):
+    """The body of every refusal of a call as a whole."""
+
+    code: str
+    message: str
+
+
+class ProbeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Run fixed prompts with an adapter, between steps, and measure it."""
+
+    adapter_digest: str
+
+
+class ProbeReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What running fixed prompts with an adapter showed.
+
+    Errors are relative: |module output - fp32 recomputation| / |recomputation|.
+    """
+
+    weights_digest: str
+    num_modules: int
+    largest_relative_error: float
+    error_bound: float
+    # Largest change of a logit against the base model alone, and what noise alone would give.
+    logit_shift: float
+    noise: float
+    # Modules that the adapter targets and that no prompt reached, or whose output did not change.
+    untouched_modules: list[str]
+    is_passed: bool

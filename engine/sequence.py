@@ -1,0 +1,117 @@
+"""One request inside the engine: its tokens, how far they are computed, and where its state lives.
+
+Mutable on purpose: the scheduler owns every change after construction. Knows nothing of tensors.
+"""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+from engine.protocol import (
+    SamplingParams,
+    SequenceFault,
+    SequenceState,
+    Submit,
+    TokenLogprob,
+)
+
+# Worker id, worker epoch, the worker's own sequence id.
+SequenceKey = tuple[str, int, int]
+# Slot of a sequence that the base model answers alone.
+NO_ADAPTER = -1
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Prompt and answer of one submit, compared by identity."""
+
+    key: SequenceKey
+    sampling: SamplingParams
+    adapter_digest: str | None
+    cache_salt: bytes
+    fairness_key: str
+    weight: float
+    num_prompt_tokens: int
+    # Prompt, then all that was generated, earlier attempts included.
+    token_ids: list[int]
+    # How many of token_ids have their keys and values in the cache.
+    num_computed_tokens: int = 0
+    # Prompt tokens that were found in the prefix cache at first admission.
+    num_cached_tokens: int = 0
+    # Filled by the block manager, in order of position; not contiguous in general.
+    block_table: list[int] = field(default_factory=list)
+    # Filled by the scheduler when the slot is pinned; kept until the sequence ends.
+    slot: int = NO_ADAPTER
+    is_pinned: bool = False
+    state: SequenceState = SequenceState.RUNNING
+    engine_ns: int = 0
+
+    @classmethod
+    def from_submit(cls, submit: Submit, *, worker_id: str, worker_epoch: int) -> Self:
+        return cls(
+            key=(worker_id, worker_epoch, submit.sequence_id),
+            sampling=submit.sampling,
+            adapter_digest=submit.adapter_digest,
+            cache_salt=submit.cache_salt,
+            fairness_key=submit.fairness_key,
+            weight=submit.weight,
+            num_prompt_tokens=len(submit.prompt_token_ids),
+            token_ids=[*submit.prompt_token_ids, *submit.generated_token_ids],
+        )
+
+    @classmethod
+    def unowned(
+        cls, token_ids: list[int], *, block_table: list[int], slot: int = NO_ADAPTER
+    ) -> Self:
+        """One that no worker submitted and no scheduler sees: for checks and probes."""
+        return cls(
+            key=("", 0, 0),
+            sampling=SamplingParams(max_tokens=1),
+            adapter_digest=None,
+            cache_salt=b"",
+            fairness_key="",
+            weight=1.0,
+            num_prompt_tokens=len(token_ids),
+            token_ids=token_ids,
+            block_table=block_table,
+            slot=slot,
+        )
+
+    @property
+    def owner(self) -> str:
+        """The worker that submitted it."""
+        return self.key[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def ending(self) -> SequenceState:
+        """How the last token leaves the sequence: finished, or RUNNING."""
+        if self.num_generated_tokens and self.token_ids[-1] in self.sampling.stop_token_ids:
+            return SequenceState.STOPPED
+        if self.num_generated_tokens >= self.sampling.max_tokens:
+            return SequenceState.LENGTH
+        return SequenceState.RUNNING
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """What one step did to one sequence; the fields of `protocol.SequenceEvent` under its key."""
+
+    key: SequenceKey
+    state: SequenceState
+    token_ids: list[int]
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    engine_ns: int
+    logprobs: list[TokenLogprob] | None = None
+    fault: SequenceFault | None = None

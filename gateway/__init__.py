@@ -1,0 +1,1 @@
+"""Who may ask, for which adapter, at what price. Never imports torch."""

@@ -1,0 +1,52 @@
+"""One gateway worker: `python -m gateway`, with its settings in the environment."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+
+import uvicorn
+
+from gateway.app import create_app
+from gateway.errors import DatabaseRefused, JournalCorrupt, JournalInUse
+from gateway.settings import Settings, SettingsFault
+from gateway.telemetry import configure_logging
+
+logger = logging.getLogger("gateway")
+
+
+def main() -> int:
+    """Serve until told to stop; return the exit status."""
+    configure_logging()
+    try:
+        settings = Settings.from_environment()
+        if settings.parent_pid is not None and not _is_bound_to(settings.parent_pid):
+            return os.EX_UNAVAILABLE
+        app = create_app(settings)
+    except (SettingsFault, JournalInUse, JournalCorrupt, DatabaseRefused) as error:
+        logger.error("cannot_start", extra={"reason": str(error)})
+        return os.EX_CONFIG
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    return os.EX_OK if server.started else os.EX_UNAVAILABLE
+
+
+def _is_bound_to(parent_pid: int) -> bool:
+    """Have the kernel end this process with its parent; false when that is gone already."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM), 0, 0, 0)
+    return os.getppid() == parent_pid
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The routes: what travels over HTTP, and nothing that decides."""

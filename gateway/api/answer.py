@@ -1,0 +1,77 @@
+"""What chat and completions do alike with a generation: headers, waiting, leaving."""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from litestar import Request
+
+from engine.protocol import TokenLogprob
+from gateway.errors import GatewayError
+from gateway.inference import Delta, FinishReason, Generation
+
+
+class ClientGone(GatewayError):
+    """The client closed the connection before the answer was whole."""
+
+    status = 499
+
+
+@dataclass(frozen=True, slots=True)
+class WholeAnswer:
+    """All deltas of a generation put together."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: FinishReason
+
+
+def answer_headers(generation: Generation) -> dict[str, str]:
+    """What really served the call."""
+    headers = {"x-request-id": str(generation.request_id)}
+    target = generation.target
+    if target.version_digest is not None:
+        headers["x-adapter-version"] = str(target.version_number)
+        headers["x-adapter-digest"] = target.version_digest
+    return headers
+
+
+async def collect(request: Request[Any, Any, Any], generation: Generation) -> WholeAnswer:
+    """Wait for the whole answer, or leave it as soon as the client hangs up.
+
+    Raises ClientGone then, and what `Generation.deltas` raises.
+    """
+    answer = asyncio.ensure_future(_put_together(generation))
+    gone = asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientGone
+        return answer.result()
+    except BaseException:
+        generation.leave()
+        raise
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, GatewayError):
+                await task
+
+
+async def _put_together(generation: Generation) -> WholeAnswer:
+    deltas: list[Delta] = [delta async for delta in generation.deltas()]
+    finish_reason = deltas[-1].finish_reason
+    assert finish_reason is not None, "the last delta has a finish reason"
+    return WholeAnswer(
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=[logprob for delta in deltas for logprob in delta.logprobs],
+        finish_reason=finish_reason,
+    )
+
+
+async def _hang_up(request: Request[Any, Any, Any]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,282 @@
+"""POST /v1/chat/completions."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from litestar import Request, Response, post
+from litestar.response import Stream
+
+from gateway.api.answer import WholeAnswer, answer_headers, collect
+from gateway.api.fields import (
+    NumTokens,
+    Seed,
+    StopString,
+    StopStrings,
+    StreamOptions,
+    Temperature,
+    TokenIds,
+    TopK,
+    TopP,
+    Usage,
+    refuse_unserved,
+    stop_strings,
+)
+from gateway.api.sse import DONE, event, event_stream
+from gateway.auth import Principal
+from gateway.errors import InvalidRequest
+from gateway.inference import Delta, Generation, GenerationRequest, Inference
+from gateway.text import TextCodec
+
+
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A piece of a message; text is the only type."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any | None = None
+    audio: Any | None = None
+    refusal: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it: `developer` is the newer word for `system`."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """OpenAI's chat request; known fields that are not served are refused by name."""
+
+    model: str
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
+    max_completion_tokens: NumTokens | None = None
+    max_tokens: NumTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    seed: Seed | None = None
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # Accepted for the client's own use; they change nothing here.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
+    audio: Any | None = None
+    frequency_penalty: float | None = None
+    function_call: Any | None = None
+    functions: list[Any] | None = None
+    logit_bias: dict[str, float] | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    modalities: list[str] | None = None
+    n: int | None = None
+    parallel_tool_calls: bool | None = None
+    prediction: Any | None = None
+    presence_penalty: float | None = None
+    reasoning_effort: str | None = None
+    repetition_penalty: float | None = None
+    response_format: Any | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    tool_choice: Any | None = None
+    tools: list[Any] | None = None
+    verbosity: str | None = None
+    web_search_options: Any | None = None
+
+
+class ChatTopLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ChatTopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    content: list[ChatTokenLogprob]
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    message: AssistantMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None
+    index: int = 0
+
+
+class ChatCompletion(msgspec.Struct, frozen=True):
+    """OpenAI's chat answer; `usage` also says what it cost."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    content: str | None = None
+    role: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True):
+    delta: ChatDelta
+    finish_reason: str | None = None
+    logprobs: ChatLogprobs | None = None
+    index: int = 0
+
+
+class ChatCompletionChunk(msgspec.Struct, frozen=True):
+    """One event of a streamed chat answer."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+@post(
+    "/v1/chat/completions",
+    scope="inference",
+    status_code=200,
+    tags=["inference"],
+    summary="Answer a conversation",
+    request_max_body_size=16 << 20,
+)
+async def chat_completions(
+    data: ChatCompletionRequest,
+    request: Request[Any, Any, Any],
+    principal: Principal,
+    inference: Inference,
+) -> Response[ChatCompletion] | Stream:
+    """Answer a conversation with a base model or one of the caller's adapters."""
+    generation = await inference.start(principal, _read(data))
+    if data.stream:
+        return event_stream(
+            _events(generation, data),
+            headers=answer_headers(generation),
+            leave=generation.leave,
+        )
+    answer = await collect(request, generation)
+    return _whole(generation, data, answer)
+
+
+def _read(data: ChatCompletionRequest) -> GenerationRequest:
+    refuse_unserved(data)
+    for number, message in enumerate(data.messages):
+        refuse_unserved(message, place=f"messages[{number}].")
+    if data.stream_options is not None and not data.stream:
+        raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+    if data.top_logprobs is not None and not data.logprobs:
+        raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
+    return GenerationRequest(
+        endpoint="chat.completions",
+        model=data.model,
+        prompt=[message.for_template() for message in data.messages],
+        is_streamed=bool(data.stream),
+        max_tokens=data.max_completion_tokens or data.max_tokens,
+        temperature=data.temperature,
+        top_p=data.top_p,
+        top_k=None if data.top_k is None else max(data.top_k, 0),
+        seed=data.seed,
+        stops=stop_strings(data.stop),
+        stop_token_ids=tuple(data.stop_token_ids or ()),
+        ignore_eos=bool(data.ignore_eos),
+        logprobs=(data.top_logprobs or 0) if data.logprobs else None,
+    )
+
+
+def _id(generation: Generation) -> str:
+    return f"chatcmpl-{generation.request_id.hex}"
+
+
+def _whole(
+    generation: Generation, data: ChatCompletionRequest, answer: WholeAnswer
+) -> Response[ChatCompletion]:
+    bill = generation.finish()
+    logprobs = _logprobs(generation.codec, answer) if data.logprobs else None
+    completion = ChatCompletion(
+        id=_id(generation),
+        created=int(generation.created.timestamp()),
+        model=data.model,
+        choices=[ChatChoice(AssistantMessage(answer.text), answer.finish_reason, logprobs)],
+        usage=Usage.of(bill),
+    )
+    return Response(
+        completion, headers={**answer_headers(generation), "x-cost-nano": str(bill.cost_nano)}
+    )
+
+
+async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncIterator[bytes]:
+    def chunk(*choices: ChatChunkChoice, usage: Usage | None = None) -> bytes:
+        return event(
+            ChatCompletionChunk(
+                id=_id(generation),
+                created=int(generation.created.timestamp()),
+                model=data.model,
+                choices=list(choices),
+                usage=usage,
+            )
+        )
+
+    is_first = True
+    async for delta in generation.deltas():
+        if is_first:
+            is_first = False
+            yield chunk(ChatChunkChoice(ChatDelta(role="assistant", content="")))
+        if delta.text or delta.logprobs:
+            logprobs = _logprobs(generation.codec, delta) if data.logprobs else None
+            yield chunk(ChatChunkChoice(ChatDelta(content=delta.text), logprobs=logprobs))
+        if delta.finish_reason:
+            bill = generation.finish()
+            yield chunk(ChatChunkChoice(ChatDelta(), finish_reason=delta.finish_reason))
+            if data.stream_options and data.stream_options.include_usage:
+                yield chunk(usage=Usage.of(bill))
+    yield DONE
+
+
+def _logprobs(codec: TextCodec, answer: Delta | WholeAnswer) -> ChatLogprobs:
+    return ChatLogprobs(
+        [
+            ChatTokenLogprob(
+                token=codec.token_text(token_id),
+                logprob=found.logprob,
+                bytes=codec.token_bytes(token_id),
+                top_logprobs=[
+                    ChatTopLogprob(codec.token_text(other), logprob, codec.token_bytes(other))
+                    for other, logprob in found.top
+                ],
+            )
+            for token_id, found in zip(answer.token_ids, answer.logprobs, strict=True)
+        ]
+    )

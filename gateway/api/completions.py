@@ -1,0 +1,196 @@
+"""POST /v1/completions."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from litestar import Request, Response, post
+from litestar.response import Stream
+
+from gateway.api.answer import WholeAnswer, answer_headers, collect
+from gateway.api.fields import (
+    NumTokens,
+    Seed,
+    StopString,
+    StopStrings,
+    StreamOptions,
+    Temperature,
+    TokenIds,
+    TopK,
+    TopP,
+    Usage,
+    refuse_unserved,
+    stop_strings,
+)
+from gateway.api.sse import DONE, event, event_stream
+from gateway.auth import Principal
+from gateway.errors import InvalidRequest
+from gateway.inference import Delta, Generation, GenerationRequest, Inference, TokenPrompt
+from gateway.text import TextCodec
+
+# OpenAI's own default for this endpoint.
+DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """OpenAI's completion request for one prompt, as text or as token ids."""
+
+    model: str
+    prompt: str | TokenIds
+    max_tokens: NumTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    seed: Seed | None = None
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # Accepted for the client's own use; it changes nothing here.
+    user: str | None = None
+    # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
+    best_of: int | None = None
+    echo: bool | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    suffix: str | None = None
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """Parallel lists, one entry a token, as this endpoint has always had them."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    # Where each token's text begins, counted in characters from the answer's first.
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: CompletionLogprobs | None = None
+    index: int = 0
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """OpenAI's completion answer, whole or one event of a stream; `usage` also says the cost."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    object: Literal["text_completion"] = "text_completion"
+
+
+@post(
+    "/v1/completions",
+    scope="inference",
+    status_code=200,
+    tags=["inference"],
+    summary="Continue a prompt",
+    request_max_body_size=16 << 20,
+)
+async def completions(
+    data: CompletionRequest,
+    request: Request[Any, Any, Any],
+    principal: Principal,
+    inference: Inference,
+) -> Response[Completion] | Stream:
+    """Continue a prompt with a base model or one of the caller's adapters."""
+    generation = await inference.start(principal, _read(data))
+    if data.stream:
+        return event_stream(
+            _events(generation, data),
+            headers=answer_headers(generation),
+            leave=generation.leave,
+        )
+    answer = await collect(request, generation)
+    return _whole(generation, data, answer)
+
+
+def _read(data: CompletionRequest) -> GenerationRequest:
+    refuse_unserved(data)
+    if not data.prompt:
+        raise InvalidRequest("'prompt' is empty: give at least one token.", param="prompt")
+    if data.stream_options is not None and not data.stream:
+        raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+    return GenerationRequest(
+        endpoint="completions",
+        model=data.model,
+        prompt=data.prompt if isinstance(data.prompt, str) else TokenPrompt(data.prompt),
+        is_streamed=bool(data.stream),
+        max_tokens=data.max_tokens or DEFAULT_MAX_TOKENS,
+        temperature=data.temperature,
+        top_p=data.top_p,
+        top_k=None if data.top_k is None else max(data.top_k, 0),
+        seed=data.seed,
+        stops=stop_strings(data.stop),
+        stop_token_ids=tuple(data.stop_token_ids or ()),
+        ignore_eos=bool(data.ignore_eos),
+        logprobs=data.logprobs,
+    )
+
+
+def _completion(
+    generation: Generation,
+    data: CompletionRequest,
+    *choices: CompletionChoice,
+    usage: Usage | None = None,
+) -> Completion:
+    return Completion(
+        id=f"cmpl-{generation.request_id.hex}",
+        created=int(generation.created.timestamp()),
+        model=data.model,
+        choices=list(choices),
+        usage=usage,
+    )
+
+
+def _whole(
+    generation: Generation, data: CompletionRequest, answer: WholeAnswer
+) -> Response[Completion]:
+    bill = generation.finish()
+    logprobs = None if data.logprobs is None else _logprobs(generation.codec, answer, offset=0)
+    choice = CompletionChoice(answer.text, answer.finish_reason, logprobs)
+    return Response(
+        _completion(generation, data, choice, usage=Usage.of(bill)),
+        headers={**answer_headers(generation), "x-cost-nano": str(bill.cost_nano)},
+    )
+
+
+async def _events(generation: Generation, data: CompletionRequest) -> AsyncIterator[bytes]:
+    offset = 0
+    async for delta in generation.deltas():
+        bill = generation.finish() if delta.finish_reason else None
+        logprobs = (
+            None if data.logprobs is None else _logprobs(generation.codec, delta, offset=offset)
+        )
+        offset += len(delta.text)
+        choice = CompletionChoice(delta.text, delta.finish_reason, logprobs)
+        yield event(_completion(generation, data, choice))
+        if bill and data.stream_options and data.stream_options.include_usage:
+            yield event(_completion(generation, data, usage=Usage.of(bill)))
+    yield DONE
+
+
+def _logprobs(codec: TextCodec, answer: Delta | WholeAnswer, *, offset: int) -> CompletionLogprobs:
+    tokens = [codec.token_text(token_id) for token_id in answer.token_ids]
+    offsets = [offset + sum(map(len, tokens[:place])) for place in range(len(tokens))]
+    return CompletionLogprobs(
+        tokens=tokens,
+        token_logprobs=[found.logprob for found in answer.logprobs],
+        top_logprobs=[
+            {codec.token_text(other): logprob for other, logprob in found.top}
+            for found in answer.logprobs
+        ],
+        text_offset=offsets,
+    )

@@ -1,0 +1,99 @@
+"""The fields that chat and completions have in common, and those that are refused by name.
+
+A field that is known but not served is accepted where its value changes nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+
+from gateway.errors import InvalidRequest
+from gateway.prices import Bill
+
+Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
+TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
+TopK = Annotated[int, msgspec.Meta(ge=-1)]
+NumTokens = Annotated[int, msgspec.Meta(ge=1)]
+StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+StopStrings = Annotated[list[StopString], msgspec.Meta(max_length=16)]
+Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+TokenIds = Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=1_000_000)]
+
+# Known fields that are not served, with the values that change nothing.
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0),
+    "function_call": (None,),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "modalities": (None, ["text"]),
+    "n": (None, 1),
+    "parallel_tool_calls": (None, True),
+    "prediction": (None,),
+    "presence_penalty": (None, 0),
+    "reasoning_effort": (None,),
+    "repetition_penalty": (None, 1),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None,),
+    "tool_calls": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+
+def refuse_unserved(body: msgspec.Struct, *, place: str = "") -> None:
+    """Raise InvalidRequest naming the first field whose value would have to change the answer."""
+    for name in body.__struct_fields__:
+        neutral = NEUTRAL_VALUES.get(name)
+        value = getattr(body, name)
+        if neutral is not None and not any(value == other for other in neutral):
+            raise InvalidRequest(
+                f"'{place}{name}' is not supported with this value: leave it out.",
+                param=f"{place}{name}",
+            )
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a stream tells besides the text."""
+
+    include_usage: bool | None = None
+    # Padding against traffic analysis: accepted, and chunks are not padded.
+    include_obfuscation: bool | None = None
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What an answer used and cost: the same numbers that its usage event keeps."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    # Nano-USD.
+    cost_nano: int
+
+    @classmethod
+    def of(cls, bill: Bill) -> "Usage":
+        return cls(
+            prompt_tokens=bill.prompt_tokens,
+            completion_tokens=bill.completion_tokens,
+            total_tokens=bill.prompt_tokens + bill.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(bill.cached_tokens),
+            cost_nano=bill.cost_nano,
+        )
+
+
+def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())

@@ -1,0 +1,44 @@
+"""GET /health/live and /health/ready: for whoever restarts this process or routes to it."""
+
+from typing import Literal
+
+import msgspec
+from litestar import Response, get
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from gateway.database import Database
+from gateway.routing import Router
+
+
+class Health(msgspec.Struct, frozen=True):
+    """`reasons` says what is missing; empty when nothing is."""
+
+    status: Literal["live", "ready", "not ready"]
+    reasons: list[str] = []
+
+
+@get("/health/live", scope="public", tags=["health"], summary="Is the process alive")
+async def live() -> Health:
+    return Health("live")
+
+
+@get("/health/ready", scope="public", tags=["health"], summary="Can requests be answered now")
+async def ready(database: Database, router: Router) -> Response[Health]:
+    reasons = [*_engine_reasons(router), *await _database_reasons(database)]
+    if reasons:
+        return Response(Health("not ready", reasons), status_code=503)
+    return Response(Health("ready"))
+
+
+def _engine_reasons(router: Router) -> list[str]:
+    return [] if router.is_any_connected else ["no engine is connected"]
+
+
+async def _database_reasons(database: Database) -> list[str]:
+    try:
+        async with database.as_app() as session:
+            await session.execute(text("SELECT 1"))
+    except (OSError, SQLAlchemyError):
+        return ["the database does not answer"]
+    return []

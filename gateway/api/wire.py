@@ -1,0 +1,118 @@
+"""How the gateway says things over HTTP: error bodies for both planes.
+
+`/v1` speaks OpenAI's error object, everything else RFC 9457 problem documents. Decides nothing.
+"""
+
+import logging
+import re
+from typing import Any
+
+import msgspec
+from litestar import MediaType, Request, Response
+from litestar.exceptions import HTTPException, ValidationException
+
+from gateway.errors import (
+    BodyTooLarge,
+    GatewayError,
+    InvalidRequest,
+    NotFound,
+    RejectedUpload,
+    UnknownField,
+)
+
+logger = logging.getLogger(__name__)
+
+# How msgspec words the two faults that concern a field by name.
+_FIELD_IN_MESSAGE = re.compile(r"(unknown|required) field `(.+?)`")
+
+
+class OpenAIErrorBody(msgspec.Struct, frozen=True):
+    """The inner object of OpenAI's error answer."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(msgspec.Struct, frozen=True):
+    """OpenAI's error answer."""
+
+    error: OpenAIErrorBody
+
+
+def openai_error(error: GatewayError) -> OpenAIError:
+    return OpenAIError(OpenAIErrorBody(error.message, error.type, error.param, error.code))
+
+
+def problem_document(error: GatewayError) -> dict[str, Any]:
+    """RFC 9457: type, title, status, detail, and our own `code`, `param` and `findings`."""
+    document: dict[str, Any] = {
+        "type": f"urn:manylora:error:{error.code or error.type}",
+        "title": (type(error).__doc__ or "").strip(),
+        "status": error.status,
+        "detail": error.message,
+        "code": error.code,
+    }
+    if error.param is not None:
+        document["param"] = error.param
+    if isinstance(error, RejectedUpload):
+        document["findings"] = [msgspec.to_builtins(finding) for finding in error.findings]
+    return document
+
+
+def answer_error(request: Request[Any, Any, Any], error: GatewayError) -> Response[Any]:
+    """Answer in the words of the plane that was called."""
+    if request.url.path.startswith("/v1/"):
+        return Response(
+            openai_error(error),
+            status_code=error.status,
+            headers=error.headers,
+            media_type=MediaType.JSON,
+        )
+    return Response(
+        problem_document(error),
+        status_code=error.status,
+        headers=error.headers,
+        media_type="application/problem+json",
+    )
+
+
+def answer_http_exception(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
+    """What Litestar itself refuses: unknown routes, wrong methods, bodies it cannot decode."""
+    return answer_error(request, _translate(error))
+
+
+def answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+    """Our own fault: logged whole, told in one sentence."""
+    logger.error("request_failed", exc_info=error, extra={"path": request.url.path})
+    return answer_error(request, GatewayError("Something went wrong on our side."))
+
+
+def _translate(error: HTTPException) -> GatewayError:
+    if isinstance(error, ValidationException):
+        return _translate_validation(error)
+    if error.status_code == 413:
+        return BodyTooLarge()
+    if error.status_code == 404:
+        return NotFound("There is no such route.")
+    translated = InvalidRequest(error.detail)
+    translated.status = error.status_code
+    translated.headers = dict(error.headers or {})
+    return translated
+
+
+def _translate_validation(error: ValidationException) -> InvalidRequest:
+    entries = [entry for entry in error.extra or [] if isinstance(entry, dict)]
+    if not entries:
+        return InvalidRequest(error.detail)
+    message, place = str(entries[0].get("message", "")), str(entries[0].get("key", ""))
+    place = "" if place == "data" else place
+    if found := _FIELD_IN_MESSAGE.search(message):
+        param = f"{place}.{found[2]}" if place else found[2]
+        if found[1] == "unknown":
+            return UnknownField(f"Unknown field '{param}': remove it.", param=param)
+        return InvalidRequest(f"Missing field '{param}': it is required.", param=param)
+    if not place:
+        return InvalidRequest("The body must be a JSON object with this route's fields.")
+    return InvalidRequest(f"{place}: {message}", param=place)

@@ -1,0 +1,237 @@
+"""The composition root: every part of a gateway worker is made here and handed out.
+
+Decides nothing; what it wires together knows nothing of it.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litestar import Litestar
+from litestar import Router as Routes
+from litestar.di import Provide
+from litestar.exceptions import HTTPException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import RedocRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
+from litestar.static_files import create_static_files_router
+from litestar.types import Message, Scope
+from sqlalchemy.exc import SQLAlchemyError
+
+from adapters.store import ArtifactStore
+from engine.client import EngineLink
+from engine.errors import LinkError
+from engine.protocol import ProbeReport
+from gateway import api
+from gateway.api import billing as billing_routes
+from gateway.api import chat, completions, health, models, tenant
+from gateway.api.admin import admin_router
+from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
+from gateway.auth import Authenticator, check_routes, guard, provide_principal
+from gateway.database import Database
+from gateway.errors import GatewayError, Unavailable
+from gateway.inference import Inference
+from gateway.journal import Journal
+from gateway.ledger import Ledger
+from gateway.registry import Registry
+from gateway.routing import Router
+from gateway.settings import Settings
+from gateway.staging import Staging
+from gateway.tables import new_id
+from gateway.text import TextCodecs
+from gateway.uploads import Uploads
+
+logger = logging.getLogger(__name__)
+
+PEPPER_VERSION = 1
+STATIC_DIR = Path(api.__file__).parent / "static"
+REDOC = "redoc-2.5.4.js"
+ENGINE_RETRY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that lives as long as the worker."""
+
+    settings: Settings
+    database: Database
+    authenticator: Authenticator
+    store: ArtifactStore
+    registry: Registry
+    uploads: Uploads
+    journal: Journal
+    ledger: Ledger
+    engine: EngineLink
+    router: Router
+    inference: Inference
+
+
+def build(settings: Settings) -> Parts:
+    """Make the parts of a worker. Opens the journal, and nothing else yet.
+
+    Raises JournalInUse or JournalCorrupt.
+    """
+    database = Database(app_url=settings.database_app_url, worker_url=settings.database_worker_url)
+    store = ArtifactStore(settings.store_url)
+    registry = Registry(database)
+    journal = Journal.open(settings.data_dir / "journal")
+    ledger = Ledger(database, journal)
+    engine = EngineLink(
+        settings.engine_address,
+        worker_id=str(journal.instance_id),
+        worker_epoch=journal.epoch,
+        secret=settings.engine_secret,
+        on_frame=journal.on_frame,
+    )
+    router = Router()
+
+    async def probe(weights_digest: str) -> ProbeReport:
+        try:
+            return await engine.probe(weights_digest)
+        except LinkError as error:
+            raise Unavailable(f"The engine could not probe the adapter: {error}") from error
+
+    return Parts(
+        settings=settings,
+        database=database,
+        authenticator=Authenticator(database, {PEPPER_VERSION: settings.pepper}),
+        store=store,
+        registry=registry,
+        uploads=Uploads(
+            registry,
+            store,
+            staging=Staging(
+                settings.data_dir / "staging", max_upload_bytes=settings.max_upload_bytes
+            ),
+            probe=probe,
+        ),
+        journal=journal,
+        ledger=ledger,
+        engine=engine,
+        router=router,
+        inference=Inference(
+            database=database,
+            registry=registry,
+            texts=TextCodecs(store),
+            router=router,
+            journal=journal,
+            ledger=ledger,
+        ),
+    )
+
+
+@contextlib.asynccontextmanager
+async def run(parts: Parts) -> AsyncIterator[None]:
+    """Start the parts in the order of their needs, and stop them in the other.
+
+    Raises DatabaseRefused where the database cannot be trusted with tenants or money.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(parts.journal.close)
+        stack.push_async_callback(parts.database.close)
+        await parts.database.check()
+        await parts.database.prepare()
+        await stack.enter_async_context(parts.authenticator)
+        await parts.ledger.start()
+        stack.push_async_callback(parts.ledger.stop)
+        await stack.enter_async_context(parts.engine)
+        attaching = asyncio.create_task(_attach_engine(parts))
+        stack.callback(attaching.cancel)
+        yield
+
+
+async def _attach_engine(parts: Parts) -> None:
+    """Offer what the engine serves, as soon as there is one, and finish interrupted uploads."""
+    reason = ""
+    while True:
+        try:
+            info = await parts.engine.info()
+            await parts.registry.register_base_model(info, parts.settings.engine_address)
+            break
+        except (LinkError, GatewayError, SQLAlchemyError, OSError) as error:
+            if str(error) != reason:
+                reason = str(error)
+                logger.warning("engine_not_attached", extra={"reason": reason})
+            await asyncio.sleep(ENGINE_RETRY_S)
+    parts.router.attach(parts.engine)
+    logger.info("engine_attached", extra={"base_model": info.base_model})
+    await parts.uploads.recover()
+
+
+def create_app(settings: Settings) -> Litestar:
+    parts = build(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        async with run(parts):
+            yield
+
+    app = Litestar(
+        [
+            admin_router,
+            billing_routes.billing_router,
+            chat.chat_completions,
+            completions.completions,
+            health.live,
+            health.ready,
+            models.get_model,
+            models.list_models,
+            tenant.usage,
+            create_static_files_router("/static", [STATIC_DIR], opt={"scope": "public"}),
+        ],
+        lifespan=[lifespan],
+        guards=[guard],
+        dependencies={
+            "principal": Provide(provide_principal),
+            **{name: _provide(getattr(parts, name)) for name in _HANDED_OUT},
+        },
+        exception_handlers={
+            GatewayError: answer_error,
+            HTTPException: answer_http_exception,
+            Exception: answer_unexpected,
+        },
+        before_send=[_name_request],
+        openapi_config=_openapi(),
+        logging_config=None,
+    )
+    app.state.authenticator = parts.authenticator
+    check_routes(app)
+    return app
+
+
+# What handlers may ask for by the name of a parameter.
+_HANDED_OUT = ("authenticator", "database", "inference", "ledger", "registry", "router", "uploads")
+
+
+def _provide(part: object) -> Provide:
+    def give() -> Any:
+        return part
+
+    return Provide(give, sync_to_thread=False)
+
+
+async def _name_request(message: Message, scope: Scope) -> None:
+    """Every answer has an id to ask about; generations bring their own."""
+    if message["type"] == "http.response.start":
+        headers = list(message.get("headers", []))
+        if not any(name == b"x-request-id" for name, _ in headers):
+            message["headers"] = [*headers, (b"x-request-id", str(new_id()).encode())]
+
+
+def _openapi() -> OpenAPIConfig:
+    return OpenAPIConfig(
+        title="Manylora",
+        version="1",
+        description="LoRA fine-tunes of one base model, served to many tenants.",
+        path="/docs",
+        render_plugins=[RedocRenderPlugin(js_url=f"/static/{REDOC}", google_fonts=False)],
+        openapi_router=Routes("/docs", route_handlers=[], opt={"scope": "public"}),
+        components=Components(
+            security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}
+        ),
+        security=[{"key": []}],
+    )

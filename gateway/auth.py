@@ -1,0 +1,390 @@
+"""Who is calling: API keys, what they may do, and the guard in front of every route.
+
+A key is `ml_<id>_<secret><checksum>`; only its HMAC under a pepper is stored. Every route names the
+scope that it needs or says that it is public; one that says nothing answers nobody.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import hashlib
+import hmac
+import re
+import secrets
+import string
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from litestar import Litestar, Request
+from litestar.connection import ASGIConnection
+from litestar.handlers import BaseRouteHandler
+from litestar.routes import HTTPRoute
+from sqlalchemy import Row, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from gateway.database import DATABASE_TROUBLE, Database
+from gateway.errors import InvalidKey, InvalidRequest, NotAllowed, NotFound, Unavailable
+from gateway.tables import ApiKey, new_id
+
+OPERATOR = "operator"
+TENANT_SCOPES = frozenset({"inference", "usage"})
+SCOPES = TENANT_SCOPES | {OPERATOR}
+# What a route says that needs no key.
+PUBLIC = "public"
+
+# How long a revoked key may still pass where its notice was lost.
+CACHE_S = 2.0
+MAX_CACHED_KEYS = 10_000
+MAX_NAME_LENGTH = 200
+
+ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
+ID_LENGTH = 12
+# 62^43 is just above 2^256.
+SECRET_LENGTH = 43
+# 62^6 is above 2^32.
+CHECKSUM_LENGTH = 6
+KEY_FORMAT = re.compile(
+    rf"(ml_([0-9A-Za-z]{{{ID_LENGTH}}})_[0-9A-Za-z]{{{SECRET_LENGTH}}})"
+    rf"([0-9A-Za-z]{{{CHECKSUM_LENGTH}}})"
+)
+
+# The channel of the triggers on api_keys and tenants.
+CHANNEL = "api_keys"
+
+# A key with its tenant, before any tenant is known: runs as the worker inside.
+FIND_KEY = text("SELECT * FROM find_api_key(:public_id)")
+
+# Remember, once a minute at most, that a key was used.
+TOUCH_KEY = text("SELECT touch_api_key(:key_id)")
+TOUCH_INTERVAL = datetime.timedelta(minutes=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a request comes from. An operator has no tenant."""
+
+    key_id: uuid.UUID
+    key_name: str
+    tenant_id: uuid.UUID | None
+    tenant_slug: str | None
+    cache_salt: bytes
+    scopes: frozenset[str]
+
+    @property
+    def is_operator(self) -> bool:
+        return OPERATOR in self.scopes
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key that nobody has yet. `plain` is shown once and stored nowhere."""
+
+    public_id: str
+    plain: str
+
+
+def new_key() -> NewKey:
+    public_id = _random_text(ID_LENGTH)
+    body = f"ml_{public_id}_{_random_text(SECRET_LENGTH)}"
+    return NewKey(public_id, body + _checksum(body))
+
+
+def public_id_of(plain: str) -> str | None:
+    """The key's public id; None for what cannot be a key, a typo for example."""
+    match = KEY_FORMAT.fullmatch(plain)
+    if match is None or _checksum(match[1]) != match[3]:
+        return None
+    return match[2]
+
+
+def fingerprint(plain: str, *, pepper: bytes) -> bytes:
+    return hmac.digest(pepper, plain.encode(), "sha256")
+
+
+async def create_key(
+    session: AsyncSession,
+    *,
+    tenant_id: uuid.UUID | None,
+    name: str,
+    scopes: Iterable[str] | None,
+    expires_at: datetime.datetime | None,
+    pepper: bytes,
+    pepper_version: int = 1,
+) -> tuple[ApiKey, str]:
+    """Add a key, as the worker; return its row and the key itself, which cannot be had again.
+
+    `tenant_id` None makes an operator's key; `scopes` None means all that such a key can have.
+    Raises InvalidRequest.
+    """
+    allowed = frozenset({OPERATOR}) if tenant_id is None else TENANT_SCOPES
+    granted = allowed if scopes is None else frozenset(scopes)
+    _check_key(name, granted, allowed=allowed, expires_at=expires_at)
+    key = new_key()
+    row = ApiKey(
+        id=new_id(),
+        public_id=key.public_id,
+        tenant_id=tenant_id,
+        name=name,
+        secret_hmac=fingerprint(key.plain, pepper=pepper),
+        pepper_version=pepper_version,
+        scopes=sorted(granted),
+        expires_at=expires_at,
+    )
+    session.add(row)
+    await session.flush()
+    await session.refresh(row)
+    return row, key.plain
+
+
+async def list_keys(session: AsyncSession, *, tenant_id: uuid.UUID | None) -> list[ApiKey]:
+    """A tenant's keys, or the operators'; oldest first, dead ones too."""
+    of_tenant = ApiKey.tenant_id.is_not_distinct_from(tenant_id)
+    return list((await session.scalars(select(ApiKey).where(of_tenant).order_by(ApiKey.id))).all())
+
+
+async def revoke_key(
+    session: AsyncSession, *, tenant_id: uuid.UUID | None, key_id: uuid.UUID
+) -> ApiKey:
+    """End a key now. Once more changes nothing. Raises NotFound where the tenant has no such."""
+    query = (
+        select(ApiKey)
+        .where(ApiKey.id == key_id, ApiKey.tenant_id.is_not_distinct_from(tenant_id))
+        .with_for_update()
+    )
+    row = (await session.scalars(query)).one_or_none()
+    if row is None:
+        raise NotFound("There is no such key.")
+    if row.revoked_at is None:
+        row.revoked_at = datetime.datetime.now(datetime.UTC)
+        await session.flush()
+    return row
+
+
+class Authenticator:
+    """Turns `Authorization` headers into principals, remembering each for a moment.
+
+    Used as a context it also hears of changes at once; without, `CACHE_S` is the bound.
+    """
+
+    def __init__(self, database: Database, peppers: Mapping[int, bytes]) -> None:
+        self._database = database
+        self._peppers = dict(peppers)
+        # SHA-256 of the whole key -> who it is; the oldest first.
+        self._known: dict[bytes, _Known] = {}
+        # Grows with each change, so that an answer read before one is not remembered after it.
+        self._num_changes = 0
+        self._listening: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._listening = asyncio.create_task(self._database.listen(CHANNEL, self.forget))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._listening is not None
+        self._listening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._listening
+
+    def forget(self) -> None:
+        """Look every key up anew from now on."""
+        self._num_changes += 1
+        self._known.clear()
+
+    async def issue_key(
+        self,
+        session: AsyncSession,
+        *,
+        tenant_id: uuid.UUID | None,
+        name: str,
+        scopes: Iterable[str] | None,
+        expires_at: datetime.datetime | None,
+    ) -> tuple[ApiKey, str]:
+        """`create_key` under the newest pepper."""
+        newest = max(self._peppers)
+        return await create_key(
+            session,
+            tenant_id=tenant_id,
+            name=name,
+            scopes=scopes,
+            expires_at=expires_at,
+            pepper=self._peppers[newest],
+            pepper_version=newest,
+        )
+
+    async def authenticate(self, authorization: str | None) -> Principal:
+        """Raises InvalidKey, NotAllowed where the tenant is not active, or Unavailable."""
+        plain = _bearer(authorization)
+        public_id = public_id_of(plain)
+        if public_id is None:
+            raise _invalid("This is not an API key: check for typing errors.")
+        digest = hashlib.sha256(plain.encode()).digest()
+        known = self._known.get(digest)
+        if known is not None and known.is_fresh():
+            return known.principal
+        num_changes = self._num_changes
+        known = await self._look_up(public_id, plain)
+        if num_changes == self._num_changes:
+            self._remember(digest, known)
+        return known.principal
+
+    async def _look_up(self, public_id: str, plain: str) -> "_Known":
+        try:
+            async with self._database.as_app() as session:
+                query = await session.execute(FIND_KEY, {"public_id": public_id})
+                row = query.one_or_none()
+                known = self._judge(row, plain)
+                if row is not None and _is_long_unused(row.last_used_at):
+                    await session.execute(TOUCH_KEY, {"key_id": row.id})
+        except DATABASE_TROUBLE as error:
+            raise Unavailable("Keys cannot be checked now; try again shortly.") from error
+        return known
+
+    def _judge(self, row: Row[Any] | None, plain: str) -> "_Known":
+        pepper = self._peppers.get(row.pepper_version, b"") if row is not None else b""
+        # An unknown key takes as long as a known one.
+        found = fingerprint(plain, pepper=pepper)
+        expected = row.secret_hmac if row is not None and pepper else bytes(len(found))
+        if not hmac.compare_digest(found, expected) or row is None:
+            raise _invalid("The API key is not known here.")
+        if row.revoked_at is not None:
+            raise _invalid("The API key was revoked.")
+        if row.expires_at is not None and row.expires_at <= datetime.datetime.now(datetime.UTC):
+            raise _invalid("The API key has expired.")
+        if row.tenant_id is not None and row.tenant_status != "active":
+            raise NotAllowed(f"The tenant {row.tenant_slug!r} is {row.tenant_status}.")
+        return _Known(_principal(row), row.expires_at, time.monotonic() + CACHE_S)
+
+    def _remember(self, digest: bytes, known: "_Known") -> None:
+        # All live equally long, so the first to be remembered is the first to end.
+        self._known.pop(digest, None)
+        self._known[digest] = known
+        now = time.monotonic()
+        while (oldest := next(iter(self._known))) != digest and (
+            self._known[oldest].until <= now or len(self._known) > MAX_CACHED_KEYS
+        ):
+            del self._known[oldest]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    principal: Principal
+    expires_at: datetime.datetime | None
+    # On the monotonic clock.
+    until: float
+
+    def is_fresh(self) -> bool:
+        if self.expires_at is not None and self.expires_at <= datetime.datetime.now(datetime.UTC):
+            return False
+        return time.monotonic() < self.until
+
+
+async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """Let through whoever has the scope that the route names. Raises InvalidKey or NotAllowed."""
+    scope = handler.opt.get("scope")
+    if scope == PUBLIC:
+        return
+    if scope not in SCOPES:
+        raise NotAllowed("This route answers nobody.")
+    authenticator: Authenticator = connection.app.state.authenticator
+    principal = await authenticator.authenticate(connection.headers.get("authorization"))
+    if scope not in principal.scopes:
+        raise NotAllowed(f"This key has not the scope {scope!r}, which this route needs.")
+    connection.state.principal = principal
+
+
+async def provide_principal(request: Request[Any, Any, Any]) -> Principal:
+    """The caller, for handlers: only of routes that need a key."""
+    principal = request.state.principal
+    assert isinstance(principal, Principal)
+    return principal
+
+
+def check_routes(app: Litestar) -> None:
+    """Refuse, at start, an application with a route that names no scope: it would answer nobody."""
+    silent = sorted(
+        f"{'/'.join(sorted(handler.http_methods))} {route.path}"
+        for route in app.routes
+        if isinstance(route, HTTPRoute)
+        for handler in route.route_handlers
+        # Litestar answers OPTIONS itself; the guard refuses it.
+        if handler.http_methods != {"OPTIONS"} and handler.opt.get("scope") not in SCOPES | {PUBLIC}
+    )
+    if silent:
+        raise AssertionError(f"routes that name no scope: {', '.join(silent)}")
+
+
+def _principal(row: Row[Any]) -> Principal:
+    return Principal(
+        key_id=row.id,
+        key_name=row.name,
+        tenant_id=row.tenant_id,
+        tenant_slug=row.tenant_slug,
+        cache_salt=row.cache_salt or b"",
+        scopes=frozenset(row.scopes),
+    )
+
+
+def _bearer(authorization: str | None) -> str:
+    scheme, _, key = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise _invalid("Send an API key as `Authorization: Bearer ml_...`.")
+    return key.strip()
+
+
+def _invalid(message: str) -> InvalidKey:
+    error = InvalidKey(message)
+    error.headers["www-authenticate"] = "Bearer"
+    return error
+
+
+def _is_long_unused(last_used_at: datetime.datetime | None) -> bool:
+    if last_used_at is None:
+        return True
+    return datetime.datetime.now(datetime.UTC) - last_used_at > TOUCH_INTERVAL
+
+
+def _check_key(
+    name: str,
+    scopes: frozenset[str],
+    *,
+    allowed: frozenset[str],
+    expires_at: datetime.datetime | None,
+) -> None:
+    if not name.strip() or len(name) > MAX_NAME_LENGTH or "\x00" in name:
+        raise InvalidRequest(
+            f"name must be 1 to {MAX_NAME_LENGTH} characters, and not only spaces.", param="name"
+        )
+    if not scopes or not scopes <= allowed:
+        raise InvalidRequest(
+            f"scopes must be one or more of: {', '.join(sorted(allowed))}.", param="scopes"
+        )
+    if expires_at is None:
+        return
+    if expires_at.tzinfo is None:
+        raise InvalidRequest(
+            "expires_at must name its time zone, such as 2030-01-01T00:00:00Z.", param="expires_at"
+        )
+    if expires_at <= datetime.datetime.now(datetime.UTC):
+        raise InvalidRequest("expires_at must be in the future.", param="expires_at")
+
+
+def _random_text(length: int) -> str:
+    return "".join(secrets.choice(ALPHABET) for _ in range(length))
+
+
+def _checksum(body: str) -> str:
+    number, digits = zlib.crc32(body.encode()), ""
+    for _ in range(CHECKSUM_LENGTH):
+        number, digit = divmod(number, len(ALPHABET))
+        digits = ALPHABET[digit] + digits
+    return digits

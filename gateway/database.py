@@ -1,0 +1,334 @@
+"""The way to PostgreSQL: two roles, one transaction at a time, and the schema's migrations.
+
+`as_tenant` shows the rows of one tenant, `as_worker` those of all, `as_app` none. Refuses a
+database on which those promises would not hold. Knows no table by name.
+"""
+
+import asyncio
+import base64
+import datetime
+import hashlib
+import hmac
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Connection, event, make_url, text
+from sqlalchemy.exc import DisconnectionError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+
+from gateway.errors import DatabaseRefused
+
+logger = logging.getLogger(__name__)
+
+# What comes up when the server is away, restarting, full or too slow.
+DATABASE_TROUBLE = (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+LISTEN_RETRY_S = 1.0
+
+# 15 brought NULLS NOT DISTINCT, which the rollups' key needs.
+OLDEST_SERVER_VERSION = 150000
+MAX_CLOCK_SKEW_S = 2.0
+SCRAM_ITERATIONS = 4096
+# PostgreSQL cuts longer names off silently.
+MAX_ROLE_NAME_BYTES = 63
+
+SET_TENANT = text("SELECT set_config('app.tenant', :tenant, true)")
+
+# What a role could do beyond its policies.
+ROLE_POWERS = text(
+    """
+    SELECT
+        rolname AS name, rolsuper AS is_superuser, rolbypassrls AS bypasses_row_security,
+        (SELECT array_agg(relname::text ORDER BY relname) FROM pg_class
+         WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')
+         AND pg_has_role(current_user, relowner, 'MEMBER')) AS owned_tables
+    FROM pg_roles WHERE rolname = current_user
+    """
+)
+
+# Tables that carry a tenant and yet show everybody's rows.
+UNPROTECTED_TABLES = text(
+    """
+    SELECT relname FROM pg_class
+    WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')
+    AND NOT (relrowsecurity AND relforcerowsecurity)
+    AND (relname = 'tenants' OR EXISTS (
+        SELECT FROM pg_attribute
+        WHERE attrelid = pg_class.oid AND attname = 'tenant_id' AND NOT attisdropped
+    ))
+    ORDER BY relname
+    """
+)
+
+
+class Database:
+    """Two pools of connections, one for each role that serves."""
+
+    def __init__(self, *, app_url: str, worker_url: str, pool_size: int = 10) -> None:
+        self.app_url = app_url
+        self._app = _open_pool(app_url, pool_size=pool_size)
+        self._worker = _open_pool(worker_url, pool_size=pool_size)
+        self._app_sessions = async_sessionmaker(self._app, expire_on_commit=False)
+        self._worker_sessions = async_sessionmaker(self._worker, expire_on_commit=False)
+
+    @asynccontextmanager
+    async def as_tenant(self, tenant_id: UUID) -> AsyncIterator[AsyncSession]:
+        """One transaction that sees and adds rows of this tenant alone."""
+        async with self._app_sessions.begin() as session:
+            await session.execute(SET_TENANT, {"tenant": str(tenant_id)})
+            yield session
+
+    @asynccontextmanager
+    async def as_app(self) -> AsyncIterator[AsyncSession]:
+        """One transaction that sees no tenant's rows."""
+        async with self._app_sessions.begin() as session:
+            yield session
+
+    @asynccontextmanager
+    async def as_worker(self) -> AsyncIterator[AsyncSession]:
+        """One transaction across tenants: for the settler, the sweeper, billing and operators."""
+        async with self._worker_sessions.begin() as session:
+            yield session
+
+    async def check(self) -> None:
+        """Refuse, with `DatabaseRefused`, a database that is old, unsafe or of another time."""
+        async with self.as_app() as session:
+            await _check_server(session)
+            await _check_schema(session)
+            await _check_clock(session)
+            await _check_role(session)
+        async with self.as_worker() as session:
+            await _check_role(session)
+
+    async def prepare(self, *, months_ahead: int = 12) -> None:
+        """Make the partitions that usage events of the coming months go into."""
+        async with self.as_worker() as session:
+            await session.execute(
+                text("SELECT make_usage_partitions(:months)"), {"months": months_ahead}
+            )
+
+    async def listen(self, channel: str, on_notice: Callable[[], None]) -> None:
+        """Call `on_notice` at each notice, and whenever some may have been missed.
+
+        Runs until it is cancelled, on a connection of its own, and survives the server's restarts.
+        """
+        while True:
+            try:
+                await self._listen_once(channel, on_notice)
+            except DATABASE_TROUBLE as error:
+                logger.warning("listening_failed", extra={"channel": channel, "reason": str(error)})
+            await asyncio.sleep(LISTEN_RETRY_S)
+
+    async def _listen_once(self, channel: str, on_notice: Callable[[], None]) -> None:
+        _, options = self._app.dialect.create_connect_args(asyncpg_url(self.app_url))
+        connection = await asyncpg.connect(**options)
+        try:
+            is_lost = asyncio.Event()
+            connection.add_termination_listener(lambda _: is_lost.set())
+            await connection.add_listener(channel, lambda *_: on_notice())
+            on_notice()
+            await is_lost.wait()
+        finally:
+            connection.terminate()
+
+    async def close(self) -> None:
+        await self._app.dispose()
+        await self._worker.dispose()
+
+
+async def migrate(owner_url: str, *, app_password: str, worker_password: str) -> None:
+    """Bring the schema to its newest step and give both login roles these passwords.
+
+    Safe to run from several processes at once: they wait for one another.
+    """
+    url = asyncpg_url(owner_url)
+    roles = _role_names(url)
+    engine = create_async_engine(url)
+    try:
+        async with engine.begin() as connection:
+            await connection.execute(
+                text("SELECT pg_advisory_xact_lock(hashtextextended('manylora migrate', 0))")
+            )
+            await connection.run_sync(_refuse_old_server)
+            await connection.run_sync(_upgrade)
+            for role, password in zip(roles, (app_password, worker_password), strict=True):
+                await connection.run_sync(_set_password, role=role, password=password)
+    finally:
+        await engine.dispose()
+
+
+def role_urls(owner_url: str, *, app_password: str, worker_password: str) -> tuple[str, str]:
+    """The URLs of the two login roles, on the server and database that the owner's URL names."""
+    url = asyncpg_url(owner_url)
+    app, worker = (
+        url.set(username=role, password=password).render_as_string(hide_password=False)
+        for role, password in zip(_role_names(url), (app_password, worker_password), strict=True)
+    )
+    return app, worker
+
+
+def asyncpg_url(url: str) -> URL:
+    """The URL with our driver in it, whichever spelling of `postgresql://` came in."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise DatabaseRefused(
+            f"the database URL starts with {parsed.drivername}://, but only PostgreSQL is spoken:"
+            " write postgresql://user:password@host/database"
+        )
+    if not parsed.database:
+        raise DatabaseRefused("the database URL names no database: end it with /name")
+    parsed = parsed.set(drivername="postgresql+asyncpg")
+    if "sslmode" not in parsed.query:
+        return parsed
+    # libpq's spelling; asyncpg's own parameter takes the same words.
+    ssl_mode = parsed.query["sslmode"]
+    return parsed.difference_update_query(["sslmode"]).update_query_dict({"ssl": ssl_mode})
+
+
+def alembic_config() -> Config:
+    """The migrations' settings, found from the installed package rather than a checkout."""
+    config = Config()
+    config.set_main_option("script_location", str(resources.files("migrations")).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _open_pool(url: str, *, pool_size: int) -> AsyncEngine:
+    engine = create_async_engine(
+        asyncpg_url(url),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=10,
+        connect_args={
+            "server_settings": {
+                "application_name": "manylora",
+                # Our queries are short; compiling them costs more than running them.
+                "jit": "off",
+                # A transaction that somebody forgot must not hold its locks for ever.
+                "idle_in_transaction_session_timeout": "60s",
+            },
+        },
+    )
+    event.listen(engine.sync_engine, "checkout", _refuse_closed_connection)
+    return engine
+
+
+def _refuse_closed_connection(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
+    """Let the pool replace a connection that the server has closed: no round trip is needed."""
+    if dbapi_connection.driver_connection.is_closed():
+        raise DisconnectionError
+
+
+def _role_names(url: URL) -> tuple[str, str]:
+    names = f"{url.database}_app", f"{url.database}_worker"
+    if max(len(name.encode()) for name in names) > MAX_ROLE_NAME_BYTES:
+        raise DatabaseRefused(
+            f"the database's name {url.database!r} is too long: the roles {names[0]!r} and"
+            f" {names[1]!r} must fit in {MAX_ROLE_NAME_BYTES} bytes"
+        )
+    return names
+
+
+def _upgrade(connection: Connection) -> None:
+    config = alembic_config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _set_password(connection: Connection, *, role: str, password: str) -> None:
+    # The verifier goes over, never the password: statements end up in logs.
+    quoted = connection.dialect.identifier_preparer.quote(role)
+    connection.exec_driver_sql(f"ALTER ROLE {quoted} PASSWORD '{scram_verifier(password)}'")
+
+
+def scram_verifier(password: str) -> str:
+    """What PostgreSQL stores of a password: SCRAM-SHA-256, RFC 5803."""
+    salt = secrets.token_bytes(16)
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, SCRAM_ITERATIONS)
+    client_key = hmac.digest(salted, b"Client Key", "sha256")
+    stored_key = hashlib.sha256(client_key).digest()
+    server_key = hmac.digest(salted, b"Server Key", "sha256")
+    salt64, stored64, server64 = (
+        base64.b64encode(part).decode() for part in (salt, stored_key, server_key)
+    )
+    return f"SCRAM-SHA-256${SCRAM_ITERATIONS}:{salt64}${stored64}:{server64}"
+
+
+def _refuse_old_server(connection: Connection) -> None:
+    _require_version(int(connection.exec_driver_sql("SHOW server_version_num").scalar_one()))
+
+
+async def _check_server(session: AsyncSession) -> None:
+    _require_version(int((await session.execute(text("SHOW server_version_num"))).scalar_one()))
+
+
+def _require_version(version: int) -> None:
+    if version < OLDEST_SERVER_VERSION:
+        raise DatabaseRefused(
+            f"the server is PostgreSQL {version // 10000}, but"
+            f" {OLDEST_SERVER_VERSION // 10000} or newer is needed"
+        )
+
+
+async def _check_schema(session: AsyncSession) -> None:
+    newest = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    try:
+        query = text("SELECT version_num FROM alembic_version")
+        found = (await session.execute(query)).scalar_one_or_none()
+    except SQLAlchemyError as error:
+        raise DatabaseRefused("the database has no schema of ours yet: migrate it first") from error
+    if found != newest:
+        raise DatabaseRefused(
+            f"the schema is at step {found}, this program needs step {newest}: migrate first, or"
+            " run the newer program"
+        )
+    unprotected = (await session.execute(UNPROTECTED_TABLES)).scalars().all()
+    if unprotected:
+        raise DatabaseRefused(f"row-level security is not forced on: {', '.join(unprotected)}")
+
+
+async def _check_clock(session: AsyncSession) -> None:
+    before = datetime.datetime.now(datetime.UTC)
+    there = (await session.execute(text("SELECT clock_timestamp()"))).scalar_one()
+    refuse_clock_skew(before=before, there=there, after=datetime.datetime.now(datetime.UTC))
+
+
+def refuse_clock_skew(
+    *, before: datetime.datetime, there: datetime.datetime, after: datetime.datetime
+) -> None:
+    """Raise when the database's clock is surely off ours, which was read before and after it."""
+    skew_s = max((before - there).total_seconds(), (there - after).total_seconds())
+    if skew_s > MAX_CLOCK_SKEW_S:
+        raise DatabaseRefused(
+            f"this machine's clock and the database's are {skew_s:.1f} s apart, at most"
+            f" {MAX_CLOCK_SKEW_S:.0f} s is safe: bills go by the clock, so set it right"
+        )
+
+
+async def _check_role(session: AsyncSession) -> None:
+    role = (await session.execute(ROLE_POWERS)).one()
+    if role.is_superuser or role.bypasses_row_security:
+        power = "a superuser" if role.is_superuser else "exempt from row-level security (BYPASSRLS)"
+        raise DatabaseRefused(
+            f"the role {role.name!r} is {power}: it would see every tenant's rows."
+            " Take that power away"
+        )
+    if role.owned_tables:
+        raise DatabaseRefused(
+            f"the role {role.name!r} is or may become the owner of {', '.join(role.owned_tables)}:"
+            " give those tables to another role"
+        )

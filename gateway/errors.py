@@ -1,0 +1,167 @@
+"""Every way in which the gateway says no, and what each edge needs to say it.
+
+    GatewayError
+    ├── InvalidRequest            400
+    │   ├── UnknownField          400
+    │   └── ContextLengthExceeded 400
+    ├── InvalidKey                401
+    ├── NotAllowed                403
+    ├── NotFound                  404
+    │   └── ModelNotFound         404
+    ├── Conflict                  409
+    ├── BodyTooLarge              413
+    ├── RejectedUpload            422
+    ├── LimitReached              429
+    │   └── BudgetSpent           429
+    ├── EngineFailed              500
+    ├── Unavailable               503
+    ├── DatabaseRefused           at start only: never answered to a client
+    └── PostgresFailed            likewise
+
+`/v1` answers OpenAI error bodies, `/admin` RFC 9457 problem documents: see `api/wire.py`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from adapters.validate import Finding
+
+
+class GatewayError(Exception):
+    """Something went wrong in the gateway."""
+
+    status = 500
+    # `type` and `code` of the OpenAI error body.
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        self.message = message or (type(self).__doc__ or "").strip()
+        self.param = param
+        self.headers: dict[str, str] = {}
+        super().__init__(self.message)
+
+
+class InvalidRequest(GatewayError):
+    """The request is not valid."""
+
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class UnknownField(InvalidRequest):
+    """The request has a field that is not known here."""
+
+    code = "unknown_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together are longer than the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class InvalidKey(GatewayError):
+    """The API key is missing, unknown, expired or revoked."""
+
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class NotAllowed(GatewayError):
+    """This key may not do that."""
+
+    status, type, code = 403, "permission_error", "permission_denied"
+
+
+class NotFound(GatewayError):
+    """There is nothing of that name."""
+
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class ModelNotFound(NotFound):
+    """The model does not exist or this key has no access to it."""
+
+    code = "model_not_found"
+
+
+class Conflict(GatewayError):
+    """The name is taken."""
+
+    status, type, code = 409, "invalid_request_error", "conflict"
+
+
+class BodyTooLarge(GatewayError):
+    """The body is larger than this route takes."""
+
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class RejectedUpload(GatewayError):
+    """The upload is no adapter that can be served; `findings` lists every reason."""
+
+    status, type, code = 422, "invalid_request_error", "invalid_adapter"
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        self.findings = tuple(findings)
+        super().__init__(f"the adapter was refused: {len(self.findings)} finding(s), listed here")
+
+
+class LimitReached(GatewayError):
+    """A rate limit is reached."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class BudgetSpent(LimitReached):
+    """The budget for the period is spent."""
+
+    type, code = "insufficient_quota", "insufficient_quota"
+
+
+class EngineFailed(GatewayError):
+    """The engine could not finish the answer."""
+
+    code = "engine_error"
+
+
+class Unavailable(GatewayError):
+    """The service cannot answer now; try again shortly."""
+
+    status, code = 503, "service_unavailable"
+
+    def __init__(self, message: str | None = None, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.headers = {"retry-after": str(retry_after_s)}
+
+
+class DatabaseRefused(GatewayError):
+    """The database is not one that Manylora can safely run on."""
+
+
+class PostgresFailed(GatewayError):
+    """The embedded PostgreSQL cannot be run here."""
+
+
+class JournalFailed(Unavailable):
+    """This gateway cannot write its journal, and serves nothing that it could not bill."""
+
+    code = "journal_failed"
+
+
+class JournalInUse(GatewayError):
+    """Another process writes to this journal."""
+
+    code = "journal_in_use"
+
+
+class JournalCorrupt(GatewayError):
+    """A journal is damaged before its end; good records follow `position` in `path`."""
+
+    code = "journal_corrupt"
+
+    def __init__(self, path: Path, position: int) -> None:
+        self.path, self.position = path, position
+        super().__init__(
+            f"{path} is damaged at byte {position}, and good records follow. Restore the file, or"
+            " move it away: what it alone knows is then settled from the last heartbeat."
+        )

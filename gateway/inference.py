@@ -1,0 +1,311 @@
+"""The path of every generation: who, which adapter, what it may cost, which engine, what came out.
+
+`Inference.start` reads from top to bottom as the life of a request; `Generation` is its answer as
+it grows. Knows nothing of HTTP or of how an answer is spelled on the wire.
+"""
+
+import datetime
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine.client import SequenceStream
+from engine.errors import LinkError
+from engine.protocol import (
+    SamplingParams,
+    SequenceEvent,
+    SequenceFault,
+    SequenceState,
+    TokenLogprob,
+)
+from gateway.auth import Principal
+from gateway.database import Database
+from gateway.errors import (
+    ContextLengthExceeded,
+    EngineFailed,
+    GatewayError,
+    InvalidRequest,
+    JournalFailed,
+    Unavailable,
+)
+from gateway.journal import Journal, Meter, Opened
+from gateway.ledger import Ledger
+from gateway.limits import admit
+from gateway.prices import Bill
+from gateway.registry import Registry, Target
+from gateway.routing import Router
+from gateway.tables import new_id
+from gateway.text import TextCodec, TextCodecs
+
+FinishReason = Literal["stop", "length"]
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """A prompt that its client has encoded."""
+
+    token_ids: list[int]
+
+
+Prompt = Messages | str | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What a client asked for, checked and freed of its spelling."""
+
+    # e.g. "chat.completions"; reports are grouped by it
+    endpoint: str
+    model: str
+    prompt: Prompt
+    is_streamed: bool
+    # None where the client named none.
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stops: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    # How many alternatives beside each token's own log-probability; None for neither.
+    logprobs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one engine step added to an answer. The last one has a finish reason."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: FinishReason | None
+
+
+class Generation:
+    """One answer while it grows; whoever iterates it must `finish` or `leave` it.
+
+    Every way out ends in the ledger exactly once.
+    """
+
+    def __init__(
+        self,
+        *,
+        request_id: uuid.UUID,
+        target: Target,
+        codec: TextCodec,
+        stream: SequenceStream,
+        meter: Meter,
+        ledger: Ledger,
+        stops: Sequence[str],
+    ) -> None:
+        self.request_id = request_id
+        self.target = target
+        self.codec = codec
+        self.created = datetime.datetime.now(datetime.UTC)
+        self._stream = stream
+        self._meter = meter
+        self._ledger = ledger
+        self._text = codec.stream(stops)
+        self._num_tokens = 0
+        self._outcome: FinishReason | None = None
+        self._is_closed = False
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """The answer, step by step.
+
+        Raises EngineFailed or Unavailable where the engine could not finish it.
+        """
+        try:
+            async for event in self._stream:
+                delta = self._apply(event)
+                if delta.text or delta.finish_reason or delta.logprobs:
+                    yield delta
+                if delta.finish_reason:
+                    return
+        except LinkError as fault:
+            self._close("error")
+            raise Unavailable(f"The answer was cut off; ask again: {fault}") from fault
+        except GatewayError:
+            self._close("error")
+            raise
+
+    def finish(self) -> Bill:
+        """Close a whole answer; call it just before its last byte is written."""
+        assert self._outcome is not None, "an answer is finished after its last delta"
+        self._is_closed = True
+        return self._ledger.close(self.request_id, self._outcome)
+
+    def leave(self) -> None:
+        """The client is gone, or nobody wants the rest. Does nothing once the answer is closed."""
+        self._close("abort")
+
+    def _close(self, outcome: str) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._meter.disconnect()
+        self._stream.abort()
+        self._ledger.close(self.request_id, outcome, sent=False)
+
+    def _apply(self, event: SequenceEvent) -> Delta:
+        if event.state in (SequenceState.FAILED, SequenceState.ABORTED):
+            raise _translate(event.fault)
+        text, token_ids = "", event.token_ids
+        for num_used, token_id in enumerate(event.token_ids, start=1):
+            text += self._text.feed(token_id)
+            if self._text.is_stopped:
+                self._stop_here(self._num_tokens + num_used)
+                token_ids = token_ids[:num_used]
+                break
+        self._num_tokens += len(token_ids)
+        if self._outcome is None and event.state.is_final:
+            self._outcome = "length" if event.state is SequenceState.LENGTH else "stop"
+            text += self._text.finish()
+            # The token that ended the answer is counted, not shown.
+            token_ids = token_ids[:-1] if self._outcome == "stop" else token_ids
+        return Delta(
+            text=text,
+            token_ids=token_ids,
+            logprobs=(event.logprobs or [])[: len(token_ids)],
+            finish_reason=self._outcome,
+        )
+
+    def _stop_here(self, num_tokens: int) -> None:
+        """A stop string is whole: tokens that the engine made since are its own affair."""
+        self._meter.cap(self._stream.sequence_id, num_tokens)
+        self._stream.abort()
+        self._outcome = "stop"
+
+
+class Inference:
+    """Everything that a generation passes through."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        registry: Registry,
+        texts: TextCodecs,
+        router: Router,
+        journal: Journal,
+        ledger: Ledger,
+    ) -> None:
+        self._database = database
+        self._registry = registry
+        self._texts = texts
+        self._router = router
+        self._journal = journal
+        self._ledger = ledger
+
+    async def start(self, principal: Principal, request: GenerationRequest) -> Generation:
+        """Admit a request and hand it to an engine.
+
+        Raises ModelNotFound, TemplateFault, ContextLengthExceeded, LimitReached or Unavailable;
+        nothing is held or billed then.
+        """
+        target = await self._registry.resolve(principal, request.model)
+        codec = await self._texts.get(target.text_bundle_digest)
+        prompt_ids = await _encode(codec, request.prompt)
+        max_tokens = _fit(request.max_tokens, len(prompt_ids), target.context_length)
+        # Before money is held, so that there is nothing to give back when no engine is there.
+        link = self._router.pick()
+        request_id = new_id()
+        admission = await admit(
+            self._database,
+            principal,
+            target,
+            request_id=request_id,
+            endpoint=request.endpoint,
+            prompt_tokens=len(prompt_ids),
+            max_tokens=max_tokens,
+            gateway_instance_id=self._journal.instance_id,
+        )
+        # No await from here on: the journal knows the sequence before its first frame can come.
+        stream = link.submit(
+            prompt_ids,
+            sampling=_sampling(request, codec, max_tokens),
+            adapter_digest=target.weights_digest,
+            cache_salt=principal.cache_salt,
+            fairness_key=str(principal.tenant_id),
+        )
+        try:
+            meter = self._journal.opened(
+                Opened.of(
+                    principal,
+                    target,
+                    admission,
+                    endpoint=request.endpoint,
+                    is_streamed=request.is_streamed,
+                    prompt_tokens=len(prompt_ids),
+                    sequence_ids=[stream.sequence_id],
+                )
+            )
+        except JournalFailed:
+            # What cannot be billed is not served; the sweeper releases the hold.
+            stream.abort()
+            raise
+        return Generation(
+            request_id=request_id,
+            target=target,
+            codec=codec,
+            stream=stream,
+            meter=meter,
+            ledger=self._ledger,
+            stops=request.stops,
+        )
+
+
+async def _encode(codec: TextCodec, prompt: Prompt) -> list[int]:
+    match prompt:
+        case TokenPrompt():
+            return prompt.token_ids
+        case str():
+            return await codec.encode_text(prompt)
+        case _:
+            return await codec.encode_chat(prompt)
+
+
+def _fit(max_tokens: int | None, num_prompt_tokens: int, context_length: int) -> int:
+    room = context_length - num_prompt_tokens
+    wanted = max_tokens or 1
+    if wanted > room:
+        raise ContextLengthExceeded(
+            f"This model's context is {context_length} tokens; the prompt has {num_prompt_tokens}"
+            f" and at least {wanted} are asked for. Shorten the prompt or lower max_tokens.",
+            param="max_tokens" if max_tokens else "messages",
+        )
+    return max_tokens or room
+
+
+def _sampling(request: GenerationRequest, codec: TextCodec, max_tokens: int) -> SamplingParams:
+    defaults = codec.generation_defaults
+    eos = () if request.ignore_eos else codec.eos_token_ids
+
+    def choose(asked: float | None, name: str, otherwise: float) -> float:
+        return asked if asked is not None else defaults.get(name, otherwise)
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        seed=request.seed % 2**64 if request.seed is not None else secrets.randbits(64),
+        temperature=choose(request.temperature, "temperature", 1.0),
+        top_p=choose(request.top_p, "top_p", 1.0),
+        top_k=int(choose(request.top_k, "top_k", 0)),
+        stop_token_ids=(*eos, *request.stop_token_ids),
+        logprobs=request.logprobs,
+    )
+
+
+def _translate(fault: SequenceFault | None) -> GatewayError:
+    if fault is None or fault.is_retryable:
+        reason = fault.message if fault else "the engine let go of it"
+        return Unavailable(f"The answer was cut off; ask again: {reason}")
+    if fault.code == ContextLengthExceeded.code:
+        return ContextLengthExceeded(fault.message)
+    if fault.code == "invalid_sequence":
+        return InvalidRequest(fault.message, param="prompt")
+    return EngineFailed(fault.message)

@@ -1,0 +1,584 @@
+"""What this gateway has to remember to bill exactly, written before anything is sent.
+
+One record when a request is admitted, one per engine frame, one when the request ends; a replay of
+them says what is owed. Each process writes a folder of its own under a lock; the folders of dead
+processes on the same host are replayed by the living. Knows tokens and prices, no SQL, no HTTP.
+
+A *streamed* request is billed for each token in a frame that was journalled while its client was
+connected. An answer that is not streamed is billed only if its end was journalled as sent, just
+before its body was written. A request without one billable token is free: its hold is released and
+no usage event is written.
+
+The cost of a request while it waits for settlement is memory here, but no request begins without a
+hold committed to the same database that settles it, so a database that is down stops the queue
+from growing as soon as the requests in flight have ended.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import logging
+import os
+import uuid
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from engine.protocol import Frame, SequenceEvent
+from gateway.auth import Principal
+from gateway.errors import JournalCorrupt, JournalFailed, JournalInUse
+from gateway.limits import Admission
+from gateway.prices import Bill, Price, bill
+from gateway.registry import Target
+from gateway.segments import Segments, find_segments, read_records, sync_folder
+
+logger = logging.getLogger(__name__)
+
+# A file that is replayed in well under a second.
+MAX_SEGMENT_BYTES = 1 << 24
+# Outcomes that are not an answer's own finish reason.
+ABORTED, FAILED = "abort", "error"
+
+
+class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
+    """A request was admitted: all that its usage event will need besides the counts."""
+
+    # Counts up within an epoch; the later records of the request name it by this.
+    number: int
+    request_id: uuid.UUID
+    gateway_instance_id: uuid.UUID
+    tenant_id: uuid.UUID
+    api_key_id: uuid.UUID
+    base_model_id: uuid.UUID
+    adapter_id: uuid.UUID | None
+    adapter_version_id: uuid.UUID | None
+    version_digest: str | None
+    price: Price
+    endpoint: str
+    is_streamed: bool
+    # Known before the engine is asked; billed once, however many sequences answer it.
+    prompt_tokens: int
+    # Over all sequences.
+    max_output_tokens: int
+    # What the hold pays for at admission.
+    funded_output_tokens: int
+    started_at: datetime.datetime
+    sequence_ids: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        principal: Principal,
+        target: Target,
+        admission: Admission,
+        *,
+        endpoint: str,
+        is_streamed: bool,
+        prompt_tokens: int,
+        sequence_ids: Sequence[int],
+    ) -> Self:
+        assert principal.tenant_id is not None, "only tenants are billed"
+        return cls(
+            number=0,  # given by Journal.opened
+            request_id=admission.request_id,
+            gateway_instance_id=admission.gateway_instance_id,
+            tenant_id=principal.tenant_id,
+            api_key_id=principal.key_id,
+            base_model_id=target.base_model_id,
+            adapter_id=target.adapter_id,
+            adapter_version_id=target.adapter_version_id,
+            version_digest=target.version_digest,
+            price=admission.price,
+            endpoint=endpoint,
+            is_streamed=is_streamed,
+            prompt_tokens=prompt_tokens,
+            max_output_tokens=admission.max_output_tokens,
+            funded_output_tokens=admission.funded_output_tokens,
+            started_at=admission.admitted_at,
+            sequence_ids=tuple(sequence_ids),
+        )
+
+
+class Count(msgspec.Struct, frozen=True, array_like=True):
+    """What one request may be billed for so far; the last one counts."""
+
+    number: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    engine_ns: int
+
+
+class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
+    """One engine frame: the counts of all streamed requests that it moved."""
+
+    at: datetime.datetime
+    counts: list[Count]
+
+
+class Closed(msgspec.Struct, frozen=True, array_like=True, tag="closed"):
+    """A request ended. Without a bill it was free."""
+
+    number: int
+    outcome: str
+    finished_at: datetime.datetime
+    bill: Bill | None
+
+
+class Settled(msgspec.Struct, frozen=True, array_like=True, tag="settled"):
+    """The database has these; a replay need not bring them again."""
+
+    numbers: list[int]
+
+
+Record = Opened | Progress | Closed | Settled
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Record)
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """A request that ended, as the database shall see it. Without a bill its hold is released."""
+
+    opened: Opened
+    outcome: str
+    finished_at: datetime.datetime
+    bill: Bill | None
+
+    @property
+    def request_id(self) -> uuid.UUID:
+        return self.opened.request_id
+
+
+class _SequenceCount:
+    """Mutable: what the frames said of one sequence."""
+
+    __slots__ = ("cached", "cap", "engine_ns", "generated")
+
+    def __init__(self) -> None:
+        self.generated = 0
+        self.cached = 0
+        self.engine_ns = 0
+        # Filled by `Meter.cap`: where a stop string ended the sequence.
+        self.cap: int | None = None
+
+    @property
+    def billable(self) -> int:
+        return self.generated if self.cap is None else min(self.generated, self.cap)
+
+
+class Meter:
+    """Mutable: the counts of one running request, as far as they are journalled.
+
+    Grows with the journal's frames. Belongs to the event loop's thread.
+    """
+
+    def __init__(self, opened: Opened, journal: "Journal") -> None:
+        self.opened = opened
+        self.is_connected = True
+        self._journal = journal
+        self._sequences = {sequence_id: _SequenceCount() for sequence_id in opened.sequence_ids}
+        self._count = Count(opened.number, 0, 0, 0, 0)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._count.prompt_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._count.cached_tokens
+
+    @property
+    def completion_tokens(self) -> int:
+        return self._count.completion_tokens
+
+    @property
+    def engine_ns(self) -> int:
+        return self._count.engine_ns
+
+    def disconnect(self) -> None:
+        """The client is gone: nothing that comes from now on is counted."""
+        self.is_connected = False
+
+    def cap(self, sequence_id: int, num_tokens: int) -> None:
+        """A stop string ended this sequence with its n-th token; later ones are not billed.
+
+        Raises JournalFailed.
+        """
+        if not self.is_connected:
+            return
+        self._sequences[sequence_id].cap = num_tokens
+        self._journal.record_progress([self])
+
+    def usage(self) -> Bill:
+        """Counts and cost so far; the same that a replay would find for a streamed request."""
+        return _bill(self.opened, self._count)
+
+    def apply(self, event: SequenceEvent) -> None:
+        """Take over one event. Its counters are cumulative, so applying it twice does no harm."""
+        sequence = self._sequences[event.sequence_id]
+        sequence.generated = max(sequence.generated, event.generated_tokens)
+        sequence.cached = event.cached_tokens
+        sequence.engine_ns = max(sequence.engine_ns, event.engine_ns)
+
+    def latest(self) -> Count:
+        """What the events so far add up to, whether journalled or not."""
+        begun = [each for each in self._sequences.values() if each.billable]
+        if not begun:
+            return Count(self.opened.number, 0, 0, 0, 0)
+        return Count(
+            self.opened.number,
+            self.opened.prompt_tokens,
+            # With several sequences the first computes the prompt and the others find it cached:
+            # the prompt was computed once and is billed as that one found it.
+            min(self.opened.prompt_tokens, *(each.cached for each in begun)),
+            sum(each.billable for each in begun),
+            sum(each.engine_ns for each in self._sequences.values()),
+        )
+
+    def commit(self, count: Count) -> None:
+        """The journal has this count."""
+        self._count = count
+
+    def is_moved_by(self, count: Count) -> bool:
+        """Whether money moves; engine time alone is not worth a record."""
+        return msgspec.structs.replace(count, engine_ns=self._count.engine_ns) != self._count
+
+
+def _bill(opened: Opened, count: Count) -> Bill:
+    return bill(
+        opened.price,
+        prompt_tokens=count.prompt_tokens,
+        cached_tokens=count.cached_tokens,
+        completion_tokens=count.completion_tokens,
+        engine_ns=count.engine_ns,
+    )
+
+
+class Journal:
+    """Mutable: the records of one gateway process and the meters of its running requests."""
+
+    def __init__(
+        self, folder: Path, lock: "FolderLock", *, instance_id: uuid.UUID, max_segment_bytes: int
+    ) -> None:
+        self.instance_id = instance_id
+        self.epoch = lock.epoch
+        self._directory = folder.parent
+        self._lock = lock
+        self._segments = Segments(folder, lock.epoch, max_segment_bytes=max_segment_bytes)
+        self._num_opened = 0
+        self._meters: dict[uuid.UUID, Meter] = {}
+        self._by_sequence: dict[int, Meter] = {}
+        # Closed and not yet in the database.
+        self._unsettled: dict[uuid.UUID, Settlement] = {}
+        # Segment in which each request that is open or unsettled began.
+        self._segment_of: dict[uuid.UUID, int] = {}
+        self._num_pinned: Counter[int] = Counter()
+        self._leftovers: list[Leftover] = []
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        instance_id: uuid.UUID | None = None,
+        *,
+        max_segment_bytes: int = MAX_SEGMENT_BYTES,
+    ) -> "Journal":
+        """Begin a new epoch of an instance's journal.
+
+        Without an instance id it goes on as an instance of this host that is not running, or as a
+        new one. Raises JournalInUse when the instance runs elsewhere.
+        """
+        lock = _claim(directory, instance_id)
+        return cls(
+            lock.folder,
+            lock,
+            instance_id=uuid.UUID(lock.folder.name),
+            max_segment_bytes=max_segment_bytes,
+        )
+
+    def find_leftovers(self) -> list["Leftover"]:
+        """What earlier lives of this journal and dead siblings on this host left behind.
+
+        Changes nothing here, so a thread may call it; `take_over` must have the answer. Raises
+        JournalCorrupt for damage in this instance's own files; a damaged sibling is left alone.
+        """
+        known = {leftover.folder for leftover in self._leftovers}
+        found = []
+        for folder in _instance_folders(self._directory):
+            if folder in known:
+                continue
+            if folder == self._lock.folder:
+                found.append(_read_leftover(folder, lock=None, before_epoch=self.epoch))
+            else:
+                found += _adopt(folder)
+        return [leftover for leftover in found if leftover.unsettled]
+
+    def take_over(self, leftovers: Sequence["Leftover"]) -> list[Settlement]:
+        """Make leftovers this process's affair: `settled` must name each of these requests."""
+        self._leftovers += leftovers
+        return [each for leftover in leftovers for each in leftover.unsettled.values()]
+
+    def opened(self, record: Opened) -> Meter:
+        """Remember an admitted request, before its first frame can come. Raises JournalFailed."""
+        self._num_opened += 1
+        record = msgspec.structs.replace(record, number=self._num_opened)
+        segment = self._append(record)
+        meter = Meter(record, self)
+        self._meters[record.request_id] = meter
+        self._by_sequence.update(dict.fromkeys(record.sequence_ids, meter))
+        self._segment_of[record.request_id] = segment
+        self._num_pinned[segment] += 1
+        return meter
+
+    def on_frame(self, frame: Frame) -> None:
+        """Count a frame and write it down; call it before any of its tokens is used.
+
+        Raises JournalFailed; the meters then stand where the journal stands.
+        """
+        moved: dict[int, Meter] = {}
+        for event in frame.events:
+            meter = self._by_sequence.get(event.sequence_id)
+            if meter is not None and meter.is_connected:
+                meter.apply(event)
+                moved[meter.opened.number] = meter
+        self.record_progress(moved.values())
+
+    def record_progress(self, meters: Iterable[Meter]) -> None:
+        latest = [(meter, meter.latest()) for meter in meters]
+        counts = [
+            count
+            for meter, count in latest
+            if meter.opened.is_streamed and meter.is_moved_by(count)
+        ]
+        if counts:
+            self._append(Progress(datetime.datetime.now(datetime.UTC), counts))
+        for meter, count in latest:
+            meter.commit(count)
+
+    def closed(self, request_id: uuid.UUID, outcome: str, *, sent: bool = True) -> Settlement:
+        """A request ended; the bill in the answer is final.
+
+        Raises JournalFailed; the request then stays open here, and the next start settles it.
+        """
+        meter = self._meters[request_id]
+        settlement = Settlement(
+            opened=meter.opened,
+            outcome=outcome,
+            finished_at=datetime.datetime.now(datetime.UTC),
+            bill=meter.usage() if _is_billed(meter, outcome, sent=sent) else None,
+        )
+        self._append(Closed(meter.opened.number, outcome, settlement.finished_at, settlement.bill))
+        del self._meters[request_id]
+        for sequence_id in meter.opened.sequence_ids:
+            del self._by_sequence[sequence_id]
+        self._unsettled[request_id] = settlement
+        return settlement
+
+    def settled(self, request_ids: Collection[uuid.UUID]) -> None:
+        """The database has these: forget them, and drop the files that nobody needs any more."""
+        numbers = []
+        for request_id in request_ids:
+            settlement = self._unsettled.pop(request_id, None)
+            if settlement is not None:
+                numbers.append(settlement.opened.number)
+                self._num_pinned[self._segment_of.pop(request_id)] -= 1
+        self._num_pinned = +self._num_pinned
+        self._segments.drop_before(min(self._num_pinned, default=self._segments.number))
+        if numbers:
+            # Only spares the next start some work, so a full disk is no reason to stop here.
+            with contextlib.suppress(JournalFailed):
+                self._append(Settled(numbers))
+        for leftover in self._leftovers:
+            leftover.settled(request_ids)
+        self._leftovers = [each for each in self._leftovers if each.unsettled]
+
+    def open_meters(self) -> list[Meter]:
+        return list(self._meters.values())
+
+    def known_request_ids(self) -> set[uuid.UUID]:
+        """All requests whose settlement is this journal's affair."""
+        known = self._meters.keys() | self._unsettled.keys()
+        return known.union(*(leftover.unsettled for leftover in self._leftovers))
+
+    def sync(self) -> None:
+        """Make what was written survive a loss of power. Blocks; made for a thread."""
+        self._segments.sync()
+
+    def close(self) -> None:
+        """End this epoch. Its files stay if anything in them is not settled."""
+        self._segments.close(keep=bool(self._segment_of))
+        for leftover in self._leftovers:
+            leftover.release()
+        self._lock.release()
+
+    def _append(self, record: Record) -> int:
+        return self._segments.append(_encoder.encode(record))
+
+
+def _is_billed(meter: Meter, outcome: str, *, sent: bool) -> bool:
+    if not meter.completion_tokens:
+        return False
+    if meter.opened.is_streamed:
+        return True
+    return sent and meter.is_connected and outcome != FAILED
+
+
+@dataclass(slots=True)
+class Leftover:
+    """Mutable: what dead processes left in one folder, until the database has all of it."""
+
+    folder: Path
+    paths: list[Path]
+    unsettled: dict[uuid.UUID, Settlement]
+    # None where the folder is this process's own.
+    lock: "FolderLock | None"
+
+    def settled(self, request_ids: Collection[uuid.UUID]) -> None:
+        for request_id in request_ids:
+            self.unsettled.pop(request_id, None)
+        if not self.unsettled:
+            for path in self.paths:
+                path.unlink(missing_ok=True)
+            self.release()
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+
+def replay(records: Iterable[Record]) -> list[Settlement]:
+    """What the records of one epoch leave to be settled, in the order of admission."""
+    opened: dict[int, Opened] = {}
+    counts: dict[int, tuple[Count, datetime.datetime]] = {}
+    closed: dict[int, Closed] = {}
+    for record in records:
+        match record:
+            case Opened():
+                opened[record.number] = record
+            case Progress():
+                counts.update({count.number: (count, record.at) for count in record.counts})
+            case Closed():
+                closed[record.number] = record
+            case Settled():
+                for number in record.numbers:
+                    opened.pop(number, None)
+    return [
+        _end_of(request, closed.get(number), counts.get(number))
+        for number, request in opened.items()
+    ]
+
+
+def _end_of(
+    opened: Opened, closed: Closed | None, last: tuple[Count, datetime.datetime] | None
+) -> Settlement:
+    if closed is not None:
+        return Settlement(opened, closed.outcome, closed.finished_at, closed.bill)
+    if last is None or not last[0].completion_tokens:
+        return Settlement(opened, ABORTED, opened.started_at, None)
+    return Settlement(opened, ABORTED, last[1], _bill(opened, last[0]))
+
+
+def _read_leftover(folder: Path, *, lock: "FolderLock | None", before_epoch: int) -> Leftover:
+    unsettled: dict[uuid.UUID, Settlement] = {}
+    read: list[Path] = []
+    for epoch, paths in find_segments(folder).items():
+        if epoch < before_epoch:
+            settlements = replay(_records_of(paths))
+            unsettled.update((each.request_id, each) for each in settlements)
+            read += paths
+    leftover = Leftover(folder, read, unsettled, lock)
+    leftover.settled(())
+    return leftover
+
+
+def _records_of(paths: Sequence[Path]) -> list[Record]:
+    records: list[Record] = []
+    for path in paths:
+        raw = read_records(path, is_last=path == paths[-1])
+        records += [_decoder.decode(record) for record in raw.records]
+    return records
+
+
+def _adopt(folder: Path) -> list[Leftover]:
+    """Take over the files of a sibling that is dead; nothing if it lives or left none."""
+    if not find_segments(folder):
+        return []
+    lock = FolderLock.take(folder)
+    if lock is None:
+        return []
+    try:
+        return [_read_leftover(folder, lock=lock, before_epoch=1 << 63)]
+    except (JournalCorrupt, OSError):
+        # A sibling's damage must not stop this process; its own start reports it too.
+        logger.exception("journal_of_sibling_unreadable", extra={"folder": str(folder)})
+        lock.release()
+        return []
+
+
+def _instance_folders(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_dir() and _is_uuid(path.name))
+
+
+def _is_uuid(name: str) -> bool:
+    try:
+        return str(uuid.UUID(name)) == name
+    except ValueError:
+        return False
+
+
+def _claim(directory: Path, instance_id: uuid.UUID | None) -> "FolderLock":
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if instance_id is not None:
+        folder = directory / str(instance_id)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        lock = FolderLock.take(folder)
+        if lock is None:
+            raise JournalInUse(f"Another process writes to {folder}.")
+        return lock.begin_epoch()
+    for folder in _instance_folders(directory):
+        lock = FolderLock.take(folder)
+        if lock is not None:
+            return lock.begin_epoch()
+    return _claim(directory, uuid.uuid4())
+
+
+class FolderLock:
+    """Mutable: the right to write in one instance's folder; the kernel takes it back at death.
+
+    The lock file holds the epoch. It is never deleted, so no two processes can lock two of them.
+    """
+
+    def __init__(self, folder: Path, fd: int) -> None:
+        self.folder = folder
+        # Filled by `begin_epoch`.
+        self.epoch = 0
+        self._fd = fd
+
+    @classmethod
+    def take(cls, folder: Path) -> "FolderLock | None":
+        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        return cls(folder, fd)
+
+    def begin_epoch(self) -> "FolderLock":
+        self.epoch = int(os.pread(self._fd, 32, 0) or b"0") + 1
+        # Fixed width, so that the new number covers the old one.
+        os.pwrite(self._fd, b"%020d" % self.epoch, 0)
+        os.fsync(self._fd)
+        sync_folder(self.folder)
+        return self
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

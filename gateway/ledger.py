@@ -1,0 +1,438 @@
+"""Bring every request that ended into the database, exactly once, however long that takes.
+
+The journal remembers what is owed; the settler moves it into usage events, holds and rollups, in
+one transaction each batch, keyed by the request's id, and tries until it succeeds. A heartbeat
+keeps this gateway's holds alive; a sweeper ends those of gateways that are gone. Knows no prices:
+a bill is made when a request ends, and what its client was shown is what is settled.
+"""
+
+import asyncio
+import datetime
+import itertools
+import logging
+import socket
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Row, func, text, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DataError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from gateway.database import Database
+from gateway.journal import Journal, Meter, Opened, Settlement
+from gateway.limits import Stream, extend, fund
+from gateway.prices import Bill, Price, bill
+from gateway.tables import GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
+
+logger = logging.getLogger(__name__)
+
+# 17 columns each: well below the 32,767 parameters that a statement may have.
+MAX_BATCH = 500
+HEARTBEAT_S = 1.0
+SWEEP_S = 10.0
+# A gateway that has not been heard of for so long is gone, and so are its streams.
+LEASE_S = 60.0
+MAX_BACKOFF_S = 5.0
+# The outcome of a request whose gateway's host never came back.
+LOST = "lost"
+
+# Open holds that nobody will settle: of gateways whose lease has run out, and those of this one
+# that its journal does not know, because it died, or its client left, between hold and journal.
+FIND_LOST = text("""
+    SELECT h.id, h.tenant_id, h.api_key_id, h.base_model_id, h.adapter_id, h.adapter_version_id,
+           v.version_digest, h.endpoint, h.prompt_tokens, h.funded_output_tokens,
+           h.progress_output_tokens, h.progress_cached_tokens, h.created_at, i.heartbeat_at,
+           h.gateway_instance_id, p.id AS price_id, p.input_nano_per_million,
+           p.cached_input_nano_per_million, p.output_nano_per_million
+    FROM holds h
+    JOIN gateway_instances i ON i.id = h.gateway_instance_id
+    JOIN price_versions p ON p.id = h.price_version_id
+    LEFT JOIN adapter_versions v ON v.id = h.adapter_version_id
+    WHERE h.state = 'open' AND h.created_at < now() - CAST(:lease AS interval)
+      AND h.id <> ALL (CAST(:known AS uuid[]))
+      AND (i.id = CAST(:gateway_instance_id AS uuid)
+           OR (CAST(:judges_others AS boolean)
+               AND i.heartbeat_at < now() - CAST(:lease AS interval)))
+    ORDER BY h.id
+    LIMIT CAST(:max_batch AS bigint)
+    FOR UPDATE OF h SKIP LOCKED
+""")
+
+
+async def settle(session: AsyncSession, settlements: Sequence[Settlement]) -> int:
+    """Write usage events, rollups and holds; return how many events are new.
+
+    A request that was settled before changes nothing, so this may be repeated at will.
+    """
+    ordered = sorted(settlements, key=lambda each: each.request_id)
+    billed = [each for each in ordered if each.bill is not None]
+    fresh = await _insert_events(session, billed)
+    await _add_to_rollups(session, [each for each in billed if each.request_id in fresh])
+    await _settle_holds(session, billed)
+    await _release_holds(session, [each.request_id for each in ordered if each.bill is None])
+    return len(fresh)
+
+
+async def _insert_events(session: AsyncSession, billed: Sequence[Settlement]) -> set[uuid.UUID]:
+    if not billed:
+        return set()
+    statement = (
+        insert(UsageEvent)
+        .values([_event(each) for each in billed])
+        .on_conflict_do_nothing(index_elements=[UsageEvent.id])
+        .returning(UsageEvent.id)
+    )
+    return set((await session.execute(statement)).scalars())
+
+
+def _event(settlement: Settlement) -> dict[str, Any]:
+    opened, charged = settlement.opened, settlement.bill
+    assert charged is not None
+    return {
+        "id": opened.request_id,
+        "tenant_id": opened.tenant_id,
+        "api_key_id": opened.api_key_id,
+        "base_model_id": opened.base_model_id,
+        "adapter_id": opened.adapter_id,
+        "adapter_version_id": opened.adapter_version_id,
+        "version_digest": opened.version_digest,
+        "price_version_id": opened.price.id,
+        "endpoint": opened.endpoint,
+        "outcome": settlement.outcome,
+        "prompt_tokens": charged.prompt_tokens,
+        "cached_tokens": charged.cached_tokens,
+        "completion_tokens": charged.completion_tokens,
+        "cost_nano": charged.cost_nano,
+        "engine_ns": charged.engine_ns,
+        "started_at": opened.started_at,
+        "finished_at": settlement.finished_at,
+    }
+
+
+async def _add_to_rollups(session: AsyncSession, fresh: Iterable[Settlement]) -> None:
+    sums: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0] * len(_SUMMED))
+    for each in fresh:
+        charged = each.bill
+        assert charged is not None
+        amounts = (
+            1,
+            charged.prompt_tokens,
+            charged.cached_tokens,
+            charged.completion_tokens,
+            charged.cost_nano,
+        )
+        key = _rollup_key(each)
+        sums[key] = [total + amount for total, amount in zip(sums[key], amounts, strict=True)]
+    if not sums:
+        return
+    rows = [
+        {"id": new_id(), **dict(zip(_ROLLUP_KEY, key, strict=True))}
+        | dict(zip(_SUMMED, totals, strict=True))
+        # Always in one order, so that two settlers wait for each other instead of deadlocking.
+        for key, totals in sorted(sums.items(), key=lambda item: str(item[0]))
+    ]
+    statement = insert(UsageRollup).values(rows)
+    await session.execute(
+        statement.on_conflict_do_update(
+            index_elements=list(_ROLLUP_KEY),
+            set_={name: getattr(UsageRollup, name) + statement.excluded[name] for name in _SUMMED},
+        )
+    )
+
+
+_ROLLUP_KEY = ("tenant_id", "day", "base_model_id", "adapter_id", "api_key_id")
+_SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_nano")
+
+
+def _rollup_key(settlement: Settlement) -> tuple[Any, ...]:
+    opened = settlement.opened
+    day = settlement.finished_at.astimezone(datetime.UTC).date()
+    return opened.tenant_id, day, opened.base_model_id, opened.adapter_id, opened.api_key_id
+
+
+async def _settle_holds(session: AsyncSession, billed: Sequence[Settlement]) -> None:
+    """Move holds to settled; one that was lost, with the database's last moments, is put back."""
+    if not billed:
+        return
+    rows = [_settled_hold(each) for each in billed]
+    statement = insert(Hold).values(rows)
+    await session.execute(
+        statement.on_conflict_do_update(
+            index_elements=[Hold.id],
+            set_={"state": "settled", "closed_at": statement.excluded.closed_at},
+            where=Hold.state != "settled",
+        )
+    )
+
+
+def _settled_hold(settlement: Settlement) -> dict[str, Any]:
+    opened, charged = settlement.opened, settlement.bill
+    assert charged is not None
+    return {
+        "id": opened.request_id,
+        "tenant_id": opened.tenant_id,
+        "api_key_id": opened.api_key_id,
+        "base_model_id": opened.base_model_id,
+        "adapter_id": opened.adapter_id,
+        "adapter_version_id": opened.adapter_version_id,
+        "price_version_id": opened.price.id,
+        "gateway_instance_id": opened.gateway_instance_id,
+        "endpoint": opened.endpoint,
+        "state": "settled",
+        "prompt_tokens": charged.prompt_tokens,
+        "funded_output_tokens": charged.completion_tokens,
+        "amount_nano": charged.cost_nano,
+        "created_at": opened.started_at,
+        "closed_at": settlement.finished_at,
+    }
+
+
+async def _release_holds(session: AsyncSession, request_ids: Sequence[uuid.UUID]) -> None:
+    if request_ids:
+        await session.execute(
+            update(Hold)
+            .where(Hold.id.in_(request_ids), Hold.state == "open")
+            .values(state="released", closed_at=func.now())
+            .execution_options(synchronize_session=False)
+        )
+
+
+class Ledger:
+    """Mutable: what this gateway owes the database, and the tasks that bring it there.
+
+    The queue has no limit and drops nothing; the journal on disk is what it is made of, and its
+    docstring says what keeps it short.
+    """
+
+    def __init__(self, database: Database, journal: Journal) -> None:
+        self._database = database
+        self._journal = journal
+        self._queue: dict[uuid.UUID, Settlement] = {}
+        # What the database will not take as it is; kept in the journal and tried at each start.
+        self._refused: set[uuid.UUID] = set()
+        self._wake = asyncio.Event()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._tasks: list[asyncio.Task[None]] = []
+        # What the last heartbeat said of each stream.
+        self._told: dict[uuid.UUID, Stream] = {}
+        # Since when, by the monotonic clock, no heartbeat has failed.
+        self._beating_since: float | None = None
+
+    async def start(self) -> None:
+        """Register this gateway, settle what earlier lives left, and begin to settle.
+
+        Raises what the database raises, JournalCorrupt where this instance's journal is damaged.
+        """
+        async with self._database.as_worker() as session:
+            await _register(session, self._journal)
+        await self._recover()
+        await self._flush()
+        self._tasks = [
+            asyncio.create_task(self._settle_forever(), name="settler"),
+            asyncio.create_task(_every(HEARTBEAT_S, self.beat), name="heartbeat"),
+            asyncio.create_task(_every(HEARTBEAT_S, self._sync), name="journal-sync"),
+            asyncio.create_task(_every(SWEEP_S, self._tend), name="sweeper"),
+        ]
+
+    async def stop(self, *, drain_timeout_s: float = 5.0) -> None:
+        """Settle what has ended, for a while, then stop; the journal keeps the rest."""
+        try:
+            await asyncio.wait_for(self.drain(), drain_timeout_s)
+        except TimeoutError:
+            logger.warning("ledger_stopped_early", extra={"num_unsettled": len(self._queue)})
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    def close(self, request_id: uuid.UUID, outcome: str, *, sent: bool = True) -> Bill:
+        """End a request; the bill is final and is the one that its client may be shown.
+
+        Call it just before the last byte of a stream, or the body of another answer, is written.
+        `sent=False` says that no body will be: nothing of an answer that is not streamed is billed
+        then. Raises JournalFailed; nothing may be sent then.
+        """
+        settlement = self._journal.closed(request_id, outcome, sent=sent)
+        self._enqueue([settlement])
+        return settlement.bill or Bill()
+
+    async def drain(self) -> None:
+        """Wait until the database has everything that has ended."""
+        await self._is_idle.wait()
+
+    async def beat(self) -> None:
+        """Renew the lease of this gateway's holds, with their progress."""
+        streams = {
+            meter.opened.request_id: _stream_of(meter) for meter in self._journal.open_meters()
+        }
+        news = [each for key, each in streams.items() if self._told.get(key) != each]
+        try:
+            async with self._database.as_worker() as session:
+                await extend(session, gateway_instance_id=self._journal.instance_id, streams=news)
+        except Exception:
+            self._beating_since = None
+            raise
+        self._told = streams
+        if self._beating_since is None:
+            self._beating_since = time.monotonic()
+
+    async def sweep(self, *, judges_others: bool) -> int:
+        """End open holds that nobody will settle, at their last heartbeat; return how many."""
+        async with self._database.as_worker() as session:
+            parameters = {
+                "gateway_instance_id": self._journal.instance_id,
+                "known": list(self._journal.known_request_ids()),
+                "lease": datetime.timedelta(seconds=LEASE_S),
+                "judges_others": judges_others,
+                "max_batch": MAX_BATCH,
+            }
+            rows = (await session.execute(FIND_LOST, parameters)).all()
+            await settle(session, [_settlement_of_lost(row) for row in rows])
+        if rows:
+            logger.warning("lost_requests_swept", extra={"num_requests": len(rows)})
+        return len(rows)
+
+    async def _tend(self) -> None:
+        """Take over from dead siblings on this host, then end what no journal knows."""
+        await self._recover()
+        # When the database was away, nobody's heartbeat is a sign of anything: wait for one whole
+        # lease of our own before judging others.
+        since = self._beating_since
+        await self.sweep(judges_others=since is not None and time.monotonic() - since > LEASE_S)
+
+    async def _recover(self) -> None:
+        leftovers = await asyncio.to_thread(self._journal.find_leftovers)
+        self._enqueue(self._journal.take_over(leftovers))
+
+    async def _sync(self) -> None:
+        await asyncio.to_thread(self._journal.sync)
+
+    def _enqueue(self, settlements: Iterable[Settlement]) -> None:
+        self._queue.update((each.request_id, each) for each in settlements)
+        if self._queue:
+            self._is_idle.clear()
+            self._wake.set()
+
+    async def _settle_forever(self) -> None:
+        backoff_s = 0.1
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._flush()
+                backoff_s = 0.1
+            except Exception:
+                logger.warning("settlement_failed", exc_info=True)
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+                self._wake.set()
+
+    async def _flush(self) -> None:
+        while self._queue:
+            await self._settle_batch(list(itertools.islice(self._queue.values(), MAX_BATCH)))
+        self._is_idle.set()
+
+    async def _settle_batch(self, batch: Sequence[Settlement]) -> None:
+        try:
+            async with self._database.as_worker() as session:
+                await settle(session, batch)
+        except (IntegrityError, DataError):
+            await self._find_refused(batch)
+            return
+        request_ids = [each.request_id for each in batch]
+        self._journal.settled(request_ids)
+        for request_id in request_ids:
+            self._queue.pop(request_id, None)
+
+    async def _find_refused(self, batch: Sequence[Settlement]) -> None:
+        """One row that the database refuses must not hold up the others."""
+        if len(batch) > 1:
+            for each in batch:
+                await self._settle_batch([each])
+            return
+        refused = batch[0].request_id
+        logger.exception("settlement_refused", extra={"request_id": str(refused)})
+        self._refused.add(refused)
+        self._queue.pop(refused, None)
+
+
+async def _every(period_s: float, what: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        try:
+            await what()
+        except Exception:
+            logger.warning("ledger_task_failed", exc_info=True)
+        await asyncio.sleep(period_s)
+
+
+async def _register(session: AsyncSession, journal: Journal) -> None:
+    life = {
+        "host": socket.gethostname(),
+        "epoch": journal.epoch,
+        "started_at": func.now(),
+        "heartbeat_at": func.now(),
+    }
+    await session.execute(
+        insert(GatewayInstance)
+        .values(id=journal.instance_id, **life)
+        .on_conflict_do_update(index_elements=[GatewayInstance.id], set_=life)
+    )
+
+
+def _stream_of(meter: Meter) -> Stream:
+    opened = meter.opened
+    funded, amount_nano = fund(
+        opened.price,
+        prompt_tokens=opened.prompt_tokens,
+        progress=meter.completion_tokens,
+        funded=opened.funded_output_tokens,
+        max_output_tokens=opened.max_output_tokens,
+    )
+    return Stream(
+        request_id=opened.request_id,
+        # What is not streamed owes nothing before it is sent.
+        progress_output_tokens=meter.completion_tokens if opened.is_streamed else 0,
+        progress_cached_tokens=meter.cached_tokens if opened.is_streamed else 0,
+        funded_output_tokens=funded,
+        amount_nano=amount_nano,
+    )
+
+
+def _settlement_of_lost(row: Row[Any]) -> Settlement:
+    opened = Opened(
+        number=0,
+        request_id=row.id,
+        gateway_instance_id=row.gateway_instance_id,
+        tenant_id=row.tenant_id,
+        api_key_id=row.api_key_id,
+        base_model_id=row.base_model_id,
+        adapter_id=row.adapter_id,
+        adapter_version_id=row.adapter_version_id,
+        version_digest=row.version_digest,
+        price=Price(
+            row.price_id,
+            row.input_nano_per_million,
+            row.cached_input_nano_per_million,
+            row.output_nano_per_million,
+        ),
+        endpoint=row.endpoint,
+        is_streamed=row.progress_output_tokens > 0,
+        prompt_tokens=row.prompt_tokens,
+        max_output_tokens=row.funded_output_tokens,
+        funded_output_tokens=row.funded_output_tokens,
+        started_at=row.created_at,
+        sequence_ids=(),
+    )
+    charged = bill(
+        opened.price,
+        prompt_tokens=row.prompt_tokens,
+        cached_tokens=min(row.progress_cached_tokens, row.prompt_tokens),
+        completion_tokens=row.progress_output_tokens,
+    )
+    finished_at = max(row.created_at, row.heartbeat_at)
+    return Settlement(opened, LOST, finished_at, charged if opened.is_streamed else None)

@@ -1,0 +1,164 @@
+"""What tokens cost: the only place where a rate meets a count.
+
+Rates are integer nano-USD per million tokens, money is integer nano-USD, and a request is rounded
+once. Prices are rows with a span of time; a rate is never changed, it ends and another begins.
+Knows nothing of requests' lives or of reports.
+"""
+
+import datetime
+import uuid
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+from sqlalchemy import ColumnElement, and_, func, select, update
+from sqlalchemy.dialects.postgresql import Range
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from gateway.tables import BaseModel, PriceVersion, new_id
+
+TOKENS_PER_RATE = 1_000_000
+# A million USD per million tokens: far above any price, far below where BIGINT would overflow.
+MAX_RATE_NANO = 10**15
+
+Rate = Annotated[int, msgspec.Meta(ge=0, le=MAX_RATE_NANO)]
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """Nano-USD per million tokens."""
+
+    input_nano_per_million: Rate = 0
+    cached_input_nano_per_million: Rate = 0
+    output_nano_per_million: Rate = 0
+
+
+class Price(msgspec.Struct, frozen=True, array_like=True):
+    """The rates that were pinned for a request when it was admitted."""
+
+    # The row of `price_versions`.
+    id: uuid.UUID
+    input_nano_per_million: int
+    cached_input_nano_per_million: int
+    output_nano_per_million: int
+
+
+class Bill(msgspec.Struct, frozen=True, array_like=True):
+    """What a request used and costs: what its client is shown and what its usage event says."""
+
+    prompt_tokens: int = 0
+    # How many of the prompt tokens came from the prefix cache.
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    cost_nano: int = 0
+    # Engine time spent on it; not billed.
+    engine_ns: int = 0
+
+
+def cost(price: Price, *, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> int:
+    """Nano-USD of one request, rounded once, half to even."""
+    assert 0 <= cached_tokens <= prompt_tokens, "cached tokens are prompt tokens"
+    assert completion_tokens >= 0
+    total = (
+        (prompt_tokens - cached_tokens) * price.input_nano_per_million
+        + cached_tokens * price.cached_input_nano_per_million
+        + completion_tokens * price.output_nano_per_million
+    )
+    return _divide_half_even(total, TOKENS_PER_RATE)
+
+
+def bill(
+    price: Price,
+    *,
+    prompt_tokens: int,
+    cached_tokens: int,
+    completion_tokens: int,
+    engine_ns: int = 0,
+) -> Bill:
+    """The counts together with their cost."""
+    cost_nano = cost(
+        price,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        completion_tokens=completion_tokens,
+    )
+    return Bill(prompt_tokens, cached_tokens, completion_tokens, cost_nano, engine_ns)
+
+
+def ceiling(price: Price, *, prompt_tokens: int, output_tokens: int) -> int:
+    """Nano-USD that so many tokens cannot exceed; what a hold reserves. The same as admission's."""
+    input_rate = max(price.input_nano_per_million, price.cached_input_nano_per_million)
+    total = prompt_tokens * input_rate + output_tokens * price.output_nano_per_million
+    return -(-total // TOKENS_PER_RATE)
+
+
+def _divide_half_even(numerator: int, denominator: int) -> int:
+    quotient, remainder = divmod(numerator, denominator)
+    if 2 * remainder > denominator or (2 * remainder == denominator and quotient % 2):
+        return quotient + 1
+    return quotient
+
+
+@dataclass(frozen=True, slots=True)
+class PriceScope:
+    """Whom a price is for: all of a base model, one tenant, or one adapter."""
+
+    base_model_id: uuid.UUID
+    tenant_id: uuid.UUID | None = None
+    adapter_id: uuid.UUID | None = None
+
+    def is_of(self, table: type[PriceVersion]) -> ColumnElement[bool]:
+        return and_(
+            table.base_model_id == self.base_model_id,
+            table.tenant_id.is_not_distinct_from(self.tenant_id),
+            table.adapter_id.is_not_distinct_from(self.adapter_id),
+        )
+
+
+async def set_price(session: AsyncSession, scope: PriceScope, *, rates: Rates) -> PriceVersion:
+    """End the running price of this scope and begin another now.
+
+    Requests that were admitted before keep the price that they were admitted at.
+    """
+    # One change of a base model's prices at a time, so that the spans meet without a gap.
+    await session.execute(
+        select(BaseModel.id).where(BaseModel.id == scope.base_model_id).with_for_update()
+    )
+    # Not now(): that is when the transaction began, which may be before the span that is ended.
+    moment: datetime.datetime = (await session.execute(select(func.clock_timestamp()))).scalar_one()
+    await session.execute(
+        update(PriceVersion)
+        .where(scope.is_of(PriceVersion), func.upper_inf(PriceVersion.effective))
+        .values(effective=func.tstzrange(func.lower(PriceVersion.effective), moment))
+        .execution_options(synchronize_session=False)
+    )
+    return await _insert_price(session, scope, rates=rates, since=moment)
+
+
+async def ensure_default(session: AsyncSession, base_model_id: uuid.UUID) -> None:
+    """Give a base model that has no price a price of zero, so that it can be served."""
+    scope = PriceScope(base_model_id)
+    running = await session.execute(
+        select(PriceVersion.id).where(
+            scope.is_of(PriceVersion), func.upper_inf(PriceVersion.effective)
+        )
+    )
+    if running.first() is None:
+        await set_price(session, scope, rates=Rates())
+
+
+async def _insert_price(
+    session: AsyncSession, scope: PriceScope, *, rates: Rates, since: datetime.datetime
+) -> PriceVersion:
+    row = PriceVersion(
+        id=new_id(),
+        base_model_id=scope.base_model_id,
+        tenant_id=scope.tenant_id,
+        adapter_id=scope.adapter_id,
+        effective=Range(since, None, bounds="[)"),
+        input_nano_per_million=rates.input_nano_per_million,
+        cached_input_nano_per_million=rates.cached_input_nano_per_million,
+        output_nano_per_million=rates.output_nano_per_million,
+    )
+    session.add(row)
+    await session.flush()
+    return row

@@ -1,0 +1,662 @@
+"""Which names can be called, what each stands for now, and how that changes.
+
+Owns base models, public names, adapters, their versions and aliases. Knows nothing of files, of
+HTTP, or of how an adapter is judged.
+"""
+
+import datetime
+import hashlib
+import re
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from engine.protocol import EngineInfo
+from gateway import audit, prices, tenants
+from gateway.auth import Principal
+from gateway.database import Database
+from gateway.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, Unavailable
+from gateway.tables import (
+    SLUG_PATTERN,
+    Adapter,
+    AdapterAlias,
+    AdapterVersion,
+    BaseModel,
+    EngineReplica,
+    PublicName,
+    Tenant,
+    new_id,
+)
+
+LATEST = "latest"
+SLUG_RULE = (
+    "1 to 32 of the characters a-z, 0-9 and '-', beginning and ending with a letter or a digit"
+)
+# Two slugs and a dash take 65; base models may have longer names, with a folder in front.
+MAX_MODEL_NAME = 256
+
+# Which version of which adapter a name means. Row-level security hides the adapters of others, so
+# a name that is not the caller's finds as little as one that does not exist. A base model that no
+# engine serves is not offered, and neither are its adapters.
+RESOLVE = text("""
+    SELECT n.name AS public_name, b.id AS base_model_id, b.name AS base_model,
+           b.text_bundle_digest AS base_text_bundle_digest, b.context_length,
+           a.id AS adapter_id, v.id AS adapter_version_id, v.number AS version_number,
+           v.weights_digest, v.version_digest,
+           coalesce(v.text_bundle_digest, b.text_bundle_digest) AS text_bundle_digest
+    FROM public_names n
+    LEFT JOIN adapters a ON a.id = n.adapter_id AND a.deleted_at IS NULL
+    JOIN base_models b ON b.id = coalesce(n.base_model_id, a.base_model_id)
+    LEFT JOIN adapter_aliases l ON l.adapter_id = a.id AND l.alias = :alias
+    LEFT JOIN adapter_versions v ON v.adapter_id = a.id AND v.state = 'ready'
+         AND (v.id = l.version_id OR v.number = :number)
+    WHERE n.name = :name
+      AND (v.id IS NOT NULL OR (n.base_model_id IS NOT NULL AND NOT :is_versioned))
+      AND EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
+""")
+
+# Everything that the caller may name as a model.
+LIST_MODELS = text("""
+    SELECT b.name AS id, b.created_at, 'manylora' AS owned_by, b.name AS base_model,
+           NULL::integer AS version_number, NULL::text AS version_digest
+    FROM base_models b
+    WHERE EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
+    UNION ALL
+    SELECT a.public_name, a.created_at, t.slug, b.name, v.number, v.version_digest
+    FROM adapters a
+    JOIN tenants t ON t.id = a.tenant_id
+    JOIN base_models b ON b.id = a.base_model_id
+    JOIN adapter_aliases l ON l.adapter_id = a.id AND l.alias = 'latest'
+    JOIN adapter_versions v ON v.id = l.version_id AND v.state = 'ready'
+    WHERE a.deleted_at IS NULL
+      AND EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a model name stands for at the moment of the call."""
+
+    # As it is registered, without the suffix and in lower case.
+    public_name: str
+    base_model_id: uuid.UUID
+    base_model: str
+    base_text_bundle_digest: str
+    context_length: int
+    # None of the following five where the base model answers alone.
+    adapter_id: uuid.UUID | None
+    adapter_version_id: uuid.UUID | None
+    version_number: int | None
+    weights_digest: str | None
+    version_digest: str | None
+    # The adapter's own bundle, or its base model's.
+    text_bundle_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One line of the list of models."""
+
+    id: str
+    created_at: datetime.datetime
+    owned_by: str
+    base_model: str
+    # What `latest` stands for; None for a base model.
+    version_number: int | None
+    version_digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEntry:
+    """An adapter as its operator sees it."""
+
+    adapter: Adapter
+    base_model: str
+    # alias -> version number
+    aliases: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelEntry:
+    """A base model and the addresses of the engines that serve it."""
+
+    base_model: BaseModel
+    replicas: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where an upload goes: checked before its first byte is read, and again when it is booked."""
+
+    tenant_id: uuid.UUID
+    slug: str
+    public_name: str
+    # Of the adapter that exists; None where the upload brings its first version.
+    base_model_id: uuid.UUID | None
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What the rows say about an artifact that is in the store."""
+
+    weights_digest: str
+    # None where the adapter speaks through its base model's bundle.
+    text_bundle_digest: str | None
+    rank: int
+    num_modules: int
+    size_bytes: int
+
+    @property
+    def version_digest(self) -> str:
+        """SHA-256 over both digests, 64 hexadecimal digits."""
+        both = f"{self.weights_digest}\n{self.text_bundle_digest or ''}"
+        return hashlib.sha256(both.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How probing a version ended. No findings means that it may be served."""
+
+    certificate: dict[str, Any]
+    findings: list[dict[str, Any]]
+
+    @property
+    def state(self) -> str:
+        return "rejected" if self.findings else "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version, and whether this call made it or found it."""
+
+    adapter: Adapter
+    version: AdapterVersion
+    is_new: bool
+
+
+class Registry:
+    """Names, and what they mean. Every change is one transaction that holds its audit row."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # What tenants ask.
+
+    async def resolve(self, principal: Principal, model: str) -> Target:
+        """Return what `model` means for this caller.
+
+        Raises ModelNotFound, in the same words for a name that does not exist, belongs to somebody
+        else, was deleted or has no version that may be served.
+        """
+        # asyncpg takes neither NUL nor lone surrogates, and no name has them.
+        if len(model) > MAX_MODEL_NAME or not model.isprintable():
+            raise model_not_found(model)
+        async with self._database.as_tenant(_tenant_of(principal, model)) as session:
+            row = (await session.execute(RESOLVE, _spelling(model))).mappings().one_or_none()
+        if row is None:
+            raise model_not_found(model)
+        return Target(**row)
+
+    async def list_models(self, principal: Principal) -> list[ModelEntry]:
+        """Return the base models that are served, then the caller's own adapters, by name."""
+        if principal.tenant_id is None:
+            return []
+        async with self._database.as_tenant(principal.tenant_id) as session:
+            rows = (await session.execute(LIST_MODELS)).mappings().all()
+        entries = [ModelEntry(**row) for row in rows]
+        return sorted(entries, key=lambda entry: (entry.version_number is not None, entry.id))
+
+    # What engines tell.
+
+    async def register_base_model(self, info: EngineInfo, address: str) -> BaseModel:
+        """Take over what the engine at `address` serves, and offer it.
+
+        Raises Conflict where the name stands for something else already.
+        """
+        _check_base_model_name(info.base_model)
+        async with self._database.as_worker() as session:
+            base_model = await _open_base_model(session, info)
+            await _claim_name(session, info.base_model.lower(), base_model_id=base_model.id)
+            base_model.text_bundle_digest = info.text_bundle_digest
+            base_model.context_length = info.max_model_len
+            base_model.vocab_size = info.vocab_size
+            base_model.max_lora_rank = info.max_lora_rank
+            await session.flush()
+            await prices.ensure_default(session, base_model.id)
+            await _set_replica(session, base_model.id, info=info, address=address)
+        return base_model
+
+    async def base_models(self) -> list[BaseModelEntry]:
+        """Return every base model that was ever registered, by name."""
+        async with self._database.as_worker() as session:
+            rows = (await session.scalars(select(BaseModel).order_by(BaseModel.name))).all()
+            replicas = (await session.scalars(select(EngineReplica))).all()
+        return [
+            BaseModelEntry(row, sorted(r.address for r in replicas if r.base_model_id == row.id))
+            for row in rows
+        ]
+
+    # What operators do.
+
+    async def destination(self, tenant: str, adapter: str) -> Destination:
+        """Return where versions of `adapter` go.
+
+        Raises NotFound, InvalidRequest or Conflict where an upload could not end well.
+        """
+        async with self._database.as_worker() as session:
+            owner = await _find_tenant(session, tenant)
+            if owner.status == "closed":
+                raise Conflict(f"The tenant {tenant!r} is closed; it takes no more adapters.")
+            check_slug(adapter, field="adapter")
+            destination = Destination(owner.id, adapter, public_name(tenant, adapter), None)
+            existing = await _find_adapter(session, owner.id, adapter)
+            if existing is None:
+                await _check_name_is_free(session, destination.public_name)
+                return destination
+        _check_not_deleted(existing)
+        return replace(destination, base_model_id=existing.base_model_id)
+
+    async def base_model_for(self, destination: Destination, name: str | None) -> BaseModel:
+        """Return the base model that an upload is for: the adapter's, the named, or the only one.
+
+        Raises InvalidRequest, Conflict or Unavailable.
+        """
+        offered = [entry.base_model for entry in await self.base_models() if entry.replicas]
+        if destination.base_model_id is not None:
+            return _base_model_of(destination, offered, name=name)
+        if not offered:
+            raise Unavailable("No engine serves a base model yet; try again shortly.")
+        if name is None and len(offered) == 1:
+            return offered[0]
+        for base_model in offered:
+            if base_model.name == name:
+                return base_model
+        names = ", ".join(base_model.name for base_model in offered)
+        raise InvalidRequest(f"base_model must be one of: {names}.", param="base_model")
+
+    async def create_version(
+        self,
+        destination: Destination,
+        contents: Contents,
+        *,
+        base_model_id: uuid.UUID,
+        actor_key_id: uuid.UUID,
+    ) -> Published:
+        """Book an artifact that is in the store already, as the adapter's next version.
+
+        The same contents again give the version that exists. A new version is `probing`: it can be
+        called once `finish_version` says so. Raises Conflict where the name is taken.
+        """
+        async with self._database.as_worker() as session:
+            adapter = await _open_adapter(session, destination, base_model_id=base_model_id)
+            version = await _same_contents(session, adapter.id, contents.version_digest)
+            if version is not None:
+                return Published(adapter, version, is_new=False)
+            version = await _insert_version(session, adapter, contents=contents)
+            await audit.record(
+                session,
+                tenant_id=adapter.tenant_id,
+                actor_key_id=actor_key_id,
+                action="adapter.version.create",
+                subject=f"{adapter.public_name}@{version.number}",
+                details={"version_digest": version.version_digest},
+            )
+        return Published(adapter, version, is_new=True)
+
+    async def finish_version(
+        self, version_id: uuid.UUID, verdict: Verdict, *, actor_key_id: uuid.UUID | None
+    ) -> AdapterVersion:
+        """Move a `probing` version to `ready` or `rejected`; one that moved before stays.
+
+        `latest` follows to the highest number that is ready, and never goes back.
+        """
+        async with self._database.as_worker() as session:
+            version = await session.get_one(AdapterVersion, version_id)
+            adapter = await session.get_one(Adapter, version.adapter_id, with_for_update=True)
+            await session.refresh(version)
+            if version.state != "probing":
+                return version
+            version.state = verdict.state
+            version.certificate = verdict.certificate
+            version.findings = verdict.findings
+            if verdict.state == "ready":
+                await _advance_latest(session, version)
+            await audit.record(
+                session,
+                tenant_id=version.tenant_id,
+                actor_key_id=actor_key_id,
+                action=f"adapter.version.{verdict.state}",
+                subject=f"{adapter.public_name}@{version.number}",
+                details={"version_digest": version.version_digest},
+            )
+        return version
+
+    async def versions_in_probe(self) -> list[AdapterVersion]:
+        """Return the versions whose probe has not ended, for engines that are served now."""
+        served = select(EngineReplica.base_model_id)
+        async with self._database.as_worker() as session:
+            query = select(AdapterVersion).where(
+                AdapterVersion.state == "probing", AdapterVersion.base_model_id.in_(served)
+            )
+            return list((await session.scalars(query)).all())
+
+    async def list_adapters(self, tenant: str) -> list[AdapterEntry]:
+        """Return a tenant's adapters by name, without deleted ones. Raises NotFound."""
+        async with self._database.as_worker() as session:
+            owner = await _find_tenant(session, tenant)
+            return await _adapter_entries(session, Adapter.tenant_id == owner.id)
+
+    async def get_adapter(self, tenant: str, adapter: str) -> AdapterEntry:
+        """Raises NotFound."""
+        async with self._database.as_worker() as session:
+            row = await _living_adapter(session, tenant, adapter)
+            return (await _adapter_entries(session, Adapter.id == row.id))[0]
+
+    async def list_versions(
+        self, tenant: str, adapter: str
+    ) -> tuple[Adapter, list[AdapterVersion]]:
+        """Return an adapter and its versions, newest first. Raises NotFound."""
+        async with self._database.as_worker() as session:
+            row = await _living_adapter(session, tenant, adapter)
+            query = (
+                select(AdapterVersion)
+                .where(AdapterVersion.adapter_id == row.id)
+                .order_by(AdapterVersion.number.desc())
+            )
+            return row, list((await session.scalars(query)).all())
+
+    async def delete_adapter(self, tenant: str, adapter: str, *, actor_key_id: uuid.UUID) -> None:
+        """Stop offering an adapter. Its rows stay, and so does its claim on the name.
+
+        Raises NotFound.
+        """
+        async with self._database.as_worker() as session:
+            row = await _living_adapter(session, tenant, adapter, for_update=True)
+            row.deleted_at = func.now()
+            await audit.record(
+                session,
+                tenant_id=row.tenant_id,
+                actor_key_id=actor_key_id,
+                action="adapter.delete",
+                subject=row.public_name,
+                details={},
+            )
+
+
+def public_name(tenant: str, adapter: str) -> str:
+    """The model name of an adapter. It is stored whole and never taken apart again."""
+    return f"{tenant}-{adapter}"
+
+
+def model_not_found(model: str) -> ModelNotFound:
+    """The one answer for every model that cannot be called, whatever the reason."""
+    shown = model[:MAX_MODEL_NAME].encode("ascii", "backslashreplace").decode()
+    return ModelNotFound(
+        f"The model `{shown}` does not exist or this key has no access to it.", param="model"
+    )
+
+
+def check_slug(slug: str, *, field: str) -> None:
+    """Raises InvalidRequest, naming the field and the rule."""
+    if re.fullmatch(SLUG_PATTERN, slug) is None:
+        raise InvalidRequest(f"{field} must be {SLUG_RULE}.", param=field)
+
+
+def _tenant_of(principal: Principal, model: str) -> uuid.UUID:
+    if principal.tenant_id is None:
+        raise model_not_found(model)
+    return principal.tenant_id
+
+
+def _spelling(model: str) -> dict[str, Any]:
+    """Take `name`, `name@3` or `name@latest` apart, as parameters of RESOLVE."""
+    name, at, suffix = model.lower().rpartition("@")
+    if not at:
+        name, suffix = suffix, LATEST
+    # A column of 32 bits holds the number; longer ones name nothing.
+    is_number = suffix.isascii() and suffix.isdigit() and len(suffix) < 10
+    return {
+        "name": name,
+        "alias": None if is_number else suffix,
+        "number": int(suffix) if is_number else None,
+        "is_versioned": bool(at),
+    }
+
+
+def _check_base_model_name(name: str) -> None:
+    is_sound = name and len(name) <= MAX_MODEL_NAME and name.isprintable() and "@" not in name
+    if not is_sound:
+        raise InvalidRequest(
+            f"A base model's name is 1 to {MAX_MODEL_NAME} printable characters without '@'; "
+            "choose one with --served-model-name.",
+            param="served_model_name",
+        )
+
+
+async def _open_base_model(session: AsyncSession, info: EngineInfo) -> BaseModel:
+    """The row of a base model, made if new, locked until the transaction ends."""
+    await session.execute(
+        insert(BaseModel)
+        .values(
+            id=new_id(),
+            name=info.base_model,
+            digest=info.base_digest,
+            text_bundle_digest=info.text_bundle_digest,
+            shape=info.base_shape.modules,
+            context_length=info.max_model_len,
+            vocab_size=info.vocab_size,
+            max_lora_rank=info.max_lora_rank,
+        )
+        .on_conflict_do_nothing(index_elements=[BaseModel.name])
+    )
+    query = select(BaseModel).where(BaseModel.name == info.base_model).with_for_update()
+    base_model = (await session.scalars(query)).one()
+    if base_model.digest != info.base_digest:
+        raise Conflict(
+            f"{info.base_model!r} stands for the base model {base_model.digest}, but the engine "
+            f"serves {info.base_digest}; give it a name of its own with --served-model-name."
+        )
+    return base_model
+
+
+async def _set_replica(
+    session: AsyncSession, base_model_id: uuid.UUID, *, info: EngineInfo, address: str
+) -> None:
+    """An address serves one base model: the one that its engine named last."""
+    facts = {
+        "base_model_id": base_model_id,
+        "engine_epoch": info.engine_epoch,
+        "device": info.device,
+        "max_loras": info.max_loras,
+        "seen_at": func.now(),
+    }
+    await session.execute(
+        insert(EngineReplica)
+        .values(address=address, **facts)
+        .on_conflict_do_update(index_elements=[EngineReplica.address], set_=facts)
+    )
+
+
+async def _claim_name(
+    session: AsyncSession,
+    name: str,
+    *,
+    base_model_id: uuid.UUID | None = None,
+    adapter_id: uuid.UUID | None = None,
+) -> None:
+    """Take a name for good, or find that it is ours already. Raises Conflict."""
+    await session.execute(
+        insert(PublicName)
+        .values(name=name, base_model_id=base_model_id, adapter_id=adapter_id)
+        .on_conflict_do_nothing()
+    )
+    owner = await session.get_one(PublicName, name)
+    if (owner.base_model_id, owner.adapter_id) != (base_model_id, adapter_id):
+        raise _name_taken(name)
+
+
+async def _check_name_is_free(session: AsyncSession, name: str) -> None:
+    if await session.get(PublicName, name) is not None:
+        raise _name_taken(name)
+
+
+def _name_taken(name: str) -> Conflict:
+    return Conflict(f"The model name {name!r} is taken, and names are never used again.")
+
+
+def _check_not_deleted(adapter: Adapter) -> None:
+    if adapter.deleted_at is not None:
+        raise Conflict(
+            f"The adapter {adapter.public_name!r} was deleted, and names are never used again."
+        )
+
+
+def _base_model_of(
+    destination: Destination, offered: list[BaseModel], *, name: str | None
+) -> BaseModel:
+    for base_model in offered:
+        if base_model.id == destination.base_model_id:
+            if name not in (None, base_model.name):
+                raise Conflict(
+                    f"The adapter {destination.public_name!r} is for the base model "
+                    f"{base_model.name!r}; upload for {name!r} under another name."
+                )
+            return base_model
+    raise Conflict(f"No engine serves the base model of the adapter {destination.public_name!r}.")
+
+
+async def _find_tenant(session: AsyncSession, slug: str) -> Tenant:
+    if not slug.isprintable():
+        raise NotFound("There is no such tenant.")
+    return await tenants.get_tenant(session, slug)
+
+
+async def _find_adapter(
+    session: AsyncSession, tenant_id: uuid.UUID, slug: str, *, for_update: bool = False
+) -> Adapter | None:
+    query = select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.slug == slug)
+    if for_update:
+        query = query.with_for_update()
+    return (await session.scalars(query)).one_or_none()
+
+
+async def _living_adapter(
+    session: AsyncSession, tenant: str, slug: str, *, for_update: bool = False
+) -> Adapter:
+    owner = await _find_tenant(session, tenant)
+    adapter = None
+    if slug.isprintable():
+        adapter = await _find_adapter(session, owner.id, slug, for_update=for_update)
+    if adapter is None or adapter.deleted_at is not None:
+        raise NotFound(f"The tenant {tenant!r} has no adapter {slug!r}.", param="adapter")
+    return adapter
+
+
+async def _adapter_entries(session: AsyncSession, which: ColumnElement[bool]) -> list[AdapterEntry]:
+    query = (
+        select(Adapter, BaseModel.name)
+        .join(BaseModel, BaseModel.id == Adapter.base_model_id)
+        .where(which, Adapter.deleted_at.is_(None))
+        .order_by(Adapter.slug)
+    )
+    entries = {
+        adapter.id: AdapterEntry(adapter, base_model, {})
+        for adapter, base_model in await session.execute(query)
+    }
+    aliases = (
+        select(AdapterAlias.adapter_id, AdapterAlias.alias, AdapterVersion.number)
+        .join(AdapterVersion, AdapterVersion.id == AdapterAlias.version_id)
+        .where(AdapterAlias.adapter_id.in_(entries))
+    )
+    for adapter_id, alias, number in await session.execute(aliases):
+        entries[adapter_id].aliases[alias] = number
+    return list(entries.values())
+
+
+async def _open_adapter(
+    session: AsyncSession, destination: Destination, *, base_model_id: uuid.UUID
+) -> Adapter:
+    """The row of an adapter, made if new, locked until the transaction ends."""
+    await session.execute(
+        insert(Adapter)
+        .values(
+            id=new_id(),
+            tenant_id=destination.tenant_id,
+            base_model_id=base_model_id,
+            slug=destination.slug,
+            public_name=destination.public_name,
+        )
+        # Both unique constraints: the tenant's own name, and the public one.
+        .on_conflict_do_nothing()
+    )
+    adapter = await _find_adapter(session, destination.tenant_id, destination.slug, for_update=True)
+    if adapter is None:
+        raise _name_taken(destination.public_name)
+    _check_not_deleted(adapter)
+    if adapter.base_model_id != base_model_id:
+        raise Conflict(f"The adapter {adapter.public_name!r} is for another base model.")
+    await _claim_name(session, adapter.public_name, adapter_id=adapter.id)
+    return adapter
+
+
+async def _same_contents(
+    session: AsyncSession, adapter_id: uuid.UUID, version_digest: str
+) -> AdapterVersion | None:
+    query = select(AdapterVersion).where(
+        AdapterVersion.adapter_id == adapter_id,
+        AdapterVersion.version_digest == version_digest,
+        AdapterVersion.state != "rejected",
+    )
+    return (await session.scalars(query)).one_or_none()
+
+
+async def _insert_version(
+    session: AsyncSession, adapter: Adapter, *, contents: Contents
+) -> AdapterVersion:
+    """The adapter's row is locked, so the next number is ours."""
+    highest = await session.scalar(
+        select(func.max(AdapterVersion.number)).where(AdapterVersion.adapter_id == adapter.id)
+    )
+    version = AdapterVersion(
+        id=new_id(),
+        tenant_id=adapter.tenant_id,
+        adapter_id=adapter.id,
+        base_model_id=adapter.base_model_id,
+        number=(highest or 0) + 1,
+        state="probing",
+        weights_digest=contents.weights_digest,
+        version_digest=contents.version_digest,
+        text_bundle_digest=contents.text_bundle_digest,
+        rank=contents.rank,
+        num_modules=contents.num_modules,
+        size_bytes=contents.size_bytes,
+        findings=[],
+        certificate=None,
+    )
+    session.add(version)
+    await session.flush()
+    return version
+
+
+async def _advance_latest(session: AsyncSession, version: AdapterVersion) -> None:
+    """The adapter's row is locked, so nobody else moves its aliases."""
+    alias = await session.get(AdapterAlias, (version.adapter_id, LATEST))
+    if alias is None:
+        session.add(
+            AdapterAlias(
+                adapter_id=version.adapter_id,
+                alias=LATEST,
+                tenant_id=version.tenant_id,
+                version_id=version.id,
+            )
+        )
+        return
+    current = await session.get_one(AdapterVersion, alias.version_id)
+    if version.number > current.number:
+        alias.version_id = version.id
+        alias.revision += 1
+        alias.moved_at = func.now()

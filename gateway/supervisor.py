@@ -1,0 +1,330 @@
+"""Keep one host's processes alive: the embedded database, an engine, a gateway.
+
+Starts them in order, restarts what dies, ends everything together. Each child dies with this
+process, whatever ends it. Knows nothing of requests.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+
+from gateway import auth
+from gateway.database import Database, migrate, role_urls
+from gateway.embedded import EmbeddedPostgres
+from gateway.settings import MEBIBYTE, PARENT_VARIABLE, Settings
+
+POLL_INTERVAL_S = 0.1
+# A child that died sooner than this after its start is not worth starting at once again.
+SHORT_LIFE_S = 10.0
+MAX_SHORT_LIVES = 3
+# Time to finish streams and to settle before a child is killed.
+STOP_GRACE_S = 20.0
+
+
+class CannotServe(Exception):
+    """The processes cannot be started here; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What `manylora serve` was told."""
+
+    model: str
+    served_name: str
+    host: str
+    port: int
+    data_dir: Path
+    # The owner's URL; None runs the embedded PostgreSQL.
+    database_url: str | None
+    # None keeps adapters under the data directory.
+    store_url: str | None
+    # Flags that the engine takes as they are.
+    engine_flags: tuple[str, ...]
+    max_upload_bytes: int = 1024 * MEBIBYTE
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """Made once for an installation and kept in its data directory."""
+
+    pepper: str
+    engine_secret: str
+    app_password: str
+    worker_password: str
+
+    @classmethod
+    def of(cls, path: Path) -> "Secrets":
+        """Read the secrets, making them at the first start."""
+        if not path.exists():
+            made = cls(*(secrets.token_hex(32) for _ in range(4)))
+            write_private(path, json.dumps(asdict(made)))
+        return cls(**json.loads(path.read_text()))
+
+
+def write_private(path: Path, content: str) -> None:
+    """Write a file that only its owner reads; it appears whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+class Supervisor:
+    """The processes of one host. `say` tells the operator what is being done."""
+
+    def __init__(self, options: ServeOptions, *, say: Callable[[str], None]) -> None:
+        self._options = options
+        self._say = say
+        self._stopping = asyncio.Event()
+        self._postgres: EmbeddedPostgres | None = None
+        self._operator_key_path = options.data_dir / "operator.key"
+
+    @property
+    def operator_key(self) -> str:
+        """The operator's key of this installation, once `run` is past its start."""
+        return self._operator_key_path.read_text().strip()
+
+    async def run(self, on_ready: Callable[[], Awaitable[None]]) -> None:
+        """Serve until a signal comes; `on_ready` is called once requests are answered.
+
+        Raises CannotServe or DatabaseRefused with a message for the operator.
+        """
+        options = self._options
+        options.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stopping.set)
+        with _locked(options.data_dir / "lock"), contextlib.ExitStack() as stack:
+            _check_port(options.host, options.port)
+            runtime_dir = _runtime_dir(options.data_dir)
+            keys = Secrets.of(options.data_dir / "secrets.json")
+            owner_url = options.database_url or self._start_postgres(stack)
+            settings = await self._prepare(owner_url, keys, runtime_dir)
+            if not self._stopping.is_set():
+                await self._serve(settings, on_ready)
+            self._say("stopped")
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def _start_postgres(self, stack: contextlib.ExitStack) -> str:
+        self._say("database: starting the embedded PostgreSQL")
+        self._postgres = EmbeddedPostgres(self._options.data_dir)
+        self._postgres.start()
+        stack.callback(self._postgres.stop)
+        return self._postgres.url
+
+    async def _prepare(self, owner_url: str, keys: Secrets, runtime_dir: Path) -> Settings:
+        options = self._options
+        passwords = {"app_password": keys.app_password, "worker_password": keys.worker_password}
+        self._say("database: migrating")
+        await migrate(owner_url, **passwords)
+        app_url, worker_url = role_urls(owner_url, **passwords)
+        settings = Settings(
+            database_app_url=app_url,
+            database_worker_url=worker_url,
+            engine_address=f"unix:{runtime_dir / 'engine.sock'}",
+            engine_secret=keys.engine_secret,
+            pepper=bytes.fromhex(keys.pepper),
+            store_url=options.store_url or (options.data_dir / "store").absolute().as_uri(),
+            data_dir=options.data_dir.absolute(),
+            host=options.host,
+            port=options.port,
+            max_upload_bytes=options.max_upload_bytes,
+            parent_pid=os.getpid(),
+        )
+        await self._ensure_operator_key(settings)
+        return settings
+
+    async def _ensure_operator_key(self, settings: Settings) -> None:
+        """Make this installation's operator key at the first start, or when its file is gone."""
+        if self._operator_key_path.exists():
+            return
+        database = Database(
+            app_url=settings.database_app_url, worker_url=settings.database_worker_url
+        )
+        try:
+            async with database.as_worker() as session:
+                _, key = await auth.create_key(
+                    session,
+                    tenant_id=None,
+                    name="operator",
+                    scopes=["operator"],
+                    expires_at=None,
+                    pepper=settings.pepper,
+                )
+            write_private(self._operator_key_path, key + "\n")
+        finally:
+            await database.close()
+
+    async def _serve(self, settings: Settings, on_ready: Callable[[], Awaitable[None]]) -> None:
+        engine = _Child(
+            "engine",
+            self._engine_command(settings),
+            {
+                "MANYLORA_ENGINE_SECRET": settings.engine_secret,
+                PARENT_VARIABLE: str(settings.parent_pid),
+            },
+        )
+        gateway = _Child("gateway", [sys.executable, "-m", "gateway"], settings.to_environment())
+        url = f"http://{_reachable(settings.host)}:{settings.port}/health/ready"
+        async with asyncio.TaskGroup() as tasks:
+            keepers = [
+                tasks.create_task(self._keep(engine)),
+                tasks.create_task(self._keep(gateway)),
+                tasks.create_task(self._watch_postgres()),
+            ]
+            try:
+                if await self._answers(url):
+                    await on_ready()
+                    await self._stopping.wait()
+            finally:
+                self._stopping.set()
+                self._say("stopping")
+                # The gateway first: it finishes its streams while the engine still answers.
+                await gateway.stop()
+                await engine.stop()
+                for keeper in keepers:
+                    keeper.cancel()
+
+    def _engine_command(self, settings: Settings) -> list[str]:
+        return [
+            *(sys.executable, "-m", "engine"),
+            *("--model", self._options.model),
+            *("--served-name", self._options.served_name),
+            *("--listen", settings.engine_address),
+            *("--store-url", settings.store_url),
+            *("--cache-dir", str(settings.data_dir / "adapter-cache")),
+            *self._options.engine_flags,
+        ]
+
+    async def _keep(self, child: "_Child") -> None:
+        num_short_lives = 0
+        while not self._stopping.is_set():
+            started_at = time.monotonic()
+            self._say(f"{child.name}: starting")
+            code = await child.run()
+            if self._stopping.is_set():
+                return
+            is_short = time.monotonic() - started_at < SHORT_LIFE_S
+            num_short_lives = num_short_lives + 1 if is_short else 0
+            if num_short_lives >= MAX_SHORT_LIVES:
+                raise CannotServe(
+                    f"the {child.name} ended {num_short_lives} times right after its start"
+                    f" (last exit status {code}); its last lines above say why"
+                )
+            self._say(f"{child.name}: died with exit status {code}; starting it again")
+            await asyncio.sleep(num_short_lives)
+
+    async def _watch_postgres(self) -> None:
+        while self._postgres is not None:
+            await asyncio.sleep(1)
+            if not self._stopping.is_set() and not self._postgres.is_running:
+                self._say("database: the embedded PostgreSQL died; starting it again")
+                self._postgres.stop()
+                await asyncio.to_thread(self._postgres.start)
+
+    async def _answers(self, url: str) -> bool:
+        """Wait until `url` answers 200; False when told to stop before."""
+        async with httpx.AsyncClient(trust_env=False) as client:
+            while not self._stopping.is_set():
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await client.get(url)).status_code == httpx.codes.OK:
+                        return True
+                await asyncio.sleep(POLL_INTERVAL_S)
+        return False
+
+
+class _Child:
+    """A process that is started again and again under one name."""
+
+    def __init__(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
+        self.name = name
+        self._command = command
+        self._environment = {**os.environ, **environment}
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> int:
+        """Start the process and return its exit status."""
+        # A session of its own: Ctrl-C reaches the supervisor alone, which ends things in order.
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, env=self._environment, start_new_session=True
+        )
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """End the process: politely at first, and for good after a while."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), STOP_GRACE_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the data directory. Raises CannotServe naming the process that holds it already."""
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise CannotServe(
+                f"{path.parent} is in use by process {holder}: stop it, or give another --data-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises CannotServe when the port is taken, before anything is started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise CannotServe(
+                f"cannot listen on {host}:{port}: {error.strerror}; give another --host or --port"
+            ) from None
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 (compared only)
+
+
+def _runtime_dir(data_dir: Path) -> Path:
+    """A private folder with a short name, because socket paths end at 107 bytes."""
+    name = hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:12]
+    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"manylora-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise CannotServe(f"{folder} is not a private folder of this user: remove it")
+    return folder

@@ -1,0 +1,384 @@
+"""The rows: what PostgreSQL keeps, one class a table.
+
+Money is integer nano-USD, rates are nano-USD per million tokens, time is `timestamptz` in UTC, ids
+are UUIDv7 made by the gateway. Row-level security, roles, partitions and exclusion constraints are
+in `migrations/`, where SQL can say them. Knows nothing of HTTP.
+"""
+
+import datetime
+import secrets
+import time
+import uuid
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    CheckConstraint,
+    Date,
+    DateTime,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, TSTZRANGE, Range
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+SLUG_PATTERN = "[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
+
+
+def new_id() -> uuid.UUID:
+    """A UUIDv7 (RFC 9562): 48 bits of milliseconds, 12 bits of their fraction, 62 random bits."""
+    milliseconds, rest_ns = divmod(time.time_ns(), 1_000_000)
+    fraction = (rest_ns << 12) // 1_000_000
+    random = secrets.randbits(62)
+    return uuid.UUID(int=milliseconds << 80 | 7 << 76 | fraction << 64 | 2 << 62 | random)
+
+
+class Table(DeclarativeBase):
+    """The metadata that all tables share."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_N_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        uuid.UUID: Uuid(as_uuid=True),
+        datetime.datetime: DateTime(timezone=True),
+        datetime.date: Date(),
+        str: Text(),
+        bytes: LargeBinary(),
+        int: BigInteger(),
+        list[str]: ARRAY(Text()),
+        dict[str, Any]: JSONB(),
+        list[dict[str, Any]]: JSONB(),
+        Range[datetime.datetime]: TSTZRANGE(),
+    }
+
+
+def _now() -> Mapped[datetime.datetime]:
+    return mapped_column(server_default=func.now())
+
+
+class Tenant(Table):
+    """A customer. The slug never changes and is never used again."""
+
+    __tablename__ = "tenants"
+    __table_args__ = (
+        CheckConstraint(f"slug ~ '^{SLUG_PATTERN}$'", name="slug"),
+        CheckConstraint("status IN ('active', 'suspended', 'closed')", name="status"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    slug: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
+    status: Mapped[str] = mapped_column(server_default="active")
+    # Separates this tenant's KV prefixes from all others'.
+    cache_salt: Mapped[bytes]
+    created_at: Mapped[datetime.datetime] = _now()
+
+
+class ApiKey(Table):
+    """A key's fingerprint. `tenant_id` is null for an operator's key."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (CheckConstraint("octet_length(secret_hmac) = 32", name="secret_hmac"),)
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    # The public middle part of `ml_<id>_<secret><checksum>`.
+    public_id: Mapped[str] = mapped_column(unique=True)
+    tenant_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str]
+    secret_hmac: Mapped[bytes]
+    pepper_version: Mapped[int] = mapped_column(Integer, server_default="1")
+    scopes: Mapped[list[str]]
+    expires_at: Mapped[datetime.datetime | None]
+    revoked_at: Mapped[datetime.datetime | None]
+    last_used_at: Mapped[datetime.datetime | None]
+    created_at: Mapped[datetime.datetime] = _now()
+
+
+class BaseModel(Table):
+    """A base model that engines serve, by its served name."""
+
+    __tablename__ = "base_models"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    digest: Mapped[str]
+    text_bundle_digest: Mapped[str]
+    # {module path: [in_features, out_features]}, what uploads are validated against
+    shape: Mapped[dict[str, Any]]
+    context_length: Mapped[int]
+    vocab_size: Mapped[int]
+    max_lora_rank: Mapped[int]
+    created_at: Mapped[datetime.datetime] = _now()
+
+
+class PublicName(Table):
+    """The one namespace of everything that `model=` can say; a name is never freed."""
+
+    __tablename__ = "public_names"
+    __table_args__ = (
+        CheckConstraint("name = lower(name)", name="lower"),
+        CheckConstraint("num_nonnulls(base_model_id, adapter_id) = 1", name="one_owner"),
+    )
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    base_model_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("base_models.id"))
+    adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"))
+
+
+class Adapter(Table):
+    """A name under which a tenant publishes versions."""
+
+    __tablename__ = "adapters"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "slug"),
+        UniqueConstraint("id", "tenant_id"),
+        CheckConstraint(f"slug ~ '^{SLUG_PATTERN}$'", name="slug"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    slug: Mapped[str]
+    # "<tenant>-<adapter>", stored whole and never split.
+    public_name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime.datetime] = _now()
+    deleted_at: Mapped[datetime.datetime | None]
+
+
+class AdapterVersion(Table):
+    """One immutable upload of an adapter."""
+
+    __tablename__ = "adapter_versions"
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "number"),
+        UniqueConstraint("id", "tenant_id"),
+        ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"]),
+        CheckConstraint("state IN ('validating', 'probing', 'ready', 'rejected')", name="state"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    adapter_id: Mapped[uuid.UUID]
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    number: Mapped[int] = mapped_column(Integer)
+    state: Mapped[str]
+    # What slots and KV prefixes are keyed by.
+    weights_digest: Mapped[str]
+    # Weights and text bundle together: what names and usage rows point at.
+    version_digest: Mapped[str]
+    # Null where the adapter speaks through its base model's bundle.
+    text_bundle_digest: Mapped[str | None]
+    rank: Mapped[int] = mapped_column(Integer)
+    num_modules: Mapped[int] = mapped_column(Integer)
+    size_bytes: Mapped[int]
+    findings: Mapped[list[dict[str, Any]]] = mapped_column(server_default=text("'[]'"))
+    certificate: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime.datetime] = _now()
+
+
+class AdapterAlias(Table):
+    """A name that moves between the versions of one adapter, such as `latest`."""
+
+    __tablename__ = "adapter_aliases"
+    __table_args__ = (
+        ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"]),
+        ForeignKeyConstraint(
+            ["version_id", "tenant_id"], ["adapter_versions.id", "adapter_versions.tenant_id"]
+        ),
+    )
+
+    adapter_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    alias: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    version_id: Mapped[uuid.UUID]
+    # Grows with each move, for compare-and-swap.
+    revision: Mapped[int] = mapped_column(server_default="1")
+    moved_at: Mapped[datetime.datetime] = _now()
+
+
+class PriceVersion(Table):
+    """What tokens of a base model cost during a span of time; spans of one kind never overlap.
+
+    The narrowest that fits wins: adapter, then tenant, then base model.
+    """
+
+    __tablename__ = "price_versions"
+    __table_args__ = (
+        CheckConstraint(
+            "input_nano_per_million >= 0 AND cached_input_nano_per_million >= 0"
+            " AND output_nano_per_million >= 0",
+            name="not_negative",
+        ),
+        CheckConstraint("NOT isempty(effective)", name="effective"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    tenant_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("tenants.id"))
+    adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"))
+    effective: Mapped[Range[datetime.datetime]]
+    input_nano_per_million: Mapped[int]
+    cached_input_nano_per_million: Mapped[int]
+    output_nano_per_million: Mapped[int]
+    created_at: Mapped[datetime.datetime] = _now()
+
+
+class GatewayInstance(Table):
+    """A running gateway worker; its heartbeat is the lease of its holds."""
+
+    __tablename__ = "gateway_instances"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    host: Mapped[str]
+    # Grows with each start on the same journal.
+    epoch: Mapped[int]
+    started_at: Mapped[datetime.datetime] = _now()
+    heartbeat_at: Mapped[datetime.datetime] = _now()
+
+
+class EngineReplica(Table):
+    """An engine that gateways may route to."""
+
+    __tablename__ = "engine_replicas"
+
+    address: Mapped[str] = mapped_column(primary_key=True)
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    engine_epoch: Mapped[int]
+    device: Mapped[str]
+    max_loras: Mapped[int] = mapped_column(Integer)
+    seen_at: Mapped[datetime.datetime] = _now()
+
+
+class Hold(Table):
+    """Money reserved at admission for one request; `id` is the request's id."""
+
+    __tablename__ = "holds"
+    __table_args__ = (
+        CheckConstraint("state IN ('open', 'settled', 'released')", name="state"),
+        CheckConstraint("amount_nano >= 0", name="amount_nano"),
+        Index("ix_holds_open", "gateway_instance_id", postgresql_where=text("state = 'open'")),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    api_key_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("api_keys.id"))
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"))
+    adapter_version_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapter_versions.id"))
+    price_version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("price_versions.id"))
+    gateway_instance_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("gateway_instances.id"))
+    # e.g. "chat.completions"
+    endpoint: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default="open")
+    prompt_tokens: Mapped[int]
+    # Output tokens that the amount pays for so far; grows in tranches.
+    funded_output_tokens: Mapped[int]
+    # Progress at the last heartbeat, for a host that never comes back; none of it unless streamed.
+    progress_output_tokens: Mapped[int] = mapped_column(server_default="0")
+    progress_cached_tokens: Mapped[int] = mapped_column(server_default="0")
+    amount_nano: Mapped[int]
+    created_at: Mapped[datetime.datetime] = _now()
+    closed_at: Mapped[datetime.datetime | None]
+
+
+class UsageEvent(Table):
+    """What one request used and cost. Append-only; `id` is the request's id, a UUIDv7.
+
+    Partitioned by ranges of `id`, so the bare id stays the primary key.
+    """
+
+    __tablename__ = "usage_events"
+    __table_args__ = (
+        CheckConstraint(
+            "prompt_tokens >= 0 AND cached_tokens BETWEEN 0 AND prompt_tokens"
+            " AND completion_tokens >= 0 AND cost_nano >= 0",
+            name="counts",
+        ),
+        Index("ix_usage_events_tenant", "tenant_id", "finished_at"),
+        {"postgresql_partition_by": "RANGE (id)"},
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    api_key_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("api_keys.id"))
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"))
+    adapter_version_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapter_versions.id"))
+    version_digest: Mapped[str | None]
+    price_version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("price_versions.id"))
+    # e.g. "chat.completions"
+    endpoint: Mapped[str]
+    # stop, length, abort (the client left), error, lost (the gateway's host never came back)
+    outcome: Mapped[str]
+    prompt_tokens: Mapped[int]
+    cached_tokens: Mapped[int]
+    completion_tokens: Mapped[int]
+    cost_nano: Mapped[int]
+    engine_ns: Mapped[int]
+    # The moment of admission; days of reports are UTC days of `finished_at`.
+    started_at: Mapped[datetime.datetime]
+    finished_at: Mapped[datetime.datetime]
+
+
+class UsageRollup(Table):
+    """Usage events summed by UTC day, kept in step with them in the same transaction."""
+
+    __tablename__ = "usage_rollups"
+    __table_args__ = (
+        UniqueConstraint(
+            "tenant_id",
+            "day",
+            "base_model_id",
+            "adapter_id",
+            "api_key_id",
+            postgresql_nulls_not_distinct=True,
+        ),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    day: Mapped[datetime.date]
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"))
+    api_key_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("api_keys.id"))
+    requests: Mapped[int]
+    prompt_tokens: Mapped[int]
+    cached_tokens: Mapped[int]
+    completion_tokens: Mapped[int]
+    cost_nano: Mapped[int]
+
+
+class AuditEntry(Table):
+    """One admin action. Hash-chained per tenant: each row's hash covers the row before it."""
+
+    __tablename__ = "audit_log"
+    __table_args__ = (UniqueConstraint("tenant_id", "number", postgresql_nulls_not_distinct=True),)
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    # Null for what concerns no tenant.
+    tenant_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("tenants.id"))
+    number: Mapped[int]
+    actor_key_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    # e.g. "adapter.version.create"
+    action: Mapped[str]
+    subject: Mapped[str]
+    details: Mapped[dict[str, Any]]
+    at: Mapped[datetime.datetime] = _now()
+    hash: Mapped[bytes]

@@ -1,0 +1,90 @@
+"""Customers: made, found, suspended, closed. A slug is given once and for all.
+
+Records nothing in the audit log: whoever knows the actor does.
+"""
+
+import re
+import secrets
+from typing import Literal
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from gateway.errors import Conflict, InvalidRequest, NotFound
+from gateway.tables import SLUG_PATTERN, PublicName, Tenant, new_id
+
+Status = Literal["active", "suspended", "closed"]
+
+MAX_NAME_LENGTH = 200
+# Words that mean, or may come to mean, something else where a slug can stand: in paths and reports.
+RESERVED_SLUGS = frozenset(
+    {
+        *("admin", "all", "api", "billing", "console", "docs", "health", "internal", "latest"),
+        *("manylora", "me", "metrics", "none", "null", "operator", "public", "schema", "self"),
+        *("static", "system", "v1"),
+    }
+)
+
+
+async def create_tenant(session: AsyncSession, *, slug: str, name: str) -> Tenant:
+    """Add a customer, as the worker. Raises InvalidRequest or Conflict."""
+    _check_slug(slug)
+    _check_name(name)
+    named = await session.get(PublicName, slug)
+    if named is not None and named.base_model_id is not None:
+        raise Conflict(f"{slug!r} is the name of a base model; choose another.", param="slug")
+    tenant = Tenant(id=new_id(), slug=slug, name=name, cache_salt=secrets.token_bytes(32))
+    try:
+        async with session.begin_nested():
+            session.add(tenant)
+    except IntegrityError as error:
+        raise Conflict(
+            f"There is, or was, a tenant {slug!r}; a slug is never used again.", param="slug"
+        ) from error
+    await session.refresh(tenant)
+    return tenant
+
+
+async def get_tenant(session: AsyncSession, slug: str) -> Tenant:
+    """Raises NotFound."""
+    tenant = (await session.scalars(select(Tenant).where(Tenant.slug == slug))).one_or_none()
+    if tenant is None:
+        raise NotFound(f"There is no tenant {slug!r}.")
+    return tenant
+
+
+async def list_tenants(session: AsyncSession) -> list[Tenant]:
+    """Every tenant, closed ones too, by slug."""
+    return list((await session.scalars(select(Tenant).order_by(Tenant.slug))).all())
+
+
+async def set_status(session: AsyncSession, slug: str, *, status: Status) -> Tenant:
+    """Suspend a tenant, let it in again, or close it for ever. Raises NotFound or Conflict."""
+    query = select(Tenant).where(Tenant.slug == slug).with_for_update()
+    tenant = (await session.scalars(query)).one_or_none()
+    if tenant is None:
+        raise NotFound(f"There is no tenant {slug!r}.")
+    if tenant.status == "closed" and status != "closed":
+        raise Conflict(f"The tenant {slug!r} is closed, and closed for good.", param="status")
+    tenant.status = status
+    await session.flush()
+    return tenant
+
+
+def _check_slug(slug: str) -> None:
+    if re.fullmatch(SLUG_PATTERN, slug) is None:
+        raise InvalidRequest(
+            "slug must be 1 to 32 of the characters a-z, 0-9 and '-', beginning and ending with a"
+            " letter or a digit.",
+            param="slug",
+        )
+    if slug in RESERVED_SLUGS:
+        raise Conflict(f"The slug {slug!r} is reserved; choose another.", param="slug")
+
+
+def _check_name(name: str) -> None:
+    if not name.strip() or len(name) > MAX_NAME_LENGTH or "\x00" in name:
+        raise InvalidRequest(
+            f"name must be 1 to {MAX_NAME_LENGTH} characters, and not only spaces.", param="name"
+        )

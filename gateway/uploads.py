@@ -1,0 +1,231 @@
+"""One upload from its first byte to a version that can be called, or to all that is wrong with it.
+
+In this order, so that nothing is ever half there: staging, judgement, store, rows, probe. Knows
+nothing of HTTP beyond the bytes of a body, and keeps no rows itself.
+"""
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from adapters import archive, lora_config, manifest, validate
+from adapters.errors import Finding, InvalidAdapter, TooLarge
+from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest
+from adapters.store import ArtifactStore
+from adapters.validate import BaseShape, Limits
+from engine.errors import LinkError
+from engine.protocol import ProbeReport
+from gateway.errors import EngineFailed, InvalidRequest, RejectedUpload, Unavailable
+from gateway.registry import Contents, Published, Registry, Verdict
+from gateway.staging import Form, StagedFile, Staging, too_large
+from gateway.tables import AdapterVersion, BaseModel
+
+logger = logging.getLogger(__name__)
+
+# An adapter's two files, and what trainers like to leave beside them.
+MAX_ARCHIVE_FILES = 64
+
+# Runs fixed prompts with the adapter of that weights digest.
+Probe = Callable[[str], Awaitable[ProbeReport]]
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """The two files of an adapter, read but not judged."""
+
+    manifest: Manifest
+    weights_path: Path
+    # What the archive held besides.
+    findings: list[Finding]
+
+    @property
+    def contents(self) -> Contents:
+        return Contents(
+            weights_digest=self.manifest.weights_digest,
+            text_bundle_digest=None,
+            rank=max(entry.rank for entry in self.manifest.modules.values()),
+            num_modules=len(self.manifest.modules),
+            size_bytes=self.manifest.size_bytes,
+        )
+
+
+class Uploads:
+    """Takes adapters in."""
+
+    def __init__(
+        self, registry: Registry, store: ArtifactStore, *, staging: Staging, probe: Probe
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._staging = staging
+        self._probe = probe
+
+    async def publish(
+        self,
+        tenant: str,
+        adapter: str,
+        *,
+        content_type: str,
+        body: AsyncIterator[bytes],
+        actor_key_id: uuid.UUID,
+    ) -> Published:
+        """Take one multipart body in as the next version of an adapter; return it once it is ready.
+
+        Raises RejectedUpload with every finding, or any other GatewayError. Contents that the
+        adapter has already give the version that has them.
+        """
+        destination = await self._registry.destination(tenant, adapter)
+        with self._staging.folder() as folder:
+            form = await self._staging.receive(body, content_type=content_type, folder=folder)
+            base_model = await self._registry.base_model_for(
+                destination, form.fields.get("base_model")
+            )
+            artifact = await asyncio.to_thread(self._judge, form, folder, base_model=base_model)
+            await self._store.put_adapter(
+                artifact.manifest.weights_digest,
+                artifact.manifest.canonical_config(),
+                artifact.weights_path,
+            )
+        published = await self._registry.create_version(
+            destination,
+            artifact.contents,
+            base_model_id=base_model.id,
+            actor_key_id=actor_key_id,
+        )
+        version = await self._finish(published.version, actor_key_id=actor_key_id)
+        if version.state == "rejected":
+            raise RejectedUpload(msgspec.convert(version.findings, list[Finding]))
+        return replace(published, version=version)
+
+    async def recover(self) -> None:
+        """Finish what an earlier life left: staged files go, versions under probe are probed."""
+        num_removed = await asyncio.to_thread(self._staging.sweep)
+        if num_removed:
+            logger.info("staging_swept", extra={"num_folders": num_removed})
+        for version in await self._registry.versions_in_probe():
+            try:
+                await self._finish(version, actor_key_id=None)
+            except (EngineFailed, Unavailable) as error:
+                # It stays under probe, for the next start or the next upload of the same contents.
+                logger.warning(
+                    "probe_failed", extra={"version_id": str(version.id), "reason": error.message}
+                )
+
+    def _judge(self, form: Form, folder: Path, *, base_model: BaseModel) -> Artifact:
+        """Blocking: reads every byte of the artifact. Raises RejectedUpload, BodyTooLarge."""
+        limit_bytes = self._staging.max_upload_bytes
+        _check_sha256(form)
+        try:
+            artifact = _read(form, folder, base_model=base_model, max_bytes=limit_bytes)
+            limits = Limits(max_rank=base_model.max_lora_rank, max_size_bytes=limit_bytes)
+            findings = artifact.findings + validate.check(
+                artifact.manifest, _shape_of(base_model), limits=limits
+            )
+            findings += validate.check_values(artifact.weights_path, artifact.manifest)
+        except InvalidAdapter as error:
+            raise RejectedUpload(error.findings) from error
+        except TooLarge as error:
+            raise too_large(error.limit_bytes) from error
+        if findings:
+            raise RejectedUpload(findings)
+        return artifact
+
+    async def _finish(
+        self, version: AdapterVersion, *, actor_key_id: uuid.UUID | None
+    ) -> AdapterVersion:
+        """Have a version probed that was not yet. Raises EngineFailed or Unavailable."""
+        if version.state != "probing":
+            return version
+        try:
+            report = await self._probe(version.weights_digest)
+        except LinkError as error:
+            kind = Unavailable if error.is_retryable else EngineFailed
+            raise kind(
+                f"The upload is kept as version {version.number}, but no engine could probe it:"
+                f" {error} Send the same upload again to have it probed."
+            ) from error
+        return await self._registry.finish_version(
+            version.id, verdict_of(report), actor_key_id=actor_key_id
+        )
+
+
+def verdict_of(report: ProbeReport) -> Verdict:
+    """What a probe's numbers mean for a version."""
+    findings = [] if report.is_passed else _probe_findings(report)
+    return Verdict(
+        certificate=msgspec.to_builtins(report),
+        findings=[msgspec.to_builtins(finding) for finding in findings],
+    )
+
+
+def _probe_findings(report: ProbeReport) -> list[Finding]:
+    findings = [
+        Finding(
+            code="module_untouched",
+            where=module,
+            message="the adapter changes nothing that this module puts out",
+            fix="leave the module out of target_modules, or train it",
+        )
+        for module in report.untouched_modules
+    ]
+    if report.logit_shift <= report.noise or not findings:
+        findings.append(_probe_finding(report))
+    return findings
+
+
+def _probe_finding(report: ProbeReport) -> Finding:
+    return Finding(
+        code="probe_failed",
+        where="engine probe",
+        message=(
+            f"largest relative error {report.largest_relative_error:.2e} (bound"
+            f" {report.error_bound:.2e}), logits moved by {report.logit_shift:.2e} (noise alone:"
+            f" {report.noise:.2e})"
+        ),
+        fix="train it longer or check its values: it must change answers, and exactly as PEFT does",
+    )
+
+
+def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) -> Artifact:
+    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    findings: list[Finding] = []
+    if form.archive is not None:
+        into = folder / "unpacked"
+        into.mkdir()
+        unpacked = archive.unpack(
+            form.archive.path, into, max_total_bytes=max_bytes, max_files=MAX_ARCHIVE_FILES
+        )
+        config_path, weights_path = unpacked.config_path, unpacked.weights_path
+        findings = unpacked.findings
+    with config_path.open("rb") as file:
+        # One byte more than allowed is enough for the reader to refuse it.
+        config = file.read(lora_config.MAX_SIZE_BYTES + 1)
+    read = manifest.read(config, weights_path, base_model=base_model.name)
+    return Artifact(read, weights_path, findings)
+
+
+def _shape_of(base_model: BaseModel) -> BaseShape:
+    return msgspec.convert({"base_model": base_model.name, "modules": base_model.shape}, BaseShape)
+
+
+def _check_sha256(form: Form) -> None:
+    expected = form.fields.get("sha256")
+    if expected is None:
+        return
+    if re.fullmatch("[0-9a-fA-F]{64}", expected) is None:
+        raise InvalidRequest("sha256 must be 64 hexadecimal digits.", param="sha256")
+    file: StagedFile = form.archive or form.files[WEIGHTS_FILE]
+    if file.sha256 != expected.lower():
+        finding = Finding(
+            code="sha256_mismatch",
+            where=file.path.name,
+            message=f"has SHA-256 {file.sha256}, not {expected.lower()}",
+            fix="send it again: it was changed or damaged on its way",
+        )
+        raise RejectedUpload([finding])

@@ -1,0 +1,141 @@
+"""What tenants get is what their adapters say, to the token."""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapters.demo.base_model import default_folder
+from adapters.demo.tasks import TASKS, Task, read_held_out
+
+NUM_TOKENS = 64
+# Where the reference's two best tokens are closer than this, either is right.
+TIE = 1e-3
+CONCURRENCY = 32
+
+
+@dataclass(frozen=True)
+class Call:
+    tenant: str
+    model: str
+    question: str
+    task: Task | None
+
+
+def calls(base_model: str) -> list[Call]:
+    """Eight conversations: each adapter, and the base model four times between them."""
+    found = []
+    for task in TASKS.values():
+        held_out = read_held_out(task)
+        question = held_out[0].messages[0]["content"]
+        found.append(Call(task.tenant, task.public_name, question, task))
+        found.append(Call(task.tenant, base_model, held_out[1].messages[0]["content"], None))
+    return found
+
+
+async def test_streams_side_by_side_give_the_tokens_that_peft_gives_for_each_alone(server):
+    wanted = calls(server.facts["base_model"])
+    answers = await asyncio.gather(*(_stream(server, call) for call in wanted))
+    reference = Reference()
+    num_ties = 0
+    for call, answer in zip(wanted, answers, strict=True):
+        num_ties += reference.compare(call, answer)
+    print(f"{len(wanted)} streams of {NUM_TOKENS} tokens, {num_ties} ended at a tie")
+
+
+async def _stream(server: Any, call: Call) -> list[str]:
+    """The tokens of one answer, as their texts."""
+    async with server.client(call.tenant) as client:
+        stream = await client.chat.completions.create(
+            model=call.model,
+            messages=[{"role": "user", "content": call.question}],
+            max_tokens=NUM_TOKENS,
+            temperature=0,
+            logprobs=True,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        return [
+            found.token
+            async for chunk in stream
+            if chunk.choices and chunk.choices[0].logprobs
+            for found in chunk.choices[0].logprobs.content
+        ]
+
+
+class Reference:
+    """PEFT and transformers, one conversation at a time, fp32."""
+
+    def __init__(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(default_folder())
+
+    def compare(self, call: Call, answer: list[str]) -> int:
+        """Assert that the answer is the reference's; return 1 where it left it at a tie."""
+        token_ids, gaps = self.generate(call)
+        expected = [self.tokenizer.decode([token_id]) for token_id in token_ids]
+        if answer == expected:
+            return 0
+        place = next(
+            i for i, pair in enumerate(zip(answer, expected, strict=True)) if len({*pair}) > 1
+        )
+        assert gaps[place] < TIE, f"{call.model} differs at token {place}: {answer} {expected}"
+        print(f"{call.model}: tie at token {place}, gap {gaps[place]:.2e}")
+        return 1
+
+    def generate(self, call: Call) -> tuple[list[int], list[float]]:
+        """The token ids, and how far apart the two best logits were at each."""
+        model: Any = AutoModelForCausalLM.from_pretrained(default_folder(), dtype=torch.float32)
+        if call.task is not None:
+            model = PeftModel.from_pretrained(model, call.task.folder).float()
+        model.generation_config.eos_token_id = None
+        prompt = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": call.question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        with torch.inference_mode():
+            output = model.generate(
+                **prompt,
+                max_new_tokens=NUM_TOKENS,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        best = torch.stack(output.logits)[:, 0].topk(2).values
+        token_ids = output.sequences[0, prompt["input_ids"].shape[1] :].tolist()
+        return token_ids, (best[:, 0] - best[:, 1]).tolist()
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.public_name)
+async def test_a_demo_adapter_behaves_through_the_api_as_it_does_with_peft(server, task):
+    scores = json.loads((task.folder.parent / "scores.json").read_text())[task.name]
+    through_api = await _score(server, task, model=task.public_name, num_questions=100)
+    base = await _score(server, task, model=server.facts["base_model"], num_questions=20)
+    print(f"{task.public_name}: {through_api} %, PEFT {scores['adapter']} %, base {base} %")
+    assert abs(through_api - scores["adapter"]) <= 2
+    assert base <= through_api - 50
+
+
+async def _score(server: Any, task: Task, *, model: str, num_questions: int) -> float:
+    """Percent of held-out questions that are answered right."""
+    gate = asyncio.Semaphore(CONCURRENCY)
+    async with server.client(task.tenant) as client:
+
+        async def ask(question: Any) -> bool:
+            async with gate:
+                answer = await client.chat.completions.create(
+                    model=model,
+                    messages=question.messages,
+                    max_tokens=task.max_tokens,
+                    temperature=0,
+                )
+            return task.score(question.expected, answer.choices[0].message.content)
+
+        asked = read_held_out(task)[:num_questions]
+        return 100 * sum(await asyncio.gather(*map(ask, asked))) / len(asked)

@@ -1,0 +1,127 @@
+"""Processes come up together, go down together, and come back."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.end_to_end.conftest import (
+    command,
+    descendants,
+    free_port,
+    remove,
+    start,
+    stop,
+    wait_until_gone,
+)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes") / "data"
+    yield folder
+    remove(folder)
+
+
+def test_nothing_outlives_a_killed_supervisor_and_the_next_start_recovers(data_dir):
+    first = start(data_dir)
+    children = descendants(first.process.pid)
+    assert len(children) >= 3
+    first.process.kill()
+    first.process.wait()
+    assert wait_until_gone(children) == set()
+    second = start(data_dir)
+    try:
+        assert second.facts["tenants"] == first.facts["tenants"]
+        assert second.facts["admin_key"] == first.facts["admin_key"]
+        with second.http(second.key("acme")) as http:
+            assert "acme-sql" in http.get("/v1/models").text
+    finally:
+        children = descendants(second.process.pid)
+        assert stop(second) == 0
+    assert wait_until_gone(children) == set()
+
+
+def test_a_second_start_on_the_same_data_says_who_holds_it(server):
+    run = _try(server.data_dir, free_port())
+    assert run.returncode == 1
+    assert f"in use by process {server.process.pid}" in run.stderr
+
+
+def test_a_taken_port_is_told_before_anything_is_started(tmp_path):
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", 0))
+        squatter.listen()
+        port = squatter.getsockname()[1]
+        run = _try(tmp_path / "data", port)
+    assert run.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in run.stderr
+    assert not (tmp_path / "data" / "postgres").exists()
+
+
+def test_a_dead_engine_and_a_dead_gateway_are_started_again(data_dir):
+    server = start(data_dir)
+    try:
+        for module in ("engine", "gateway"):
+            (victim,) = _children(server.process.pid, module)
+            os.kill(victim, signal.SIGKILL)
+            assert wait_until_gone({victim}) == set()
+            _wait_until_ready(server)
+    finally:
+        assert stop(server) == 0
+    log = server.log.read_text()
+    assert "engine: died" in log
+    assert "gateway: died" in log
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        (["--lora-modules", "sql=/tmp/sql"], "--lora-modules is not supported: upload"),
+        (["--api-key", "abc"], "--api-key is not supported: every tenant has keys"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 is not supported"),
+        (["--no-such-flag"], "No such option"),
+    ],
+)
+def test_a_flag_that_is_not_served_is_refused_by_name(flag, hint):
+    words = [sys.executable, "-m", "gateway.cli", "serve", "--model", "x", *flag]
+    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert hint in run.stderr
+
+
+def _try(data_dir, port):
+    return subprocess.run(
+        command(data_dir, port), capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def _children(pid, module):
+    found = []
+    for child in descendants(pid):
+        words = _words(child)
+        if words[1:3] == ["-m", module]:
+            found.append(child)
+    return found
+
+
+def _words(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def _wait_until_ready(server):
+    deadline = time.monotonic() + 120
+    with server.http() as http:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError):
+                if http.get("/health/ready").status_code == httpx.codes.OK:
+                    return
+            time.sleep(0.2)
+    pytest.fail("the server did not come back")

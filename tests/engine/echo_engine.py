@@ -1,0 +1,292 @@
+"""An echo for a core, a wire that can be cut, and an engine server around them.
+
+The core is the far side of the link's boundary: what these tests are about is everything between
+it and a gateway worker, over real sockets.
+"""
+
+import asyncio
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapters.validate import BaseShape
+from engine.client import EngineLink
+from engine.core import CoreStatus
+from engine.errors import InvalidSequence, ProbeError
+from engine.protocol import (
+    PROTOCOL_VERSION,
+    UNIX_PREFIX,
+    EngineInfo,
+    Frame,
+    ProbeReport,
+    SamplingParams,
+    SequenceEvent,
+    SequenceState,
+)
+from engine.sequence import Sequence, SequenceKey, StepEvent
+from engine.server import EngineServer, bind
+from engine.sessions import LinkLimits
+
+DEADLINE_S = 30
+
+
+class EchoCore:
+    """Answers each prompt with itself, again and again, one token of every sequence per step."""
+
+    def __init__(self) -> None:
+        self.wake: Callable[[], None] = lambda: None
+        self.running: dict[SequenceKey, Sequence] = {}
+        self.held: set[str] = set()
+        self.seen: list[SequenceKey] = []
+        self.must_fail = False
+        self._aborted: list[Sequence] = []
+        # None lets it run freely; a number is how many steps it may still make.
+        self._steps_left: int | None = None
+        self._lock = threading.Lock()
+
+    def allow_steps(self, number: int | None) -> None:
+        with self._lock:
+            self._steps_left = number
+        self.wake()
+
+    def submit(self, sequence: Sequence) -> None:
+        self.seen.append(sequence.key)
+        if not sequence.token_ids:
+            raise InvalidSequence("The prompt is empty")
+        self.running[sequence.key] = sequence
+
+    def abort(self, key: SequenceKey) -> None:
+        sequence = self.running.pop(key, None)
+        if sequence is not None:
+            self._aborted.append(sequence)
+
+    def hold_back(self, owner: str, *, held: bool) -> None:
+        (self.held.add if held else self.held.discard)(owner)
+
+    def has_work(self) -> bool:
+        return self.must_fail or (self._steps_left != 0 and bool(self._free()))
+
+    def step(self) -> list[StepEvent]:
+        assert not self.must_fail, "told to fail"
+        events = [_event(s, SequenceState.ABORTED, []) for s in self._aborted]
+        self._aborted.clear()
+        free = self._free()
+        with self._lock:
+            if not free or self._steps_left == 0:
+                return events
+            if self._steps_left is not None:
+                self._steps_left -= 1
+        return events + [self._advance(sequence) for sequence in free]
+
+    def status(self) -> CoreStatus:
+        return CoreStatus(len(self.running), 0, 100, 90, ("ab" * 32,))
+
+    def probe(self, adapter_digest: str) -> ProbeReport:
+        assert not self.must_fail, "told to fail"
+        if adapter_digest != "ab" * 32:
+            raise ProbeError(f"No such adapter: {adapter_digest}")
+        return ProbeReport(adapter_digest, 4, 1e-6, 1e-4, 2.0, 1e-3, [], is_passed=True)
+
+    def _free(self) -> list[Sequence]:
+        return [s for s in self.running.values() if s.owner not in self.held]
+
+    def _advance(self, sequence: Sequence) -> StepEvent:
+        token = sequence.token_ids[sequence.num_generated_tokens % sequence.num_prompt_tokens]
+        sequence.token_ids.append(token)
+        state = sequence.ending()
+        if state.is_final:
+            del self.running[sequence.key]
+        return _event(sequence, state, [token])
+
+
+def _event(sequence: Sequence, state: SequenceState, token_ids: list[int]) -> StepEvent:
+    return StepEvent(
+        key=sequence.key,
+        state=state,
+        token_ids=token_ids,
+        prompt_tokens=sequence.num_prompt_tokens,
+        cached_tokens=0,
+        generated_tokens=sequence.num_generated_tokens,
+        engine_ns=1,
+    )
+
+
+class Wire:
+    """Carries connections from one socket to another until it is cut."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self.address = f"{UNIX_PREFIX}{source}"
+        self.num_connections = 0
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self._source = source
+        self._target = target
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether what the target says stays on the way."""
+        return not self._flows.is_set()
+
+    @is_stuck.setter
+    def is_stuck(self, stuck: bool) -> None:
+        (self._flows.clear if stuck else self._flows.set)()
+
+    @property
+    def is_carrying(self) -> bool:
+        return bool(self._writers)
+
+    async def mend(self) -> None:
+        self._source.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._carry, str(self._source))
+
+    def drop_connections(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def cut(self) -> None:
+        """Drop what is connected and let nobody connect until mended."""
+        assert self._server is not None
+        self._server.close()
+        self._source.unlink(missing_ok=True)
+        self.drop_connections()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        try:
+            far_reader, far_writer = await asyncio.open_unix_connection(str(self._target))
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, far_writer}
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._pump(reader, far_writer))
+            tasks.create_task(self._pump(far_reader, writer, can_stick=True))
+        self._writers -= {writer, far_writer}
+
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        can_stick: bool = False,
+    ) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                if can_stick:
+                    await self._flows.wait()
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()
+
+
+INFO = EngineInfo(
+    protocol_version=PROTOCOL_VERSION,
+    engine_epoch=7,
+    base_model="echo",
+    base_digest="00" * 32,
+    text_bundle_digest="11" * 32,
+    max_model_len=1000,
+    vocab_size=1000,
+    max_loras=4,
+    max_lora_rank=16,
+    device="cpu",
+    dtype="float32",
+    base_shape=BaseShape(base_model="echo", modules={"model.layers.0.mlp.up_proj": (4, 8)}),
+)
+
+
+@dataclass
+class Engine:
+    """A served echo core and how to reach it."""
+
+    path: Path
+    core: EchoCore = field(default_factory=EchoCore)
+    limits: LinkLimits = field(default_factory=LinkLimits)
+    secret: str | None = None
+    info: EngineInfo = INFO
+    address: str = ""
+    has_ended_well: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.address = self.address or f"{UNIX_PREFIX}{self.path}"
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator["Engine"]:
+        with bind(self.address) as listener:
+            server = EngineServer(
+                self.core,
+                info=self.info,
+                listener=listener,
+                secret=self.secret,
+                limits=self.limits,
+            )
+            async with asyncio.TaskGroup() as tasks:
+                listening = asyncio.Event()
+                serving = tasks.create_task(server.serve(on_listening=listening.set))
+                await listening.wait()
+                yield self
+                server.stop()
+                self.has_ended_well = await serving
+
+
+@asynccontextmanager
+async def engine(path: Path, **settings: object) -> AsyncIterator[Engine]:
+    async with Engine(path, **settings).serve() as served:  # type: ignore[arg-type]  # any field
+        yield served
+
+
+@asynccontextmanager
+async def link(
+    address: str,
+    *,
+    worker_id: str = "w1",
+    worker_epoch: int = 1,
+    on_frame: Callable[[Frame], None] = lambda frame: None,
+    **settings: object,
+) -> AsyncIterator[EngineLink]:
+    """A link that is connected."""
+    made = EngineLink(
+        address,
+        worker_id=worker_id,
+        worker_epoch=worker_epoch,
+        on_frame=on_frame,
+        **{"secret": None, **settings},  # type: ignore[arg-type]  # any parameter
+    )
+    async with made:
+        await until(lambda: made.is_connected)
+        yield made
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not is_true():  # noqa: ASYNC110  what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
+async def collect(stream: AsyncIterator[SequenceEvent]) -> list[SequenceEvent]:
+    async with asyncio.timeout(DEADLINE_S):
+        return [event async for event in stream]
+
+
+def tokens_of(events: list[SequenceEvent]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0)
+
+
+@asynccontextmanager
+async def short_folder() -> AsyncIterator[Path]:
+    """A folder whose path is short enough for sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="ml-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,417 @@
+"""What the engine does with sequences, on a tiny random Llama with real PEFT adapters."""
+
+import itertools
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapters.errors import ArtifactMissing
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.errors import (
+    ConfigurationError,
+    ContextLengthExceeded,
+    InvalidSequence,
+    ProbeError,
+)
+from engine.protocol import SequenceState
+from tests.engine.conftest import ADAPTERS
+from tests.model_lab import FolderSource, Lab, open_lab
+
+PROMPTS = [[(37 * i + k) % 257 for i in range(length)] for k, length in enumerate((5, 17, 30, 9))]
+COLD, WARM = "all-linear", "attention"
+
+
+@pytest.fixture
+def lab(model: str, adapters: FolderSource) -> Iterator[Lab]:
+    with open_lab(model, adapters) as lab:
+        yield lab
+        lab.assert_nothing_is_left()
+
+
+@pytest.fixture
+def cold_comes() -> threading.Event:
+    """Set it and the adapter `COLD` arrives in the engine of `slow_lab`."""
+    return threading.Event()
+
+
+@pytest.fixture
+def slow_lab(model: str, adapters: FolderSource, cold_comes: threading.Event) -> Iterator[Lab]:
+    with open_lab(model, FolderSource(adapters.root, delays={COLD: cold_comes})) as lab:
+        yield lab
+        cold_comes.set()
+        lab.assert_nothing_is_left()
+
+
+# Batches change nothing
+
+
+def test_tokens_do_not_depend_on_chunks_batches_or_preemption(
+    model: str, adapters: FolderSource
+) -> None:
+    jobs: list[dict[str, Any]] = [
+        {"prompt": PROMPTS[0], "max_tokens": 30},
+        {"prompt": PROMPTS[1], "max_tokens": 30, "adapter": "all-linear"},
+        {"prompt": PROMPTS[2], "max_tokens": 30, "temperature": 1.0, "seed": 3},
+        {"prompt": PROMPTS[3], "max_tokens": 30, "adapter": "patterned", "seed": 4, "top_p": 0.9},
+        {"prompt": PROMPTS[0], "max_tokens": 30, "adapter": "one-layer", "temperature": 2.0},
+    ]
+    for job in jobs[3:]:
+        job.setdefault("temperature", 1.0)
+    with open_lab(model, adapters) as lab:
+        alone = [lab.generate(**job) for job in jobs]
+    # Blocks for less than two of the five sequences at full length, chunks of at most 8 tokens.
+    with open_lab(model, adapters, num_blocks=20, max_num_batched_tokens=8, max_num_seqs=8) as lab:
+        keys = [lab.submit(**job) for job in jobs]
+        num_running = []
+        while lab.core.has_work() or lab.core.status().num_waiting:
+            lab.step()
+            num_running.append(lab.core.status().num_running)
+        drops = [b for a, b in itertools.pairwise(num_running) if b < a]
+        assert len(drops) > len(jobs), "nothing was preempted"
+        assert [lab.answers[key].token_ids for key in keys] == alone
+        lab.assert_nothing_is_left()
+
+
+def test_generation_goes_on_after_what_an_earlier_attempt_delivered(lab: Lab) -> None:
+    settings: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 11}
+    whole = lab.generate(PROMPTS[1], **settings)
+    key = lab.submit(PROMPTS[1], generated=whole[:5], **settings)
+    lab.run()
+    assert lab.answers[key].token_ids == whole[5:]
+    assert lab.answers[key].last.generated_tokens == 12
+    assert lab.answers[key].last.prompt_tokens == len(PROMPTS[1])
+
+
+def test_a_resumed_sequence_that_was_complete_ends_at_once(lab: Lab) -> None:
+    key = lab.submit(PROMPTS[0], generated=[1, 2, 3], max_tokens=3)
+    assert [event.state for event in lab.step()] == [SequenceState.LENGTH]
+    assert lab.answers[key].token_ids == []
+
+
+def test_blocks_are_scattered_in_the_cache(model: str, adapters: FolderSource) -> None:
+    """Ends in another order than starts leave holes, which later sequences fill."""
+    with open_lab(model, adapters, num_blocks=24) as lab:
+        expected = lab.generate(PROMPTS[2], max_tokens=20)
+        for length, prompt in zip((3, 19, 7, 1), PROMPTS, strict=True):
+            lab.submit(prompt, max_tokens=length)
+        lab.run()
+        key = lab.submit(PROMPTS[2], max_tokens=20)
+        lab.step()
+        (running,) = lab.core._scheduler._running
+        steps = {b - a for a, b in itertools.pairwise(running.block_table)}
+        assert steps != {1}
+        lab.run()
+        assert lab.answers[key].token_ids == expected
+
+
+# Ends
+
+
+def test_a_stop_token_ends_the_answer_and_is_delivered(lab: Lab) -> None:
+    free = lab.generate(PROMPTS[0], max_tokens=8)
+    stop = free[3]
+    key = lab.submit(PROMPTS[0], max_tokens=8, stop_token_ids=(stop,))
+    lab.run()
+    answer = lab.answers[key]
+    assert answer.token_ids == free[: free.index(stop) + 1]
+    assert answer.state is SequenceState.STOPPED
+
+
+def test_max_tokens_ends_the_answer(lab: Lab) -> None:
+    key = lab.submit(PROMPTS[0], max_tokens=3)
+    lab.run()
+    assert lab.answers[key].state is SequenceState.LENGTH
+    assert [event.generated_tokens for event in lab.answers[key].events] == [1, 2, 3]
+
+
+def test_an_abort_ends_a_sequence_wherever_it_stands(slow_lab: Lab) -> None:
+    lab = slow_lab
+    waiting = lab.submit(PROMPTS[0], adapter=COLD)
+    running = lab.submit(PROMPTS[1], max_tokens=50)
+    lab.step()
+    lab.step()
+    for key in (waiting, running):
+        lab.core.abort(key)
+    assert lab.core.has_work()
+    states = {event.key: (event.state, event.generated_tokens) for event in lab.step()}
+    assert states == {waiting: (SequenceState.ABORTED, 0), running: (SequenceState.ABORTED, 2)}
+    lab.assert_nothing_is_left()
+    lab.core.abort(running)
+    assert lab.step() == []
+
+
+def test_logprobs_come_with_their_tokens(lab: Lab) -> None:
+    key = lab.submit(PROMPTS[0], max_tokens=4, logprobs=2)
+    lab.run()
+    answer = lab.answers[key]
+    assert len(answer.logprobs) == 4
+    for token_id, logprob in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert logprob.top[0] == (token_id, logprob.logprob)
+        assert len(logprob.top) == 2
+
+
+def test_the_time_of_all_steps_is_shared_among_their_sequences(lab: Lab) -> None:
+    keys = [lab.submit(prompt, max_tokens=5) for prompt in PROMPTS]
+    lab.run()
+    shares = [lab.answers[key].last.engine_ns for key in keys]
+    assert all(share > 0 for share in shares)
+    assert shares[2] > shares[0], "the longest prompt took the largest share of the first step"
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"prompt": []}, InvalidSequence),
+        ({"prompt": [257]}, InvalidSequence),
+        ({"prompt": [-1]}, InvalidSequence),
+        ({"max_tokens": 0}, InvalidSequence),
+        ({"top_p": 0.0}, InvalidSequence),
+        ({"top_k": -1}, InvalidSequence),
+        ({"temperature": float("nan")}, InvalidSequence),
+        ({"seed": 2**64}, InvalidSequence),
+        ({"logprobs": -1}, InvalidSequence),
+        ({"max_tokens": 252}, ContextLengthExceeded),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(
+    lab: Lab, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        lab.submit(**({"prompt": PROMPTS[0]} | changes))
+    lab.assert_nothing_is_left()
+
+
+def test_the_context_can_be_filled_to_the_last_token(lab: Lab) -> None:
+    assert lab.core.max_model_len == 256
+    key = lab.submit(PROMPTS[0] * 50, max_tokens=6)
+    lab.run()
+    assert lab.answers[key].state is SequenceState.LENGTH
+
+
+def test_a_context_that_the_cache_cannot_hold_is_refused_at_start(
+    model: str, adapters: FolderSource
+) -> None:
+    config = EngineConfig(
+        model=model, served_name="base", max_model_len=200, num_blocks=10, block_size=4
+    )
+    with pytest.raises(ConfigurationError, match="holds 40 tokens"):
+        EngineCore(config, adapter_source=adapters)
+
+
+# Adapters
+
+
+def test_more_adapters_than_slots_all_get_their_turn(model: str, adapters: FolderSource) -> None:
+    with open_lab(model, adapters) as lab:
+        expected = {name: lab.generate(PROMPTS[0], adapter=name) for name in ADAPTERS}
+    with open_lab(model, adapters, max_loras=2) as lab:
+        keys = [(name, lab.submit(PROMPTS[0], adapter=name)) for name in (*ADAPTERS, *ADAPTERS)]
+        lab.run()
+        assert len(lab.core.status().resident_adapters) == 2
+        for name, key in keys:
+            assert lab.answers[key].token_ids == expected[name], name
+        lab.assert_nothing_is_left()
+
+
+def test_adapters_answer_differently(lab: Lab) -> None:
+    answers = {name: lab.generate(PROMPTS[2], adapter=name) for name in ADAPTERS}
+    answers["base"] = lab.generate(PROMPTS[2])
+    assert len({tuple(tokens) for tokens in answers.values()}) == len(answers)
+
+
+def test_a_sequence_waiting_for_its_adapter_does_not_hold_up_the_others(
+    slow_lab: Lab, cold_comes: threading.Event
+) -> None:
+    lab, has_come = slow_lab, threading.Event()
+    lab.core.wake = has_come.set
+    slow = lab.submit(PROMPTS[0], adapter=COLD)
+    quick = lab.submit(PROMPTS[1])
+    while not (lab.answers[quick].events and lab.answers[quick].state.is_final):
+        lab.step()
+    assert lab.answers[slow].events == []
+    assert lab.step() == []
+    assert not lab.core.has_work()
+    cold_comes.set()
+    has_come.wait()
+    assert lab.core.has_work()
+    lab.run()
+    assert lab.answers[slow].state is SequenceState.LENGTH
+
+
+def test_those_who_keep_coming_do_not_starve_an_adapter_that_waits(
+    model: str, adapters: FolderSource
+) -> None:
+    with open_lab(model, adapters, max_loras=1) as lab:
+        lab.generate(PROMPTS[0], adapter=WARM)
+        lab.submit(PROMPTS[0], adapter=WARM, max_tokens=20)
+        lab.step()
+        patient = lab.submit(PROMPTS[1], adapter=COLD, max_tokens=2)
+        for _ in range(60):
+            lab.submit(PROMPTS[3], adapter=WARM, max_tokens=20)
+            lab.step()
+            lab.core._adapter_loader._threads.submit(int).result()
+        assert lab.answers[patient].events
+        lab.run()
+        lab.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("failure", "is_retryable"),
+    [
+        (ArtifactMissing("broken"), False),
+        (FileNotFoundError("no such file"), False),
+        (OSError("connection reset"), True),
+        (RuntimeError("a store's own error"), True),
+    ],
+)
+def test_an_adapter_that_fails_to_load_fails_its_own_sequences_alone(
+    model: str, adapters: FolderSource, failure: Exception, is_retryable: bool
+) -> None:
+    source = FolderSource(adapters.root, failures={"broken": failure})
+    with open_lab(model, source, max_loras=1) as lab:
+        broken = [lab.submit(PROMPTS[0], adapter="broken") for _ in range(2)]
+        others = [lab.submit(PROMPTS[0], adapter=WARM), lab.submit(PROMPTS[0])]
+        lab.run()
+        for key in broken:
+            fault = lab.answers[key].last.fault
+            assert lab.answers[key].state is SequenceState.FAILED
+            assert fault is not None
+            assert (fault.code, fault.is_retryable) == ("adapter_unavailable", is_retryable)
+        for key in others:
+            assert lab.answers[key].state is SequenceState.LENGTH
+        lab.assert_nothing_is_left()
+
+
+def test_an_adapter_above_the_largest_rank_is_not_served(
+    model: str, adapters: FolderSource
+) -> None:
+    with open_lab(model, adapters, max_lora_rank=8) as lab:
+        key = lab.submit(PROMPTS[0], adapter="patterned")
+        lab.run()
+        fault = lab.answers[key].last.fault
+        assert fault is not None
+        assert "rank 9" in fault.message
+        assert not fault.is_retryable
+
+
+def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_behind(
+    model: str, adapters: FolderSource, tmp_path: Path
+) -> None:
+    shutil.copytree(adapters.root, tmp_path, dirs_exist_ok=True)
+    huge = tmp_path / "huge"
+    shutil.copytree(tmp_path / COLD, huge)
+    tensors = load_file(huge / "adapter_model.safetensors")
+    save_file({k: v * 1e30 for k, v in tensors.items()}, huge / "adapter_model.safetensors")
+    with open_lab(model, FolderSource(tmp_path), num_blocks=24) as lab:
+        expected = [lab.generate(prompt, adapter=WARM) for prompt in PROMPTS]
+        for name in ("huge", WARM):
+            lab.generate(PROMPTS[0], adapter=name)
+        poisoned = lab.submit(PROMPTS[2], adapter="huge")
+        keys = [lab.submit(prompt, adapter=WARM) for prompt in PROMPTS[:2]]
+        lab.run()
+        fault = lab.answers[poisoned].last.fault
+        assert fault is not None
+        assert (fault.code, fault.is_retryable) == ("nan_logits", False)
+        assert [lab.answers[key].token_ids for key in keys] == expected[:2]
+        # These use the blocks that hold the other's NaN.
+        assert [lab.generate(prompt, adapter=WARM) for prompt in PROMPTS] == expected
+        lab.assert_nothing_is_left()
+
+
+# Owners
+
+
+def test_an_owner_that_is_held_back_stops_nobody_else(model: str, adapters: FolderSource) -> None:
+    with open_lab(model, adapters, num_blocks=12, max_num_seqs=2) as lab:
+        expected = [lab.generate(prompt, max_tokens=10) for prompt in PROMPTS[:2]]
+        held = [lab.submit(prompt, owner="slow", max_tokens=10) for prompt in PROMPTS[:2]]
+        lab.step()
+        lab.core.hold_back("slow", held=True)
+        others = [lab.submit(prompt, owner="quick", max_tokens=10) for prompt in PROMPTS[:2]]
+        while lab.core.has_work():
+            lab.step()
+        assert [lab.answers[key].token_ids for key in others] == expected
+        assert [len(lab.answers[key].token_ids) for key in held] == [1, 1]
+        lab.core.hold_back("slow", held=False)
+        assert lab.core.has_work()
+        lab.run()
+        assert [lab.answers[key].token_ids for key in held] == expected
+        lab.assert_nothing_is_left()
+
+
+# Probes
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_good_adapter_passes_its_probe(lab: Lab, name: str) -> None:
+    report = lab.core.probe(name)
+    assert report.is_passed, report
+    assert report.untouched_modules == []
+    assert report.largest_relative_error < 1e-5
+    assert report.logit_shift > 100 * report.noise
+    assert lab.core.status().resident_adapters == ()
+
+
+def test_a_probe_changes_nothing_for_running_sequences(lab: Lab) -> None:
+    expected = lab.generate(PROMPTS[2], adapter=WARM)
+    key = lab.submit(PROMPTS[2], adapter=WARM)
+    lab.step()
+    lab.core.probe(COLD)
+    lab.run()
+    assert lab.answers[key].token_ids == expected
+
+
+def test_a_probe_finds_a_scaling_that_is_not_the_files(lab: Lab, adapters: FolderSource) -> None:
+    bank = lab.core._loaded.bank
+    install = bank.install
+
+    def install_wrongly(slot: int, adapter: Any) -> None:
+        for module in adapter.values():
+            module.lora_B.mul_(1.5)
+        install(slot, adapter)
+
+    bank.install = install_wrongly  # type: ignore[method-assign] # the fault to be found
+    report = lab.core.probe(COLD)
+    assert not report.is_passed
+    assert report.largest_relative_error > report.error_bound
+
+
+def test_a_probe_finds_modules_that_the_adapter_leaves_as_they_are(
+    model: str, adapters: FolderSource, tmp_path: Path
+) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(adapters.root / WARM, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    silent = next(name for name in tensors if "layers.0.self_attn.v_proj.lora_B" in name)
+    tensors[silent] = torch.zeros_like(tensors[silent])
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with open_lab(model, FolderSource(tmp_path)) as lab:
+        report = lab.core.probe("half")
+        assert report.untouched_modules == ["model.layers.0.self_attn.v_proj"]
+        assert not report.is_passed
+
+
+def test_a_probe_of_what_cannot_be_read_says_so(
+    model: str, adapters: FolderSource, tmp_path: Path
+) -> None:
+    source = FolderSource(tmp_path, failures={"far": OSError("connection reset")})
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_config.json").write_text(json.dumps({"r": 1}))
+    with open_lab(model, source) as lab:
+        with pytest.raises(ProbeError) as found:
+            lab.core.probe("far")
+        assert found.value.is_retryable
+        with pytest.raises(ProbeError) as found:
+            lab.core.probe("bad")
+        assert not found.value.is_retryable

@@ -1,0 +1,114 @@
+"""A text bundle says in text and tokens exactly what transformers says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from adapters import text_bundle
+from engine.errors import ConfigurationError
+from engine.model.text_bundle import export
+
+MODEL = Path("~/.cache/manylora/models/SmolLM2-135M-Instruct").expanduser()
+TEXTS = [
+    "",
+    "The quick brown fox",
+    "  leading, trailing  ",
+    "naïve café — “quotes” … 价格 ¥100 🦜🦜",
+    "def f(x):\n\treturn {'a': [1, 2.50]}\r\n",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "1234567890" * 20,
+]
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why? 🦜"}],
+    [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three"},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def bundle() -> text_bundle.TextBundle:
+    return text_bundle.decode(text_bundle.encode(export(str(MODEL))))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> AutoTokenizer:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The model's folder without its weights, to be changed."""
+    for path in MODEL.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def change(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_same_tokens_and_the_same_text_back(
+    text: str, bundle: text_bundle.TextBundle, tokenizer: AutoTokenizer
+) -> None:
+    alone = Tokenizer.from_str(bundle.tokenizer_json.decode())
+    for special in (False, True):
+        ids = tokenizer.encode(text, add_special_tokens=special)
+        assert alone.encode(text, add_special_tokens=special).ids == ids
+        assert alone.decode(ids, skip_special_tokens=special) == tokenizer.decode(
+            ids, skip_special_tokens=special, clean_up_tokenization_spaces=False
+        )
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_the_template_renders_as_apply_chat_template_does(
+    messages: list[dict[str, str]], bundle: text_bundle.TextBundle, tokenizer: AutoTokenizer
+) -> None:
+    assert bundle.chat_template is not None
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    rendered = environment.from_string(bundle.chat_template).render(
+        messages=messages, add_generation_prompt=True, **bundle.special_tokens
+    )
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == expected
+
+
+def test_the_numbers_of_the_model(bundle: text_bundle.TextBundle) -> None:
+    assert bundle.eos_token_ids == (2,)
+    assert (bundle.context_length, bundle.vocab_size) == (8192, 49152)
+    assert bundle.generation_defaults == {}
+    assert bundle.special_tokens["eos_token"] == "<|im_end|>"
+
+
+def test_the_same_checkpoint_gives_the_same_digest(bundle: text_bundle.TextBundle) -> None:
+    assert text_bundle.digest(export(str(MODEL))) == text_bundle.digest(bundle)
+
+
+def test_all_end_tokens_and_sampling_defaults_are_taken(checkpoint: Path) -> None:
+    change(checkpoint / "generation_config.json", eos_token_id=[7, 2], temperature=0.6, top_k=40)
+    exported = export(str(checkpoint))
+    assert exported.eos_token_ids == (7, 2)
+    assert exported.generation_defaults == {"temperature": 0.6, "top_k": 40}
+
+
+def test_a_model_without_template_or_generation_config_is_exported(checkpoint: Path) -> None:
+    (checkpoint / "chat_template.jinja").unlink()
+    (checkpoint / "generation_config.json").unlink()
+    exported = export(str(checkpoint))
+    assert exported.chat_template is None
+    assert exported.eos_token_ids == (2,)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=tmp_path.name):
+        export(str(tmp_path))

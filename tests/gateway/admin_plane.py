@@ -1,0 +1,241 @@
+"""The admin plane on a real socket and a real database, and adapters small enough to write by hand.
+
+Only the engine's probe is a function of the test: the engine is another process.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import uvicorn
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.exceptions import HTTPException
+from safetensors.numpy import save
+
+from adapters.store import ArtifactStore
+from adapters.validate import BaseShape
+from engine.protocol import PROTOCOL_VERSION, EngineInfo, ProbeReport
+from gateway.api.admin import admin_router
+from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
+from gateway.auth import Authenticator, create_key, guard, provide_principal
+from gateway.database import Database
+from gateway.errors import GatewayError
+from gateway.registry import Registry
+from gateway.staging import Staging
+from gateway.uploads import Uploads
+
+MAX_UPLOAD_BYTES = 256 * 1024
+PEPPER = b"\x07" * 32
+ADDRESS = "unix:/run/engine.sock"
+
+# module path -> (in_features, out_features)
+MODULES = {
+    f"model.layers.{layer}.self_attn.{name}": shape
+    for layer in range(2)
+    for name, shape in {"q_proj": (16, 16), "v_proj": (16, 8)}.items()
+}
+INFO = EngineInfo(
+    protocol_version=PROTOCOL_VERSION,
+    engine_epoch=1,
+    base_model="Tiny-Base",
+    base_digest="b" * 64,
+    text_bundle_digest="c" * 64,
+    max_model_len=512,
+    vocab_size=1000,
+    max_loras=4,
+    max_lora_rank=8,
+    device="cpu",
+    dtype="float32",
+    base_shape=BaseShape(base_model="Tiny-Base", modules=MODULES),
+)
+
+
+def adapter_files(
+    *, seed: int = 0, rank: int = 2, modules: dict[str, tuple[int, int]] = MODULES, **config: Any
+) -> dict[str, bytes]:
+    """An adapter as PEFT would save it: file name -> bytes."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for module, (in_features, out_features) in modules.items():
+        name = f"base_model.model.{module}"
+        for half, shape in {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}.items():
+            tensors[f"{name}.{half}.weight"] = random.normal(size=shape).astype(np.float32)
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": ["q_proj", "v_proj"],
+        **config,
+    }
+    return {
+        "adapter_config.json": json.dumps(fields).encode(),
+        "adapter_model.safetensors": save(tensors),
+    }
+
+
+def report(digest: str, **changes: Any) -> ProbeReport:
+    """What an engine says of an adapter that passes, but for `changes`."""
+    facts: dict[str, Any] = {
+        "weights_digest": digest,
+        "num_modules": 4,
+        "largest_relative_error": 1e-7,
+        "error_bound": 1e-4,
+        "logit_shift": 0.5,
+        "noise": 1e-5,
+        "untouched_modules": [],
+        "is_passed": True,
+    }
+    return ProbeReport(**{**facts, **changes})
+
+
+async def passing_probe(digest: str) -> ProbeReport:
+    return report(digest)
+
+
+class Probe:
+    """Stands where the engine is; `answer` is whatever the test puts there."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[str], Awaitable[ProbeReport]] = passing_probe
+        self.asked_for: list[str] = []
+
+    async def __call__(self, digest: str) -> ProbeReport:
+        self.asked_for.append(digest)
+        return await self.answer(digest)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A running admin plane and all that one may look at behind it."""
+
+    # Speaks with an operator's key.
+    client: httpx.AsyncClient
+    registry: Registry
+    uploads: Uploads
+    probe: Probe
+    folder: Path
+
+    async def make_tenant(self, slug: str) -> None:
+        answer = await self.client.post("/admin/v1/tenants", json={"slug": slug, "name": slug})
+        assert answer.status_code == 201, answer.text
+
+    async def make_key(self, tenant: str, **fields: Any) -> dict[str, Any]:
+        body = {"name": "test", **fields}
+        answer = await self.client.post(f"/admin/v1/tenants/{tenant}/keys", json=body)
+        assert answer.status_code == 201, answer.text
+        made: dict[str, Any] = answer.json()
+        return made
+
+    async def upload(
+        self,
+        files: dict[str, bytes] | None = None,
+        *,
+        tenant: str = "acme",
+        adapter: str = "sql",
+        fields: dict[str, str] | None = None,
+    ) -> httpx.Response:
+        files = adapter_files() if files is None else files
+        return await self.client.post(
+            f"/admin/v1/tenants/{tenant}/adapters/{adapter}/versions",
+            files=[("files", (name, data)) for name, data in files.items()],
+            data=fields,
+        )
+
+    def stored_files(self) -> list[str]:
+        return _files_below(self.folder / "store")
+
+    def staged_files(self) -> list[str]:
+        return _files_below(self.folder / "staging")
+
+
+@contextlib.asynccontextmanager
+async def admin_plane(
+    database: Database, folder: Path, *, max_upload_bytes: int = MAX_UPLOAD_BYTES
+) -> AsyncIterator[Plane]:
+    """The plane with one engine's base model registered, and no tenant yet."""
+    registry, probe = Registry(database), Probe()
+    uploads = Uploads(
+        registry,
+        ArtifactStore((folder / "store").as_uri()),
+        staging=Staging(folder / "staging", max_upload_bytes=max_upload_bytes),
+        probe=probe,
+    )
+    await registry.register_base_model(INFO, ADDRESS)
+    authenticator = Authenticator(database, {1: PEPPER})
+    app = _app(database, authenticator, registry=registry, uploads=uploads)
+    async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:
+        client.headers["authorization"] = f"Bearer {await _operator_key(database)}"
+        yield Plane(client, registry, uploads, probe, folder)
+
+
+def _app(
+    database: Database, authenticator: Authenticator, *, registry: Registry, uploads: Uploads
+) -> Litestar:
+    parts = {"database": database, "registry": registry, "uploads": uploads}
+    app = Litestar(
+        [admin_router],
+        guards=[guard],
+        dependencies={
+            "principal": Provide(provide_principal),
+            "authenticator": Provide(lambda: authenticator, sync_to_thread=False),
+            **{name: _provide(part) for name, part in parts.items()},
+        },
+        exception_handlers={
+            GatewayError: answer_error,
+            HTTPException: answer_http_exception,
+            Exception: answer_unexpected,
+        },
+        logging_config=None,
+    )
+    app.state.authenticator = authenticator
+    return app
+
+
+def _provide(part: Any) -> Provide:
+    return Provide(lambda: part, sync_to_thread=False)
+
+
+async def _operator_key(database: Database) -> str:
+    async with database.as_worker() as session:
+        _, key = await create_key(
+            session,
+            tenant_id=None,
+            name="operator",
+            scopes=["operator"],
+            expires_at=None,
+            pepper=PEPPER,
+        )
+    return key
+
+
+@contextlib.asynccontextmanager
+async def serve(app: Litestar) -> AsyncIterator[str]:
+    """The app on a loopback port of its own."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    running = asyncio.create_task(server.serve())
+    await until(lambda: server.started or running.done())
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await running
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other tasks or threads do. Raises TimeoutError."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - files and servers raise no events
+            await asyncio.sleep(0.01)
+
+
+def _files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

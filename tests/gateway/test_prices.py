@@ -1,0 +1,138 @@
+"""What tokens cost, and which price holds when."""
+
+import asyncio
+import itertools
+from decimal import ROUND_HALF_EVEN, Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
+
+from gateway.database import Database
+from gateway.prices import (
+    MAX_RATE_NANO,
+    Price,
+    PriceScope,
+    Rates,
+    bill,
+    ceiling,
+    cost,
+    ensure_default,
+    set_price,
+)
+from gateway.tables import PriceVersion, new_id
+from tests.gateway.money import a_base_model
+
+RATES = st.integers(0, MAX_RATE_NANO)
+TOKENS = st.integers(0, 10_000_000)
+PRICES = st.builds(
+    Price,
+    id=st.just(new_id()),
+    input_nano_per_million=RATES,
+    cached_input_nano_per_million=RATES,
+    output_nano_per_million=RATES,
+)
+
+
+def price_of(input_rate: int, cached_rate: int, output_rate: int) -> Price:
+    return Price(new_id(), input_rate, cached_rate, output_rate)
+
+
+@given(PRICES, TOKENS, TOKENS, TOKENS)
+def test_a_cost_is_the_exact_sum_rounded_once_to_even(price, uncached, cached, completion):
+    exact = (
+        Decimal(uncached * price.input_nano_per_million)
+        + Decimal(cached * price.cached_input_nano_per_million)
+        + Decimal(completion * price.output_nano_per_million)
+    ).scaleb(-6)
+    found = cost(
+        price,
+        prompt_tokens=uncached + cached,
+        cached_tokens=cached,
+        completion_tokens=completion,
+    )
+    assert type(found) is int
+    assert found == int(exact.quantize(Decimal(1), rounding=ROUND_HALF_EVEN))
+
+
+@given(PRICES, TOKENS, TOKENS, TOKENS)
+def test_no_cost_is_above_what_a_hold_of_its_tokens_reserves(price, uncached, cached, completion):
+    prompt = uncached + cached
+    reserved = ceiling(price, prompt_tokens=prompt, output_tokens=completion)
+    charged = cost(price, prompt_tokens=prompt, cached_tokens=cached, completion_tokens=completion)
+    assert charged <= reserved
+
+
+def test_a_half_goes_to_the_even_neighbour():
+    price = price_of(500_000, 0, 0)
+    costs = [
+        cost(price, prompt_tokens=n, cached_tokens=0, completion_tokens=0) for n in range(1, 6)
+    ]
+    assert costs == [0, 1, 2, 2, 2]
+
+
+def test_parts_that_are_nothing_alone_are_not_lost_together():
+    price = price_of(300_000, 300_000, 300_000)
+    assert cost(price, prompt_tokens=2, cached_tokens=1, completion_tokens=1) == 1
+
+
+def test_cached_tokens_are_charged_at_their_own_rate():
+    price = price_of(3_000_000, 1_000_000, 10_000_000)
+    charged = bill(price, prompt_tokens=100, cached_tokens=40, completion_tokens=7)
+    assert charged.cost_nano == 60 * 3 + 40 * 1 + 7 * 10
+
+
+async def all_prices(database: Database) -> list[PriceVersion]:
+    async with database.as_worker() as session:
+        found = await session.scalars(
+            select(PriceVersion).order_by(func.lower(PriceVersion.effective))
+        )
+        return list(found.all())
+
+
+async def test_a_new_price_begins_when_the_old_one_ends(database: Database) -> None:
+    base_model, _ = await a_base_model(database)
+    async with database.as_worker() as session:
+        # Twice in one transaction, whose now() stands still.
+        for rate in (5, 6):
+            await set_price(
+                session, PriceScope(base_model.id), rates=Rates(output_nano_per_million=rate)
+            )
+    first, second, third = await all_prices(database)
+    assert first.effective.upper == second.effective.lower
+    assert second.effective.upper == third.effective.lower
+    assert third.effective.upper is None
+    assert third.output_nano_per_million == 6
+
+
+async def test_changes_of_one_price_at_once_leave_one_running(database: Database) -> None:
+    base_model, _ = await a_base_model(database)
+
+    async def change(rate: int) -> None:
+        async with database.as_worker() as session:
+            await set_price(
+                session, PriceScope(base_model.id), rates=Rates(input_nano_per_million=rate)
+            )
+
+    await asyncio.gather(*(change(rate) for rate in range(5)))
+    spans = [row.effective for row in await all_prices(database)]
+    assert len(spans) == 6
+    assert all(one.upper == next_.lower for one, next_ in itertools.pairwise(spans))
+
+
+async def test_the_default_price_is_zero_and_comes_once(database: Database) -> None:
+    base_model, price = await a_base_model(database)
+    async with database.as_worker() as session:
+        await ensure_default(session, base_model.id)
+    assert [row.id for row in await all_prices(database)] == [price.id]
+
+
+async def test_the_schema_refuses_rates_below_zero(database: Database) -> None:
+    base_model, _ = await a_base_model(database)
+    with pytest.raises(IntegrityError):
+        async with database.as_worker() as session:
+            await set_price(
+                session, PriceScope(base_model.id), rates=Rates(input_nano_per_million=-1)
+            )

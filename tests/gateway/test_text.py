@@ -1,0 +1,139 @@
+"""Facts about text: what the model sees, and what the client reads."""
+
+import random
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from adapters.demo.base_model import default_folder
+from adapters.text_bundle import TextBundle
+from gateway.text import TemplateFault, TextCodec
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "What is a slot?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Grüße, 日本, 🇩🇪 \n\n  and  spaces"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "<|im_end|> in the text"},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return AutoTokenizer.from_pretrained(default_folder())
+
+
+@pytest.fixture(scope="module")
+def codec(reference) -> TextCodec:
+    return TextCodec(_bundle(reference.chat_template))
+
+
+def _bundle(chat_template: str | None) -> TextBundle:
+    return TextBundle(
+        tokenizer_json=(default_folder() / "tokenizer.json").read_bytes(),
+        chat_template=chat_template,
+        special_tokens={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
+        eos_token_ids=(2,),
+        generation_defaults={},
+        context_length=8192,
+        vocab_size=49152,
+    )
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+async def test_a_conversation_becomes_the_ids_that_transformers_makes_of_it(
+    codec, reference, messages
+):
+    expected = reference.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, tokenize=True
+    )
+    assert await codec.encode_chat(messages) == list(expected)
+
+
+async def test_a_bare_prompt_becomes_the_ids_that_transformers_makes_of_it(codec, reference):
+    assert await codec.encode_text("once upon a time") == reference("once upon a time").input_ids
+
+
+async def test_a_long_prompt_is_encoded_like_a_short_one(codec, reference):
+    text = "all work and no play " * 2000
+    assert await codec.encode_text(text) == reference(text).input_ids
+
+
+async def test_a_model_without_a_template_says_where_to_go():
+    with pytest.raises(TemplateFault, match="/v1/completions"):
+        await TextCodec(_bundle(None)).encode_chat(CONVERSATIONS[0])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__subclasses__() }}",
+        "{% set _ = messages.append({}) %}",
+        "{{ raise_exception('roles must alternate') }}",
+    ],
+)
+async def test_a_template_reaches_nothing_but_its_messages(template):
+    with pytest.raises(TemplateFault):
+        await TextCodec(_bundle(template)).encode_chat(CONVERSATIONS[0])
+
+
+def _streamed(codec: TextCodec, token_ids: list[int], *stops: str) -> tuple[str, list[str]]:
+    stream, pieces = codec.stream(stops), []
+    for token_id in token_ids:
+        pieces.append(stream.feed(token_id))
+        if stream.is_stopped:
+            break
+    pieces.append(stream.finish())
+    return "".join(pieces), pieces
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_of_any_tokens_add_up_to_the_whole_text(codec, seed):
+    rng = random.Random(seed)
+    token_ids = [rng.randrange(49152) for _ in range(200)]
+    text, _ = _streamed(codec, token_ids)
+    assert text == codec.decode(token_ids)
+
+
+def test_every_piece_holds_whole_characters(codec, reference):
+    text, pieces = _streamed(codec, reference("日本語 👨‍👩‍👧 🇩🇪 ok").input_ids)
+    assert text == "日本語 👨‍👩‍👧 🇩🇪 ok"
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_broken_character_at_the_end_is_shown_as_such(codec, reference):
+    token_ids = reference("👨").input_ids[:-1]
+    assert _streamed(codec, token_ids)[0] == "\ufffd"
+
+
+@pytest.mark.parametrize("stop", ["three", "one two", " two thr", "e f", "four", "onetwo"])
+def test_nothing_of_a_stop_string_is_ever_shown(codec, reference, stop):
+    text = "one two three four"
+    shown, _ = _streamed(codec, reference(text).input_ids, stop, "never there")
+    assert shown == (text[: text.index(stop)] if stop in text else text)
+
+
+def test_the_first_of_several_stops_wins(codec, reference):
+    shown, _ = _streamed(codec, reference("one two three").input_ids, "three", "two")
+    assert shown == "one "
+
+
+def test_text_held_back_for_a_stop_that_never_comes_is_shown_at_the_end(codec, reference):
+    shown, _ = _streamed(codec, reference("one two thr").input_ids, "three")
+    assert shown == "one two thr"
+
+
+def test_the_bytes_of_half_a_character_are_told(codec, reference):
+    token_ids = reference("👨").input_ids
+    assert bytes(sum((codec.token_bytes(each) for each in token_ids), [])) == "👨".encode()
+
+
+def test_every_single_token_has_bytes(codec):
+    tokenizer = Tokenizer.from_buffer(_bundle(None).tokenizer_json)
+    whole = [each for each in range(2000) if "\ufffd" not in codec.token_text(each)]
+    assert all(bytes(codec.token_bytes(each)).decode() == codec.token_text(each) for each in whole)
+    assert tokenizer.get_vocab_size() == 49152

@@ -1,0 +1,217 @@
+"""Small checkpoints, adapters and an engine to drive: what the engine's and the parity tests share."""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.protocol import SamplingParams, SequenceState, Submit, TokenLogprob
+from engine.sequence import Sequence, SequenceKey, StepEvent
+
+WORKER = "worker"
+# Below this gap between its two likeliest tokens the reference itself could have chosen either.
+TIE_GAP = 1e-3
+
+
+# Models and adapters
+
+
+def tiny_llama_config(**changes: Any) -> LlamaConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": 257,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    return LlamaConfig(**(sizes | changes))
+
+
+def save_random_model(config: PretrainedConfig, folder: Path, *, seed: int = 0) -> str:
+    """Weights large enough that tokens depend on what came before; the folder as a string."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "norm" not in name:
+                parameter.normal_(std=0.15)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def save_adapter(
+    model: str, folder: Path, *, seed: int, std: float = 0.1, **lora: Any
+) -> None:
+    """An adapter as PEFT writes it, with a B that is not zero."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with _peft_as_it_is():
+        adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=std)
+    adapted.save_pretrained(folder)
+
+
+def load_with_peft(model: str, folder: Path) -> peft.PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with _peft_as_it_is():
+        return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+@contextmanager
+def _peft_as_it_is() -> Iterator[None]:
+    """PEFT still asks transformers for a name that is going away."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        yield
+
+
+@dataclass(slots=True)
+class FolderSource:
+    """Adapters by the name of their folder, from a store that may be slow or in trouble."""
+
+    root: Path
+    failures: dict[str, Exception] = field(default_factory=dict)
+    # An adapter that is named here comes when its event is set.
+    delays: dict[str, threading.Event] = field(default_factory=dict)
+
+    @contextmanager
+    def fetch(self, weights_digest: str) -> Iterator[Path]:
+        if weights_digest in self.delays:
+            self.delays[weights_digest].wait()
+        if weights_digest in self.failures:
+            raise self.failures[weights_digest]
+        yield self.root / weights_digest
+
+
+# Driving an engine
+
+
+@dataclass(slots=True)
+class Answer:
+    """All that an engine said about one sequence."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    events: list[StepEvent] = field(default_factory=list)
+
+    @property
+    def last(self) -> StepEvent:
+        return self.events[-1]
+
+    @property
+    def state(self) -> SequenceState:
+        return self.last.state
+
+
+class Lab:
+    """An engine, and the answers that came out of it so far."""
+
+    def __init__(self, model: str, source: FolderSource, **settings: Any) -> None:
+        sizes: dict[str, Any] = {"block_size": 4, "num_blocks": 64, "num_threads": 1}
+        config = EngineConfig(model=model, served_name="base", **(sizes | settings))
+        self.core = EngineCore(config, adapter_source=source)
+        self.answers: dict[SequenceKey, Answer] = {}
+        self._num_submitted = 0
+
+    def submit(
+        self,
+        prompt: list[int],
+        *,
+        adapter: str | None = None,
+        owner: str = WORKER,
+        generated: list[int] | None = None,
+        **sampling: Any,
+    ) -> SequenceKey:
+        self._num_submitted += 1
+        params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0} | sampling))
+        submit = Submit(
+            sequence_id=self._num_submitted,
+            prompt_token_ids=prompt,
+            sampling=params,
+            adapter_digest=adapter,
+            generated_token_ids=generated or [],
+        )
+        sequence = Sequence.from_submit(submit, worker_id=owner, worker_epoch=1)
+        self.core.submit(sequence)
+        self.answers[sequence.key] = Answer()
+        return sequence.key
+
+    def step(self) -> list[StepEvent]:
+        events = self.core.step()
+        for event in events:
+            answer = self.answers[event.key]
+            answer.token_ids += event.token_ids
+            answer.logprobs += event.logprobs or []
+            answer.events.append(event)
+        self.core.check_integrity()
+        return events
+
+    def run(self) -> None:
+        """Until every sequence has ended."""
+        while not all(answer.events and answer.state.is_final for answer in self.answers.values()):
+            self.step()
+
+    def generate(self, prompt: list[int], **settings: Any) -> list[int]:
+        key = self.submit(prompt, **settings)
+        self.run()
+        return self.answers[key].token_ids
+
+    def assert_nothing_is_left(self) -> None:
+        status = self.core.status()
+        assert (status.num_running, status.num_waiting) == (0, 0)
+        assert status.num_free_blocks == status.num_blocks
+        self.core.check_integrity()
+
+
+@contextmanager
+def open_lab(model: str, source: FolderSource, **settings: Any) -> Iterator[Lab]:
+    lab = Lab(model, source, **settings)
+    try:
+        yield lab
+    finally:
+        lab.core.close()
+
+
+# The reference
+
+
+@torch.inference_mode()
+def greedy_reference(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
+    """What transformers' own `generate` answers."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False
+    )
+    found: list[int] = out[0, len(prompt) :].tolist()
+    return found
+
+
+@torch.inference_mode()
+def num_ties(
+    model: PreTrainedModel, prompt: list[int], *, found: list[int], expected: list[int]
+) -> int:
+    """0 where the tokens are the same, 1 where they part at a tie; anything else fails."""
+    if found == expected:
+        return 0
+    pairs = zip(found, expected, strict=True)
+    parting = next(place for place, (ours, theirs) in enumerate(pairs) if ours != theirs)
+    logits = model(torch.tensor([prompt + expected[:parting]])).logits[0, -1]
+    best, second = logits.topk(2).values.tolist()
+    assert best - second < TIE_GAP, f"token {parting} differs, where the gap is {best - second}"
+    print(f"tie at token {parting}: gap {best - second:.2g}")
+    return 1
