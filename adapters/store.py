@@ -52,7 +52,13 @@ class ArtifactStore:
         if await self.has_adapter(digest):
             return
         with _reporting(digest):
-            await obstore.put_async(self._store, f"{folder}/{WEIGHTS_FILE}", weights_path)
+            await obstore.put_async(
+                self._store,
+                f"{folder}/{WEIGHTS_FILE}",
+                weights_path,
+                # Parts of 5 MiB under way; by default 12 are, and stay in memory as long.
+                max_concurrency=2,
+            )
             await obstore.put_async(self._store, f"{folder}/{CONFIG_FILE}", config_bytes)
 
     async def has_adapter(self, digest: str) -> bool:

@@ -108,6 +108,8 @@ class EngineCore:
         """Raises InvalidSequence or ContextLengthExceeded; adapters fail later, in an event."""
         if sequence.key in self._scheduler:
             raise InvalidSequence(f"There is a sequence {sequence.key} already.")
+        if not 0 < sequence.weight < math.inf:
+            raise InvalidSequence("weight must be above 0 and finite.")
         _check_sampling(sequence.sampling, self.vocab_size)
         if not sequence.num_prompt_tokens:
             raise InvalidSequence("prompt_token_ids is empty.")

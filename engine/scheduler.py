@@ -6,12 +6,13 @@ A sequence first pins its adapter's slot, then gets blocks. It never waits for a
 blocks, so neither few slots nor few blocks can lock the engine up.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.block_manager import BlockManager
 from engine.errors import InvalidLogits, SequenceError
+from engine.fairness import WaitingLine
 from engine.protocol import SequenceState, TokenLogprob
 from engine.sequence import NO_ADAPTER, Sequence, SequenceKey, StepEvent
 from engine.slots import SlotPool
@@ -48,7 +49,7 @@ class Scheduler:
         self._sequences: dict[SequenceKey, Sequence] = {}
         # In order of admission; these hold blocks.
         self._running: list[Sequence] = []
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingLine()
         self._held_owners: set[str] = set()
         self._events: list[StepEvent] = []
 
@@ -162,7 +163,7 @@ class Scheduler:
         """Forget what was computed; the slot stays pinned, for a preempted sequence comes back."""
         self._running.remove(sequence)
         self._blocks.release(sequence)
-        self._waiting.appendleft(sequence)
+        self._waiting.put_back(sequence)
 
     # Waiting sequences
 
@@ -176,14 +177,14 @@ class Scheduler:
                 continue
             if not self._make_room(sequence) or not self._blocks.grow(sequence):
                 return  # nobody overtakes: a long prompt would never find enough free blocks
-            self._waiting.remove(sequence)
+            self._waiting.take(sequence)
             self._running.append(sequence)
             chosen.append(_chunk(sequence, budget))
             budget -= chosen[-1].num_tokens
 
     def _in_turn(self) -> Iterator[Sequence]:
-        """Waiting sequences, whose turn it is first: as they came."""
-        return iter([s for s in self._waiting if s.owner not in self._held_owners])
+        """Waiting sequences that are not held back, whose turn it is first."""
+        return (s for s in self._waiting if s.owner not in self._held_owners)
 
     def _pin(self, sequence: Sequence) -> bool:
         if sequence.adapter_digest is None or sequence.is_pinned:
@@ -223,6 +224,7 @@ class Scheduler:
             self._finish(sequence, SequenceState.FAILED, error=InvalidLogits())
             return
         sequence.token_ids.append(sample.token_id)
+        self._waiting.charge_output(sequence)
         state = sequence.ending()
         if state.is_final:
             self._finish(sequence, state, sample=sample)
@@ -241,9 +243,9 @@ class Scheduler:
         if sequence.is_pinned and sequence.adapter_digest is not None:
             self._slots.release(sequence.adapter_digest)
             sequence.slot, sequence.is_pinned = NO_ADAPTER, False
-        for place in (self._running, self._waiting):
-            if sequence in place:
-                place.remove(sequence)
+        self._waiting.discard(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
         del self._sequences[sequence.key]
         self._report(sequence, state, sample=sample, error=error)
 

@@ -40,6 +40,9 @@ MAX_BACKOFF_S = 5.0
 # The outcome of a request whose gateway's host never came back.
 LOST = "lost"
 
+_ROLLUP_KEY = ("tenant_id", "day", "base_model_id", "adapter_id", "api_key_id")
+_SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_nano")
+
 # Open holds that nobody will settle: of gateways whose lease has run out, and those of this one
 # that its journal does not know, because it died, or its client left, between hold and journal.
 FIND_LOST = text("""
@@ -142,10 +145,6 @@ async def _add_to_rollups(session: AsyncSession, fresh: Iterable[Settlement]) ->
             set_={name: getattr(UsageRollup, name) + statement.excluded[name] for name in _SUMMED},
         )
     )
-
-
-_ROLLUP_KEY = ("tenant_id", "day", "base_model_id", "adapter_id", "api_key_id")
-_SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_nano")
 
 
 def _rollup_key(settlement: Settlement) -> tuple[Any, ...]:

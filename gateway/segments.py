@@ -131,6 +131,7 @@ class Segments:
         self._lock = threading.Lock()
         self._oldest = self.number = 1
         self._size_bytes = 0
+        self._is_closed = False
         self._fd = self._create(self.number)
 
     def append(self, record: bytes) -> int:
@@ -138,21 +139,23 @@ class Segments:
 
         Raises JournalFailed when the file system refuses; nothing of the record is left then.
         """
+        if self._is_closed:
+            raise JournalFailed("The journal is closed.")
         data = frame(record)
         if self._size_bytes and self._size_bytes + len(data) > self._max_segment_bytes:
             self._rotate()
         try:
             _write_all(self._fd, data)
         except OSError as fault:
-            # Half a record in the middle would make all later ones unreadable.
-            os.ftruncate(self._fd, self._size_bytes)
+            self._cut_back()
             raise JournalFailed(f"The journal cannot be written: {fault.strerror}") from fault
         self._size_bytes += len(data)
         return self.number
 
     def sync(self) -> None:
         with self._lock:
-            os.fdatasync(self._fd)
+            if not self._is_closed:
+                os.fdatasync(self._fd)
 
     def drop_before(self, number: int) -> None:
         """Delete the segments with smaller numbers; never the one that grows."""
@@ -163,11 +166,21 @@ class Segments:
     def close(self, *, keep: bool) -> None:
         """Stop writing; delete what is there unless it is to be kept."""
         with self._lock:
-            os.fdatasync(self._fd)
-            os.close(self._fd)
+            if not self._is_closed:
+                self._is_closed = True
+                os.fdatasync(self._fd)
+                os.close(self._fd)
         if not keep:
             self.number += 1
             self.drop_before(self.number)
+
+    def _cut_back(self) -> None:
+        """Half a record in the middle would make all later ones unreadable."""
+        try:
+            os.ftruncate(self._fd, self._size_bytes)
+        except OSError:
+            logger.exception("journal_tail_left", extra={"position": self._size_bytes})
+            self.close(keep=True)
 
     def _rotate(self) -> None:
         try:

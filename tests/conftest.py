@@ -55,6 +55,11 @@ class Cluster:
     async def drop(self, home: Home) -> None:
         await self.execute(f"DROP DATABASE {make_url(home.owner_url).database} WITH (FORCE)")
 
+    async def drop_if_there(self, name: str) -> None:
+        """Drop a database and the two roles that its migration made."""
+        await self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        await self.execute(f"DROP ROLE IF EXISTS {name}_app, {name}_worker")
+
     async def execute(self, statement: str) -> None:
         await execute(self._postgres.superuser_url, statement)
 

@@ -20,6 +20,8 @@ from engine.sequence import Sequence, SequenceKey, StepEvent
 WORKER = "worker"
 # Below this gap between its two likeliest tokens the reference itself could have chosen either.
 TIE_GAP = 1e-3
+# For an adapter that is being read from disk, on a machine with much else to do.
+PATIENCE_S = 60
 
 
 # Models and adapters
@@ -117,6 +119,10 @@ class Answer:
     def state(self) -> SequenceState:
         return self.last.state
 
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.events) and self.state.is_final
+
 
 class Lab:
     """An engine, and the answers that came out of it so far."""
@@ -127,6 +133,8 @@ class Lab:
         self.core = EngineCore(config, adapter_source=source)
         self.answers: dict[SequenceKey, Answer] = {}
         self._num_submitted = 0
+        self._has_news = threading.Event()
+        self.core.wake = self._has_news.set
 
     def submit(
         self,
@@ -135,6 +143,8 @@ class Lab:
         adapter: str | None = None,
         owner: str = WORKER,
         generated: list[int] | None = None,
+        fairness_key: str = "",
+        weight: float = 1.0,
         **sampling: Any,
     ) -> SequenceKey:
         self._num_submitted += 1
@@ -145,6 +155,8 @@ class Lab:
             sampling=params,
             adapter_digest=adapter,
             generated_token_ids=generated or [],
+            fairness_key=fairness_key,
+            weight=weight,
         )
         sequence = Sequence.from_submit(submit, worker_id=owner, worker_epoch=1)
         self.core.submit(sequence)
@@ -162,9 +174,15 @@ class Lab:
         return events
 
     def run(self) -> None:
-        """Until every sequence has ended."""
-        while not all(answer.events and answer.state.is_final for answer in self.answers.values()):
+        """Until every sequence has ended; sleeps as the engine's thread does."""
+        while not self._all_complete():
+            self._has_news.clear()
             self.step()
+            if not self.core.has_work() and not self._all_complete():
+                assert self._has_news.wait(PATIENCE_S), "nothing can run, and nothing will come"
+
+    def _all_complete(self) -> bool:
+        return all(answer.is_complete for answer in self.answers.values())
 
     def generate(self, prompt: list[int], **settings: Any) -> list[int]:
         key = self.submit(prompt, **settings)

@@ -7,6 +7,7 @@ What the adapters learn, and what a right answer is, stands in `tasks.py`.
 """
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from adapters.demo.tasks import (
 )
 
 README = Path(__file__).parent / "README.md"
+# What the end-to-end tests hold the API's answers against.
+SCORES = Path(__file__).parent / "scores.json"
 IGNORED = -100
 EVALUATION_BATCH_SIZE = 25
 
@@ -260,6 +263,16 @@ def _write_row(task: Task, accuracy: Accuracy, train_s: float) -> None:
     README.write_text("\n".join(rewritten) + "\n", encoding="utf-8")
 
 
+def _write_score(task: Task, accuracy: Accuracy) -> None:
+    """Keep a task's accuracies, in percent."""
+    scores = json.loads(SCORES.read_text(encoding="utf-8")) if SCORES.exists() else {}
+    scores[task.name] = {
+        "adapter": round(100 * accuracy.adapter, 1),
+        "base": round(100 * accuracy.base, 1),
+    }
+    SCORES.write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Train and score the named tasks, all four when none is named."""
     parser = argparse.ArgumentParser(prog="python -m adapters.demo.train")
@@ -274,6 +287,7 @@ def main() -> None:
         print(f"{task.public_name}: {task.description}", flush=True)
         train_s = None if options.evaluate else train(task)
         accuracy = evaluate(task)
+        _write_score(task, accuracy)
         print(f"  held out: adapter {accuracy.adapter:.0%}, base {accuracy.base:.0%}", flush=True)
         if train_s is not None:
             print(f"  trained in {train_s:.0f} s", flush=True)

@@ -158,7 +158,11 @@ class Plane:
 
 @contextlib.asynccontextmanager
 async def admin_plane(
-    database: Database, folder: Path, *, max_upload_bytes: int = MAX_UPLOAD_BYTES
+    database: Database,
+    folder: Path,
+    *,
+    info: EngineInfo = INFO,
+    max_upload_bytes: int = MAX_UPLOAD_BYTES,
 ) -> AsyncIterator[Plane]:
     """The plane with one engine's base model registered, and no tenant yet."""
     registry, probe = Registry(database), Probe()
@@ -168,7 +172,7 @@ async def admin_plane(
         staging=Staging(folder / "staging", max_upload_bytes=max_upload_bytes),
         probe=probe,
     )
-    await registry.register_base_model(INFO, ADDRESS)
+    await registry.register_base_model(info, ADDRESS)
     authenticator = Authenticator(database, {1: PEPPER})
     app = _app(database, authenticator, registry=registry, uploads=uploads)
     async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:

@@ -65,7 +65,7 @@ async def test_writers_at_once_make_one_chain(database: Database, tenant_id: uui
 @pytest.mark.parametrize(
     "tampering",
     [
-        "UPDATE audit_log SET details = '{\"price\": 1}' WHERE number = 2",
+        "UPDATE audit_log SET details = '{\"price\": 7}' WHERE number = 2",
         "UPDATE audit_log SET subject = 'another' WHERE number = 2",
         "UPDATE audit_log SET at = at + interval '1 microsecond' WHERE number = 2",
         "UPDATE audit_log SET hash = decode(repeat('00', 32), 'hex') WHERE number = 2",

@@ -4,24 +4,19 @@ import asyncio
 import datetime
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 from alembic import command
-from sqlalchemy import (
-    CheckConstraint,
-    Connection,
-    func,
-    insert,
-    literal_column,
-    make_url,
-    select,
-    text,
-)
+from sqlalchemy import CheckConstraint, ColumnElement, Connection, inspect, select, text
 from sqlalchemy import Table as SqlTable
+from sqlalchemy.dialects.postgresql import Range
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from gateway.database import (
+    DATABASE_TROUBLE,
     Database,
     alembic_config,
     asyncpg_url,
@@ -31,119 +26,179 @@ from gateway.database import (
     scram_verifier,
 )
 from gateway.errors import DatabaseRefused
-from gateway.tables import Table, new_id
-from tests.conftest import APP_PASSWORD, WORKER_PASSWORD, Cluster, Home, execute
+from gateway.tables import (
+    Adapter,
+    AdapterAlias,
+    AdapterVersion,
+    ApiKey,
+    AuditEntry,
+    BaseModel,
+    GatewayInstance,
+    Hold,
+    PriceVersion,
+    PublicName,
+    Table,
+    Tenant,
+    UsageEvent,
+    UsageRollup,
+    new_id,
+)
+from tests.conftest import Cluster, Home, execute
 
-TENANT_TABLES = [table for table in Table.metadata.sorted_tables if "tenant_id" in table.c] + [
-    Table.metadata.tables["tenants"]
+TENANT_TABLES = [
+    table
+    for table in Table.metadata.sorted_tables
+    if "tenant_id" in table.c or table.name == "tenants"
 ]
+SLUGS = ("acme", "globex")
 NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
+RATE = {
+    "input_nano_per_million": 1,
+    "cached_input_nano_per_million": 1,
+    "output_nano_per_million": 1,
+}
 
 
-def tenant_rows(tenant_id: uuid.UUID, *, slug: str, base_model_id: uuid.UUID) -> list[str]:
-    """One row of each table that a tenant can have rows in, as statements."""
-    key, adapter, version, price, instance, hold = (uuid.uuid4() for _ in range(6))
-    owner, base = f"'{tenant_id}'", f"'{base_model_id}'"
-    hmac, digest = f"decode('{'ab' * 32}', 'hex')", f"'{'d' * 64}'"
-    return [
-        f"INSERT INTO tenants (id, slug, name, cache_salt) VALUES ({owner}, '{slug}', 'n', {hmac})",
-        "INSERT INTO api_keys (id, public_id, tenant_id, name, secret_hmac, scopes)"
-        f" VALUES ('{key}', '{slug}', {owner}, 'n', {hmac}, '{{usage}}')",
-        "INSERT INTO adapters (id, tenant_id, base_model_id, slug, public_name)"
-        f" VALUES ('{adapter}', {owner}, {base}, 'x', '{slug}-x')",
-        f"INSERT INTO public_names (name, adapter_id) VALUES ('{slug}-x', '{adapter}')",
-        "INSERT INTO adapter_versions (id, tenant_id, adapter_id, base_model_id, number, state,"
-        " weights_digest, version_digest, rank, num_modules, size_bytes)"
-        f" VALUES ('{version}', {owner}, '{adapter}', {base}, 1, 'ready', {digest}, {digest},"
-        " 1, 1, 1)",
-        "INSERT INTO adapter_aliases (adapter_id, alias, tenant_id, version_id)"
-        f" VALUES ('{adapter}', 'latest', {owner}, '{version}')",
-        "INSERT INTO price_versions (id, base_model_id, tenant_id, effective,"
-        " input_nano_per_million, cached_input_nano_per_million, output_nano_per_million)"
-        f" VALUES ('{price}', {base}, {owner}, '[2020-01-01,)', 1, 1, 1)",
-        f"INSERT INTO gateway_instances (id, host, epoch) VALUES ('{instance}', 'h', 1)",
-        "INSERT INTO holds (id, tenant_id, api_key_id, base_model_id, price_version_id,"
-        " gateway_instance_id, endpoint, prompt_tokens, funded_output_tokens, amount_nano)"
-        f" VALUES ('{hold}', {owner}, '{key}', {base}, '{price}', '{instance}', 'e', 1, 1, 1)",
-        "INSERT INTO usage_events (id, tenant_id, api_key_id, base_model_id, price_version_id,"
-        " endpoint, outcome, prompt_tokens, cached_tokens, completion_tokens, cost_nano,"
-        " engine_ns, started_at, finished_at)"
-        f" VALUES ('{new_id()}', {owner}, '{key}', {base}, '{price}', 'e', 'stop', 1, 0, 1, 1, 1,"
-        " now(), now())",
-        "INSERT INTO usage_rollups (id, tenant_id, day, base_model_id, api_key_id, requests,"
-        " prompt_tokens, cached_tokens, completion_tokens, cost_nano)"
-        f" VALUES ('{new_id()}', {owner}, '2026-01-01', {base}, '{key}', 1, 1, 0, 1, 1)",
-        "INSERT INTO audit_log (id, tenant_id, number, action, subject, details, hash)"
-        f" VALUES ('{new_id()}', {owner}, 1, 'a', 's', '{{}}', {hmac})",
-    ]
+async def migrated(home: Home, *, password: str = "p") -> Home:
+    """Migrate; return the database with the URLs of its own roles."""
+    await migrate(home.owner_url, app_password=password, worker_password=password)
+    app_url, worker_url = role_urls(home.owner_url, app_password=password, worker_password=password)
+    return replace(home, app_url=app_url, worker_url=worker_url)
 
 
+@asynccontextmanager
+async def opened(home: Home) -> AsyncIterator[Database]:
+    database = Database(app_url=home.app_url, worker_url=home.worker_url)
+    yield database
+    await database.close()
+
+
+@dataclass(frozen=True, slots=True)
 class Town:
     """Two tenants that have one row in every table, and the base model of both."""
 
-    def __init__(self) -> None:
-        self.acme, self.globex, self.base_model = (uuid.uuid4() for _ in range(3))
+    acme: uuid.UUID
+    globex: uuid.UUID
+    base_model: uuid.UUID
 
-    def rows(self) -> list[str]:
-        base = (
-            "INSERT INTO base_models (id, name, digest, text_bundle_digest, shape,"
-            f" context_length, vocab_size, max_lora_rank) VALUES ('{self.base_model}', 'smol', 'd',"
-            " 't', '{}', 1, 1, 1)"
-        )
-        acme = tenant_rows(self.acme, slug="acme", base_model_id=self.base_model)
-        return [
-            base,
-            *acme,
-            *tenant_rows(self.globex, slug="globex", base_model_id=self.base_model),
-        ]
+
+def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID) -> list[Table]:
+    """One row of each table that a tenant can have rows in; the tenant first."""
+    tenant = Tenant(id=new_id(), slug=slug, name=slug, cache_salt=bytes(32))
+    ours = {"tenant_id": tenant.id}
+    based = {**ours, "base_model_id": base_model_id}
+    key = ApiKey(
+        id=new_id(), public_id=slug, name="k", secret_hmac=bytes(32), scopes=["usage"], **ours
+    )
+    adapter = Adapter(id=new_id(), slug="x", public_name=f"{slug}-x", **based)
+    version = AdapterVersion(
+        id=new_id(),
+        adapter_id=adapter.id,
+        number=1,
+        state="ready",
+        weights_digest="w",
+        version_digest="v",
+        rank=1,
+        num_modules=1,
+        size_bytes=1,
+        **based,
+    )
+    price = PriceVersion(id=new_id(), effective=Range(NOW, None), **RATE, **based)
+    instance = GatewayInstance(id=new_id(), host="h", epoch=1)
+    paid = {**based, "api_key_id": key.id, "price_version_id": price.id, "endpoint": "e"}
+    tokens = {"prompt_tokens": 1, "cached_tokens": 0, "completion_tokens": 1, "cost_nano": 1}
+    hold = Hold(
+        id=new_id(),
+        gateway_instance_id=instance.id,
+        prompt_tokens=1,
+        funded_output_tokens=1,
+        amount_nano=1,
+        **paid,
+    )
+    now = datetime.datetime.now(datetime.UTC)
+    event = UsageEvent(
+        id=hold.id, outcome="stop", engine_ns=1, started_at=now, finished_at=now, **tokens, **paid
+    )
+    rollup = UsageRollup(
+        id=new_id(), day=now.date(), api_key_id=key.id, requests=1, **tokens, **based
+    )
+    return [
+        tenant,
+        key,
+        adapter,
+        PublicName(name=adapter.public_name, adapter_id=adapter.id),
+        version,
+        AdapterAlias(adapter_id=adapter.id, alias="latest", version_id=version.id, **ours),
+        price,
+        instance,
+        hold,
+        event,
+        rollup,
+        AuditEntry(
+            id=new_id(), number=1, action="a", subject="s", details={}, hash=bytes(32), **ours
+        ),
+    ]
 
 
 @pytest.fixture
-async def town(database: Database) -> AsyncIterator[Town]:
-    town = Town()
+async def town(database: Database) -> Town:
+    base_model = BaseModel(
+        id=new_id(),
+        name="smol",
+        digest="d",
+        text_bundle_digest="t",
+        shape={},
+        context_length=1,
+        vocab_size=1,
+        max_lora_rank=1,
+    )
+    acme, globex = (rows_of_a_tenant(slug, base_model_id=base_model.id) for slug in SLUGS)
     async with database.as_worker() as session:
-        for statement in town.rows():
-            await session.execute(text(statement))
-    yield town
+        for row in (base_model, *acme, *globex):
+            session.add(row)
+            await session.flush()
+    return Town(inspect(acme[0]).identity[0], inspect(globex[0]).identity[0], base_model.id)
 
 
-def owner_column(table: SqlTable) -> str:
-    return "id" if table.name == "tenants" else "tenant_id"
+def owner_column(table: SqlTable) -> ColumnElement[uuid.UUID]:
+    return table.c["id" if table.name == "tenants" else "tenant_id"]
 
 
-@pytest.mark.parametrize("table", TENANT_TABLES, ids=lambda table: table.name)
-async def test_a_tenant_sees_its_own_rows_alone(
-    database: Database, town: Town, table: SqlTable
+async def owners_seen(session: AsyncSession) -> dict[str, set[uuid.UUID]]:
+    """Whose rows are there: table name -> tenants."""
+    return {
+        table.name: set((await session.execute(select(owner_column(table)))).scalars())
+        for table in TENANT_TABLES
+    }
+
+
+async def test_a_tenant_sees_its_own_rows_alone_in_every_table(
+    database: Database, town: Town
 ) -> None:
-    query = select(table.c[owner_column(table)])
     for tenant_id in (town.acme, town.globex):
         async with database.as_tenant(tenant_id) as session:
-            assert set((await session.execute(query)).scalars()) == {tenant_id}
+            seen = await owners_seen(session)
+        assert seen == {table.name: {tenant_id} for table in TENANT_TABLES}
     async with database.as_worker() as session:
-        assert {town.acme, town.globex} <= set((await session.execute(query)).scalars())
+        seen = await owners_seen(session)
+    assert seen == {table.name: {town.acme, town.globex} for table in TENANT_TABLES}
 
 
-@pytest.mark.parametrize("table", TENANT_TABLES, ids=lambda table: table.name)
-async def test_without_a_tenant_no_row_is_seen(
-    database: Database, town: Town, table: SqlTable
-) -> None:
-    query = select(func.count()).select_from(table)
-    # On a connection that knew a tenant a moment ago, and on a new one.
+async def test_without_a_tenant_no_row_is_seen_in_any_table(database: Database, town: Town) -> None:
+    nothing: dict[str, set[uuid.UUID]] = {table.name: set() for table in TENANT_TABLES}
     async with database.as_tenant(town.acme) as session:
-        assert (await session.execute(query)).scalar_one() == 1
+        assert await owners_seen(session) != nothing
+    # On the connection that knew a tenant a moment ago.
     async with database.as_app() as session:
-        assert (await session.execute(query)).scalar_one() == 0
+        assert await owners_seen(session) == nothing
     async with database.as_tenant(uuid.uuid4()) as session:
-        assert (await session.execute(query)).scalar_one() == 0
+        assert await owners_seen(session) == nothing
 
 
-@pytest.mark.parametrize("table", TENANT_TABLES, ids=lambda table: table.name)
-async def test_the_owner_is_subject_to_row_level_security_too(
-    database: Database, town: Town, home: Home, table: SqlTable
-) -> None:
+async def test_the_owner_is_subject_to_row_level_security_too(home: Home, town: Town) -> None:
     engine = create_async_engine(home.owner_url)
-    async with engine.connect() as connection:
-        assert (await connection.execute(select(func.count()).select_from(table))).scalar_one() == 0
+    async with AsyncSession(engine) as session:
+        assert set().union(*(await owners_seen(session)).values()) == set()
     await engine.dispose()
 
 
@@ -161,16 +216,20 @@ async def test_public_names_of_others_are_not_seen(database: Database, town: Tow
 async def test_a_price_for_everybody_is_seen_but_not_one_for_anothers_adapter(
     database: Database, town: Town
 ) -> None:
-    price = (
-        "INSERT INTO price_versions (id, base_model_id, adapter_id, effective,"
-        " input_nano_per_million, cached_input_nano_per_million, output_nano_per_million)"
-        " SELECT gen_random_uuid(), '{base}', {adapter}, '[2020-01-01,)', {rate}, 0, 0"
-    )
-    other = "(SELECT id FROM adapters WHERE public_name = 'globex-x')"
     async with database.as_worker() as session:
-        for adapter, rate in (("NULL", 5), (other, 6)):
-            statement = price.format(base=town.base_model, adapter=adapter, rate=rate)
-            await session.execute(text(statement))
+        theirs = (
+            await session.scalars(select(Adapter.id).filter_by(slug="x", tenant_id=town.globex))
+        ).one()
+        for adapter_id, rate in ((None, 5), (theirs, 6)):
+            session.add(
+                PriceVersion(
+                    id=new_id(),
+                    base_model_id=town.base_model,
+                    adapter_id=adapter_id,
+                    effective=Range(NOW, None),
+                    **{**RATE, "input_nano_per_million": rate},
+                )
+            )
     rates = text("SELECT input_nano_per_million FROM price_versions")
     async with database.as_tenant(town.acme) as session:
         assert set((await session.execute(rates)).scalars()) == {1, 5}
@@ -261,39 +320,40 @@ async def test_an_exception_undoes_the_transaction(database: Database) -> None:
 
 
 async def test_prices_of_one_kind_never_overlap(database: Database, town: Town) -> None:
-    prices = Table.metadata.tables["price_versions"]
-
-    async def add(span: str, **whose: uuid.UUID) -> None:
+    async def add(first: int, last: int | None, **whose: uuid.UUID) -> None:
+        """Add a price from one month of 2025 up to another."""
+        start, end = (
+            month and datetime.datetime(2025, month, 1, tzinfo=datetime.UTC)
+            for month in (first, last)
+        )
         async with database.as_worker() as session:
-            await session.execute(
-                insert(prices).values(
+            session.add(
+                PriceVersion(
                     id=new_id(),
                     base_model_id=town.base_model,
-                    effective=literal_column(f"'{span}'::tstzrange"),
-                    input_nano_per_million=1,
-                    cached_input_nano_per_million=1,
-                    output_nano_per_million=1,
+                    effective=Range(start, end),
+                    **RATE,
                     **whose,
                 )
             )
 
-    await add("[2025-01-01,2026-01-01)")
-    await add("[2026-01-01,)")
+    await add(1, 12)
+    await add(12, None)
     with pytest.raises(IntegrityError, match="ex_price_versions_overlap"):
-        await add("[2025-06-01,2025-07-01)")
+        await add(6, 8)
     with pytest.raises(IntegrityError, match="ck_price_versions_effective"):
-        await add("empty")
+        await add(6, 6)
     # Another kind may cover the same time, each once.
     async with database.as_worker() as session:
         adapters = text("SELECT id FROM adapters ORDER BY public_name")
         first, second = (await session.execute(adapters)).scalars()
-    await add("[2025-06-01,2025-07-01)", adapter_id=first)
-    await add("[2025-06-01,2025-07-01)", adapter_id=second)
-    await add("[2025-06-01,2025-07-01)", adapter_id=first, tenant_id=town.acme)
+    await add(6, 8, adapter_id=first)
+    await add(6, 8, adapter_id=second)
+    await add(6, 8, adapter_id=first, tenant_id=town.acme)
     with pytest.raises(IntegrityError, match="ex_price_versions_overlap"):
-        await add("[2025-06-15,)", adapter_id=first)
+        await add(7, None, adapter_id=first)
     with pytest.raises(IntegrityError, match="ex_price_versions_overlap"):
-        await add("[2025-06-15,)", tenant_id=town.acme)
+        await add(7, None, tenant_id=town.acme)
 
 
 async def test_usage_events_lie_in_the_partition_of_their_month(
@@ -331,37 +391,35 @@ async def test_a_migrated_database_passes_the_check(database: Database) -> None:
     await database.check()
 
 
+@pytest.fixture
+async def own_home(cluster: Cluster) -> AsyncIterator[Home]:
+    """An empty database with roles of its own; those of `home` are shared with all tests."""
+    await cluster.drop_if_there("own")
+    yield await cluster.make_empty("own")
+    await cluster.drop_if_there("own")
+
+
 @pytest.mark.parametrize(
-    ("statements", "reason"),
+    ("statement", "reason"),
     [
-        (["ALTER ROLE {role} BYPASSRLS"], "exempt from row-level security"),
-        (["ALTER ROLE {role} SUPERUSER"], "is a superuser"),
-        (["ALTER TABLE holds OWNER TO {role}"], "owner of holds"),
-        (["GRANT manylora_owner TO {role}"], "owner of adapter_aliases"),
-        (["ALTER TABLE holds NO FORCE ROW LEVEL SECURITY"], "not forced on: holds"),
-        (["ALTER TABLE tenants DISABLE ROW LEVEL SECURITY"], "not forced on: tenants"),
-        (["UPDATE alembic_version SET version_num = '9999'"], "step 9999"),
-        (["DROP TABLE alembic_version"], "migrate it first"),
+        ("ALTER ROLE own_app BYPASSRLS", "exempt from row-level security"),
+        ("ALTER ROLE own_app SUPERUSER", "is a superuser"),
+        ("ALTER ROLE own_worker SUPERUSER", "is a superuser"),
+        ("ALTER TABLE holds OWNER TO own_app", "owner of holds"),
+        ("ALTER TABLE holds NO FORCE ROW LEVEL SECURITY", "not forced on: holds"),
+        ("ALTER TABLE tenants DISABLE ROW LEVEL SECURITY", "not forced on: tenants"),
+        ("UPDATE alembic_version SET version_num = '9999'", "step 9999"),
+        ("DROP TABLE alembic_version", "migrate it first"),
     ],
 )
 async def test_a_database_that_breaks_the_promises_is_refused(
-    cluster: Cluster, statements: list[str], reason: str
+    own_home: Home, statement: str, reason: str
 ) -> None:
-    # Roles are the cluster's, so these get a database whose roles nobody else has.
-    home = await cluster.make_empty("spoiled")
-    app_url, worker_url = role_urls(home.owner_url, app_password="a", worker_password="w")
-    await migrate(home.owner_url, app_password="a", worker_password="w")
-    database = Database(app_url=app_url, worker_url=worker_url)
-    await database.check()
-    for statement in statements:
-        await execute(home.superuser_url, statement.format(role="spoiled_app"))
-    try:
+    async with opened(await migrated(own_home)) as database:
+        await database.check()
+        await execute(own_home.superuser_url, statement)
         with pytest.raises(DatabaseRefused, match=reason):
             await database.check()
-    finally:
-        await database.close()
-        await cluster.drop(home)
-        await cluster.execute("DROP ROLE spoiled_app, spoiled_worker")
 
 
 @pytest.mark.parametrize("skew_s", [-2.5, 2.5])
@@ -428,41 +486,20 @@ async def test_checks_in_the_database_are_those_of_the_tables(home: Home) -> Non
     await engine.dispose()
 
 
-async def test_migrating_again_changes_only_the_passwords(cluster: Cluster) -> None:
-    home = await cluster.make_empty("twice")
-    try:
-        for password in ("first", "sec'ond \\ %"):
-            await migrate(home.owner_url, app_password=password, worker_password=password)
-        app_url, worker_url = role_urls(
-            home.owner_url, app_password="sec'ond \\ %", worker_password="sec'ond \\ %"
-        )
-        database = Database(app_url=app_url, worker_url=worker_url)
+async def test_migrating_again_changes_only_the_passwords(own_home: Home) -> None:
+    before = await migrated(own_home, password="first")
+    after = await migrated(own_home, password="sec'ond \\ %")
+    async with opened(after) as database:
         await database.check()
-        await database.close()
-        stale = Database(
-            app_url=make_url(app_url).set(password="first").render_as_string(hide_password=False),
-            worker_url=worker_url,
-        )
-        with pytest.raises(Exception, match="password authentication failed"):
-            await stale.check()
-        await stale.close()
-    finally:
-        await cluster.drop(home)
-        await cluster.execute("DROP ROLE twice_app, twice_worker")
+    async with opened(before) as database:
+        with pytest.raises(DATABASE_TROUBLE, match="password authentication failed"):
+            await database.check()
 
 
-async def test_several_may_migrate_at_once(cluster: Cluster) -> None:
-    home = await cluster.make_empty("crowded")
-    passwords = {"app_password": APP_PASSWORD, "worker_password": WORKER_PASSWORD}
-    try:
-        await asyncio.gather(*(migrate(home.owner_url, **passwords) for _ in range(4)))
-        app_url, worker_url = role_urls(home.owner_url, **passwords)
-        database = Database(app_url=app_url, worker_url=worker_url)
+async def test_several_may_migrate_at_once(own_home: Home) -> None:
+    homes = await asyncio.gather(*(migrated(own_home) for _ in range(4)))
+    async with opened(homes[0]) as database:
         await database.check()
-        await database.close()
-    finally:
-        await cluster.drop(home)
-        await cluster.execute("DROP ROLE crowded_app, crowded_worker")
 
 
 def test_a_password_goes_over_as_its_verifier() -> None:

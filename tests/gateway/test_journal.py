@@ -295,6 +295,14 @@ def test_a_full_disk_leaves_meters_where_the_journal_stands(
     assert meter.completion_tokens == 3
 
 
+def test_nothing_is_written_after_the_end(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path)
+    journal.close()
+    with pytest.raises(JournalFailed):
+        journal.opened(a_request(sequence_ids=(1,)))
+    journal.sync()
+
+
 # Meters
 
 

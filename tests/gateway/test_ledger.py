@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -213,6 +214,101 @@ async def test_a_gateway_that_died_is_settled_at_its_next_start_exactly_once(
     assert await mismatches(database) == []
 
 
+# A gateway that serves as fast as it can, and tells what it showed each client.
+SERVE_FOR_EVER = """
+import asyncio, itertools, sys, uuid
+from pathlib import Path
+
+import msgspec
+
+from gateway.database import Database
+from gateway.journal import Journal
+from gateway.ledger import Ledger
+from tests.gateway.money import PRICE, a_request, frame_of
+
+async def main(app_url, worker_url, directory, *ids):
+    tenant, key, base_model, adapter, version, price = map(uuid.UUID, ids)
+    database = Database(app_url=app_url, worker_url=worker_url, pool_size=3)
+    journal = Journal.open(Path(directory), max_segment_bytes=5000)
+    ledger = Ledger(database, journal)
+    await ledger.start()
+    for number in itertools.count():
+        request = a_request(
+            gateway_instance_id=journal.instance_id, tenant_id=tenant, api_key_id=key,
+            base_model_id=base_model, adapter_id=adapter, adapter_version_id=version,
+            price=msgspec.structs.replace(PRICE, id=price), sequence_ids=(number,),
+            is_streamed=number % 2 == 0,
+        )
+        journal.opened(request)
+        journal.on_frame(frame_of((number, number % 5)))
+        shown = ledger.close(request.request_id, "stop")
+        print(request.request_id, shown.cost_nano, flush=True)
+        await asyncio.sleep(0)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_a_gateway_that_is_killed_again_and_again_bills_what_it_showed(
+    database: Database, home: Home, shop: Shop, tmp_path: Path
+) -> None:
+    rows = (shop.tenant, shop.key, shop.base_model, shop.adapter, shop.version, shop.price)
+    arguments = [home.app_url, home.worker_url, str(tmp_path), *(str(row.id) for row in rows)]
+    shown: dict[uuid.UUID, int] = {}
+    for num_lines in (1, 40, 150):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", SERVE_FOR_EVER, *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        assert process.stdout is not None
+        lines = [await process.stdout.readline() for _ in range(num_lines)]
+        process.kill()
+        lines += (await process.stdout.read()).splitlines(keepends=True)
+        await process.wait()
+        for line in lines:
+            if line.endswith(b"\n"):
+                name, cost_nano = line.split()
+                shown[uuid.UUID(name.decode())] = int(cost_nano)
+
+    journal = Journal.open(tmp_path)
+    ledger = Ledger(database, journal)
+    await ledger.start()
+    await ledger.stop()
+    journal.close()
+
+    billed = {event.id: event.cost_nano for event in await events(database)}
+    assert {name: billed.get(name, 0) for name in shown} == shown
+    # At each death there was one at most that nobody had been told of.
+    assert len(billed.keys() - shown.keys()) <= 3
+    assert await mismatches(database) == []
+
+
+async def test_what_the_database_has_already_is_not_billed_again_by_a_replay(
+    database: Database, shop: Shop, tmp_path: Path
+) -> None:
+    dead = Journal.open(tmp_path)
+    first = Ledger(database, dead)
+    await first.start()
+    opened = await begin(database, dead, shop)
+    dead.on_frame(frame_of((1, 5)))
+    async with database.as_worker() as session:
+        await settle(session, [dead.closed(opened.request_id, "stop")])
+    await first.stop()
+    # The commit came through, and the process died before it could note it.
+    die(dead)
+
+    journal = Journal.open(tmp_path)
+    ledger = Ledger(database, journal)
+    await ledger.start()
+    await ledger.stop()
+    journal.close()
+
+    assert [event.completion_tokens for event in await events(database)] == [5]
+    assert await mismatches(database) == []
+    assert find_segments(tmp_path / str(journal.instance_id)) == {}
+
+
 async def test_a_hold_that_the_database_lost_is_rebuilt_from_the_journal(
     database: Database, journal: Journal, ledger: Ledger, shop: Shop
 ) -> None:
@@ -269,8 +365,12 @@ async def test_a_heartbeat_tells_progress_and_funds_the_next_tranche(
         for n in range(2)
     ]
     journal.on_frame(frame_of((0, 200), (1, 40), cached=3))
+    async with database.as_worker() as session:
+        await session.execute(text("UPDATE gateway_instances SET heartbeat_at = '2020-01-01'"))
     await ledger.beat()
     async with database.as_worker() as session:
+        [instance] = (await session.scalars(select(GatewayInstance))).all()
+        assert instance.heartbeat_at.year > 2020
         holds = {hold.id: hold for hold in (await session.scalars(select(Hold))).all()}
     moved = holds[long.request_id]
     assert (moved.progress_output_tokens, moved.progress_cached_tokens) == (200, 3)

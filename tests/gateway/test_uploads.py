@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+from adapters.validate import BaseShape
 from engine.errors import EngineUnreachable
 from engine.protocol import ProbeReport
 from gateway.database import Database
 from tests.gateway.admin_plane import (
+    INFO,
     MAX_UPLOAD_BYTES,
     MODULES,
     Plane,
@@ -212,12 +215,13 @@ HOSTILE: dict[str, dict[str, bytes]] = {
 }
 
 
-@pytest.mark.parametrize("files", HOSTILE.values(), ids=HOSTILE)
-async def test_what_is_no_adapter_leaves_nothing(plane: Plane, files: dict[str, bytes]) -> None:
-    answer = await plane.upload(files)
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert codes(answer)
-    await assert_nothing_remains(plane)
+async def test_what_is_no_adapter_leaves_nothing(plane: Plane, subtests: pytest.Subtests) -> None:
+    for what, files in HOSTILE.items():
+        with subtests.test(what):
+            answer = await plane.upload(files)
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert codes(answer)
+            await assert_nothing_remains(plane)
 
 
 async def test_a_wrong_sha256_is_refused(plane: Plane) -> None:
@@ -275,14 +279,13 @@ MALFORMED: dict[str, tuple[dict[str, bytes], dict[str, str] | None, str]] = {
 }
 
 
-@pytest.mark.parametrize(("files", "fields", "named"), MALFORMED.values(), ids=MALFORMED)
-async def test_a_malformed_form_is_refused_by_name(
-    plane: Plane, files: dict[str, bytes], fields: dict[str, str] | None, named: str
-) -> None:
-    answer = await plane.upload(files, fields=fields)
-    assert answer.status_code == 400, answer.text
-    assert named in answer.json()["detail"]
-    await assert_nothing_remains(plane)
+async def test_a_malformed_form_is_refused_by_name(plane: Plane, subtests: pytest.Subtests) -> None:
+    for what, (files, fields, named) in MALFORMED.items():
+        with subtests.test(what):
+            answer = await plane.upload(files, fields=fields)
+            assert answer.status_code == 400, answer.text
+            assert named in answer.json()["detail"]
+            await assert_nothing_remains(plane)
 
 
 async def test_a_part_that_comes_twice_is_refused(plane: Plane) -> None:
@@ -292,23 +295,24 @@ async def test_a_part_that_comes_twice_is_refused(plane: Plane) -> None:
     await assert_nothing_remains(plane)
 
 
-@pytest.mark.parametrize(
-    ("content_type", "body"),
-    [
+async def test_a_body_that_is_no_whole_form_is_refused(
+    plane: Plane, subtests: pytest.Subtests
+) -> None:
+    form = "multipart/form-data; boundary=x"
+    for content_type, body in (
         ("application/json", b"{}"),
         ("multipart/form-data", b"--x--\r\n"),
-        ("multipart/form-data; boundary=x", b"no parts here"),
-        ("multipart/form-data; boundary=x", b'--x\r\ncontent-disposition: form-data; name="a"'),
-        ("multipart/form-data; boundary=x", b"--x--\r\n"),
-    ],
-)
-async def test_a_body_that_is_no_whole_form_is_refused(
-    plane: Plane, content_type: str, body: bytes
-) -> None:
-    answer = await plane.client.post(VERSIONS, content=body, headers={"content-type": content_type})
-    assert answer.status_code == 400
-    assert "multipart/form-data" in answer.json()["detail"] or "adapter_config" in answer.text
-    await assert_nothing_remains(plane)
+        (form, b""),
+        (form, b"no parts here"),
+        (form, b'--x\r\ncontent-disposition: form-data; name="a"'),
+        (form, b"--x--\r\n"),
+    ):
+        with subtests.test(f"{content_type} {body!r}"):
+            headers = {"content-type": content_type}
+            answer = await plane.client.post(VERSIONS, content=body, headers=headers)
+            assert answer.status_code == 400
+            assert answer.json()["code"] == "invalid_request"
+            await assert_nothing_remains(plane)
 
 
 async def test_a_client_that_leaves_in_the_middle_leaves_nothing(plane: Plane) -> None:
@@ -423,30 +427,49 @@ HEADERS = {"content-type": "multipart/form-data; boundary=between"}
 async def test_memory_stays_constant_however_large_the_file(
     database: Database, tmp_path: Path
 ) -> None:
-    size_bytes = 100 << 20
-    async with admin_plane(database, tmp_path, max_upload_bytes=2 * size_bytes) as plane:
+    rank, in_features, out_features = 8, 100 * (1 << 20) // 32, 4
+    shape = BaseShape(base_model="Tiny-Base", modules={"model.wide": (in_features, out_features)})
+    info = msgspec.structs.replace(INFO, base_shape=shape)
+    size_bytes = 4 * rank * (in_features + out_features)
+
+    async with admin_plane(database, tmp_path, info=info, max_upload_bytes=128 << 20) as plane:
         await plane.make_tenant("acme")
-        await plane.upload()
         before_bytes = _resident_bytes()
         peaks = []
 
         async def body() -> AsyncIterator[bytes]:
-            yield _part_head("adapter_config.json") + b"{}\r\n"
+            config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["wide"]}
+            yield _part_head("adapter_config.json") + json.dumps(config).encode() + b"\r\n"
             yield _part_head("adapter_model.safetensors")
-            header = json.dumps(
-                {"w": {"dtype": "U8", "shape": [size_bytes], "data_offsets": [0, size_bytes]}}
-            ).encode()
-            yield len(header).to_bytes(8, "little") + header
-            for _ in range(size_bytes >> 20):
-                yield bytes(1 << 20)
+            split = size_bytes - 4 * rank * out_features
+            header = {
+                "model.wide.lora_A.weight": _entry([rank, in_features], 0, split),
+                "model.wide.lora_B.weight": _entry([out_features, rank], split, size_bytes),
+            }
+            head = json.dumps(header).encode()
+            yield len(head).to_bytes(8, "little") + head
+            for begin in range(0, size_bytes, 1 << 20):
+                length = min(1 << 20, size_bytes - begin)
+                yield np.full(length // 4, 0.01, np.float32).tobytes()
                 peaks.append(_resident_bytes())
             yield b"\r\n--between--\r\n"
 
-        answer = await plane.client.post(VERSIONS, content=body(), headers=HEADERS, timeout=120)
-        assert answer.status_code == 422
-        peaks.append(_resident_bytes())
-        assert max(peaks) - before_bytes < size_bytes // 4
+        async def watching(digest: str) -> ProbeReport:
+            peaks.append(_resident_bytes())
+            return report(digest)
+
+        plane.probe.answer = watching
+        answer = await plane.client.post(VERSIONS, content=body(), headers=HEADERS, timeout=300)
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["size_bytes"] > size_bytes
+        # Buffers of the socket, the file, the judge and the store; never the file itself.
+        assert max(peaks) - before_bytes < size_bytes // 2
+        print("growth", (max(peaks) - before_bytes) >> 20, (peaks[-2] - before_bytes) >> 20)
         assert plane.staged_files() == []
+
+
+def _entry(shape: list[int], begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
 
 
 def _part_head(file: str) -> bytes:
