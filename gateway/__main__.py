@@ -9,7 +9,7 @@ import sys
 import uvicorn
 
 from gateway.app import create_app
-from gateway.errors import DatabaseRefused, JournalCorrupt, JournalInUse
+from gateway.errors import JournalInUse
 from gateway.settings import Settings, SettingsFault
 from gateway.telemetry import configure_logging
 
@@ -24,7 +24,7 @@ def main() -> int:
         if settings.parent_pid is not None and not _is_bound_to(settings.parent_pid):
             return os.EX_UNAVAILABLE
         app = create_app(settings)
-    except (SettingsFault, JournalInUse, JournalCorrupt, DatabaseRefused) as error:
+    except (SettingsFault, JournalInUse) as error:
         logger.error("cannot_start", extra={"reason": str(error)})
         return os.EX_CONFIG
     config = uvicorn.Config(

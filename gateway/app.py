@@ -73,7 +73,7 @@ class Parts:
 def build(settings: Settings) -> Parts:
     """Make the parts of a worker. Opens the journal, and nothing else yet.
 
-    Raises JournalInUse or JournalCorrupt.
+    Raises JournalInUse.
     """
     database = Database(app_url=settings.database_app_url, worker_url=settings.database_worker_url)
     store = ArtifactStore(settings.store_url)
@@ -128,7 +128,8 @@ def build(settings: Settings) -> Parts:
 async def run(parts: Parts) -> AsyncIterator[None]:
     """Start the parts in the order of their needs, and stop them in the other.
 
-    Raises DatabaseRefused where the database cannot be trusted with tenants or money.
+    Raises DatabaseRefused where the database cannot be trusted with tenants or money, and
+    JournalCorrupt where the journal of an earlier life cannot.
     """
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(parts.journal.close)

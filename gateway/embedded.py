@@ -148,6 +148,8 @@ class EmbeddedPostgres:
             shutil.rmtree(self._socket_dir, ignore_errors=True)
             self._socket_dir = None
         if self._lock is not None:
+            # Processes of a server that was killed may hold it a moment longer: not for us.
+            os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
 
@@ -223,6 +225,7 @@ class EmbeddedPostgres:
 
     def _call(self, command: Sequence[str], *, words: str = "") -> None:
         """Run one of the binaries to its end as PostgreSQL's user."""
+        assert self._lock is not None
         done = subprocess.run(
             _bonded(command, account=self._account),
             input=words,
@@ -231,6 +234,8 @@ class EmbeddedPostgres:
             stderr=subprocess.STDOUT,
             cwd="/",
             env=_environment(),
+            # Its own children outlive us for a moment, and hold the lock for that long.
+            pass_fds=[self._lock],
             check=False,
         )
         # A single-user server goes on after a statement that failed.

@@ -28,7 +28,6 @@ from gateway.tables import (
     BaseModel,
     EngineReplica,
     PublicName,
-    Tenant,
     new_id,
 )
 
@@ -248,7 +247,7 @@ class Registry:
         Raises NotFound, InvalidRequest or Conflict where an upload could not end well.
         """
         async with self._database.as_worker() as session:
-            owner = await _find_tenant(session, tenant)
+            owner = await tenants.get_tenant(session, tenant)
             if owner.status == "closed":
                 raise Conflict(f"The tenant {tenant!r} is closed; it takes no more adapters.")
             check_slug(adapter, field="adapter")
@@ -347,7 +346,7 @@ class Registry:
     async def list_adapters(self, tenant: str) -> list[AdapterEntry]:
         """Return a tenant's adapters by name, without deleted ones. Raises NotFound."""
         async with self._database.as_worker() as session:
-            owner = await _find_tenant(session, tenant)
+            owner = await tenants.get_tenant(session, tenant)
             return await _adapter_entries(session, Adapter.tenant_id == owner.id)
 
     async def get_adapter(self, tenant: str, adapter: str) -> AdapterEntry:
@@ -529,12 +528,6 @@ def _base_model_of(
     raise Conflict(f"No engine serves the base model of the adapter {destination.public_name!r}.")
 
 
-async def _find_tenant(session: AsyncSession, slug: str) -> Tenant:
-    if not slug.isprintable():
-        raise NotFound("There is no such tenant.")
-    return await tenants.get_tenant(session, slug)
-
-
 async def _find_adapter(
     session: AsyncSession, tenant_id: uuid.UUID, slug: str, *, for_update: bool = False
 ) -> Adapter | None:
@@ -547,10 +540,12 @@ async def _find_adapter(
 async def _living_adapter(
     session: AsyncSession, tenant: str, slug: str, *, for_update: bool = False
 ) -> Adapter:
-    owner = await _find_tenant(session, tenant)
-    adapter = None
-    if slug.isprintable():
-        adapter = await _find_adapter(session, owner.id, slug, for_update=for_update)
+    owner = await tenants.get_tenant(session, tenant)
+    # PostgreSQL takes no NUL, and no slug has one.
+    is_slug = re.fullmatch(SLUG_PATTERN, slug) is not None
+    adapter = (
+        await _find_adapter(session, owner.id, slug, for_update=for_update) if is_slug else None
+    )
     if adapter is None or adapter.deleted_at is not None:
         raise NotFound(f"The tenant {tenant!r} has no adapter {slug!r}.", param="adapter")
     return adapter

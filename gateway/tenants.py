@@ -46,9 +46,14 @@ async def create_tenant(session: AsyncSession, *, slug: str, name: str) -> Tenan
     return tenant
 
 
-async def get_tenant(session: AsyncSession, slug: str) -> Tenant:
+async def get_tenant(session: AsyncSession, slug: str, *, for_update: bool = False) -> Tenant:
     """Raises NotFound."""
-    tenant = (await session.scalars(select(Tenant).where(Tenant.slug == slug))).one_or_none()
+    query = select(Tenant).where(Tenant.slug == slug)
+    if for_update:
+        query = query.with_for_update()
+    # PostgreSQL takes no NUL, and no slug has one.
+    is_slug = re.fullmatch(SLUG_PATTERN, slug) is not None
+    tenant = (await session.scalars(query)).one_or_none() if is_slug else None
     if tenant is None:
         raise NotFound(f"There is no tenant {slug!r}.")
     return tenant
@@ -61,10 +66,7 @@ async def list_tenants(session: AsyncSession) -> list[Tenant]:
 
 async def set_status(session: AsyncSession, slug: str, *, status: Status) -> Tenant:
     """Suspend a tenant, let it in again, or close it for ever. Raises NotFound or Conflict."""
-    query = select(Tenant).where(Tenant.slug == slug).with_for_update()
-    tenant = (await session.scalars(query)).one_or_none()
-    if tenant is None:
-        raise NotFound(f"There is no tenant {slug!r}.")
+    tenant = await get_tenant(session, slug, for_update=True)
     if tenant.status == "closed" and status != "closed":
         raise Conflict(f"The tenant {slug!r} is closed, and closed for good.", param="status")
     tenant.status = status

@@ -72,6 +72,7 @@ class Uploads:
         adapter: str,
         *,
         content_type: str,
+        announced_bytes: int | None,
         body: AsyncIterator[bytes],
         actor_key_id: uuid.UUID,
     ) -> Published:
@@ -82,7 +83,9 @@ class Uploads:
         """
         destination = await self._registry.destination(tenant, adapter)
         with self._staging.folder() as folder:
-            form = await self._staging.receive(body, content_type=content_type, folder=folder)
+            form = await self._staging.receive(
+                body, content_type=content_type, announced_bytes=announced_bytes, folder=folder
+            )
             base_model = await self._registry.base_model_for(
                 destination, form.fields.get("base_model")
             )

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from litestar import Request, Response, post
+from litestar.di import NamedDependency
+from litestar.params import JSONBody
 from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer, answer_headers, collect
@@ -174,10 +176,10 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True):
     request_max_body_size=16 << 20,
 )
 async def chat_completions(
-    data: ChatCompletionRequest,
+    data: JSONBody[ChatCompletionRequest],
     request: Request[Any, Any, Any],
-    principal: Principal,
-    inference: Inference,
+    principal: NamedDependency[Principal],
+    inference: NamedDependency[Inference],
 ) -> Response[ChatCompletion] | Stream:
     """Answer a conversation with a base model or one of the caller's adapters."""
     generation = await inference.start(principal, _read(data))

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from litestar import Request, Response, post
+from litestar.di import NamedDependency
+from litestar.params import JSONBody
 from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer, answer_headers, collect
@@ -100,10 +102,10 @@ class Completion(msgspec.Struct, frozen=True):
     request_max_body_size=16 << 20,
 )
 async def completions(
-    data: CompletionRequest,
+    data: JSONBody[CompletionRequest],
     request: Request[Any, Any, Any],
-    principal: Principal,
-    inference: Inference,
+    principal: NamedDependency[Principal],
+    inference: NamedDependency[Inference],
 ) -> Response[Completion] | Stream:
     """Continue a prompt with a base model or one of the caller's adapters."""
     generation = await inference.start(principal, _read(data))

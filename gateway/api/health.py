@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 from litestar import Response, get
+from litestar.di import NamedDependency
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -24,18 +25,20 @@ async def live() -> Health:
 
 
 @get("/health/ready", scope="public", tags=["health"], summary="Can requests be answered now")
-async def ready(database: Database, router: Router) -> Response[Health]:
+async def ready(
+    database: NamedDependency[Database], router: NamedDependency[Router]
+) -> Response[Health]:
     reasons = [*_engine_reasons(router), *await _database_reasons(database)]
     if reasons:
         return Response(Health("not ready", reasons), status_code=503)
     return Response(Health("ready"))
 
 
-def _engine_reasons(router: Router) -> list[str]:
+def _engine_reasons(router: NamedDependency[Router]) -> list[str]:
     return [] if router.is_any_connected else ["no engine is connected"]
 
 
-async def _database_reasons(database: Database) -> list[str]:
+async def _database_reasons(database: NamedDependency[Database]) -> list[str]:
     try:
         async with database.as_app() as session:
             await session.execute(text("SELECT 1"))

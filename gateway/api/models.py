@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 from litestar import get
+from litestar.di import NamedDependency
+from litestar.params import FromPath
 
 from gateway.auth import Principal
 from gateway.errors import ModelNotFound
@@ -42,7 +44,9 @@ class ModelList(msgspec.Struct, frozen=True):
 
 
 @get("/v1/models", scope="inference", tags=["models"], summary="List the models you may call")
-async def list_models(principal: Principal, registry: Registry) -> ModelList:
+async def list_models(
+    principal: NamedDependency[Principal], registry: NamedDependency[Registry]
+) -> ModelList:
     return ModelList([Model.of(entry) for entry in await registry.list_models(principal)])
 
 
@@ -52,7 +56,9 @@ async def list_models(principal: Principal, registry: Registry) -> ModelList:
     tags=["models"],
     summary="Describe one model that you may call",
 )
-async def get_model(model: str, principal: Principal, registry: Registry) -> Model:
+async def get_model(
+    model: FromPath[str], principal: NamedDependency[Principal], registry: NamedDependency[Registry]
+) -> Model:
     # A path parameter begins with its slash; hub ids have one inside.
     name = model.removeprefix("/").lower()
     for entry in await registry.list_models(principal):

@@ -116,6 +116,7 @@ class Probe:
 class Plane:
     """A running admin plane and all that one may look at behind it."""
 
+    app: Litestar
     # Speaks with an operator's key.
     client: httpx.AsyncClient
     registry: Registry
@@ -177,7 +178,7 @@ async def admin_plane(
     app = _app(database, authenticator, registry=registry, uploads=uploads)
     async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:
         client.headers["authorization"] = f"Bearer {await _operator_key(database)}"
-        yield Plane(client, registry, uploads, probe, folder)
+        yield Plane(app, client, registry, uploads, probe, folder)
 
 
 def _app(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from alembic import command
-from sqlalchemy import CheckConstraint, ColumnElement, Connection, inspect, select, text
+from sqlalchemy import CheckConstraint, ColumnElement, Connection, select, text
 from sqlalchemy import Table as SqlTable
 from sqlalchemy.dialects.postgresql import Range
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
@@ -43,7 +43,7 @@ from gateway.tables import (
     UsageRollup,
     new_id,
 )
-from tests.conftest import Cluster, Home, execute
+from tests.conftest import APP_PASSWORD, Cluster, Home, execute
 
 TENANT_TABLES = [
     table
@@ -59,7 +59,7 @@ RATE = {
 }
 
 
-async def migrated(home: Home, *, password: str = "p") -> Home:
+async def migrated(home: Home, *, password: str = APP_PASSWORD) -> Home:
     """Migrate; return the database with the URLs of its own roles."""
     await migrate(home.owner_url, app_password=password, worker_password=password)
     app_url, worker_url = role_urls(home.owner_url, app_password=password, worker_password=password)
@@ -157,7 +157,8 @@ async def town(database: Database) -> Town:
         for row in (base_model, *acme, *globex):
             session.add(row)
             await session.flush()
-    return Town(inspect(acme[0]).identity[0], inspect(globex[0]).identity[0], base_model.id)
+    tenants = [row.id for row in (acme[0], globex[0]) if isinstance(row, Tenant)]
+    return Town(*tenants, base_model=base_model.id)
 
 
 def owner_column(table: SqlTable) -> ColumnElement[uuid.UUID]:

@@ -1,5 +1,6 @@
 """Facts about names: what each means, to whom, and what nobody can take."""
 
+import asyncio
 import dataclasses
 import uuid
 
@@ -219,6 +220,11 @@ async def test_registering_again_changes_nothing(registry: Registry, database: D
     assert entry.replicas == [ADDRESS]
     async with database.as_worker() as session:
         assert len((await session.scalars(select(PriceVersion))).all()) == 1
+
+
+async def test_gateways_that_start_at_once_agree(registry: Registry) -> None:
+    rows = await asyncio.gather(*(registry.register_base_model(INFO, ADDRESS) for _ in range(4)))
+    assert len({row.id for row in rows}) == 1
 
 
 async def test_a_name_that_stands_for_another_model_is_refused(registry: Registry) -> None:

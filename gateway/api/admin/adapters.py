@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 from litestar import Request, Response, delete, get, post
 from litestar.di import NamedDependency
+from litestar.openapi import ResponseSpec
 from litestar.openapi.spec import OpenAPIMediaType, Operation, Reference, RequestBody, Schema
 from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import FromPath
@@ -147,6 +148,13 @@ async def list_versions(
         " lists everything that is wrong with it."
     ),
     operation_class=UploadOperation,
+    responses={
+        200: ResponseSpec(
+            VersionView,
+            generate_examples=False,
+            description="The adapter had these very contents already: this is their version.",
+        )
+    },
     # The operator's limit is enforced while the body is read, in words that name it.
     request_max_body_size=None,
 )
@@ -161,6 +169,7 @@ async def create_version(
         tenant,
         adapter,
         content_type=request.headers.get("content-type", ""),
+        announced_bytes=request.content_length,
         body=request.stream(),
         actor_key_id=principal.key_id,
     )
