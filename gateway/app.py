@@ -25,7 +25,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from adapters.store import ArtifactStore
 from engine.client import EngineLink
 from engine.errors import LinkError
-from engine.protocol import ProbeReport
 from gateway import api
 from gateway.api import billing as billing_routes
 from gateway.api import chat, completions, health, models, tenant
@@ -33,7 +32,7 @@ from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, check_routes, guard, provide_principal
 from gateway.database import Database
-from gateway.errors import GatewayError, Unavailable
+from gateway.errors import GatewayError
 from gateway.inference import Inference
 from gateway.journal import Journal
 from gateway.ledger import Ledger
@@ -89,12 +88,6 @@ def build(settings: Settings) -> Parts:
     )
     router = Router()
 
-    async def probe(weights_digest: str) -> ProbeReport:
-        try:
-            return await engine.probe(weights_digest)
-        except LinkError as error:
-            raise Unavailable(f"The engine could not probe the adapter: {error}") from error
-
     return Parts(
         settings=settings,
         database=database,
@@ -107,7 +100,7 @@ def build(settings: Settings) -> Parts:
             staging=Staging(
                 settings.data_dir / "staging", max_upload_bytes=settings.max_upload_bytes
             ),
-            probe=probe,
+            probe=engine.probe,
         ),
         journal=journal,
         ledger=ledger,

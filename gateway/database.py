@@ -223,22 +223,8 @@ def _open_pool(url: str, *, pool_size: int) -> AsyncEngine:
             },
         },
     )
-    event.listen(engine.sync_engine, "connect", _read_standard_uuids)
     event.listen(engine.sync_engine, "checkout", _refuse_closed_connection)
     return engine
-
-
-def _read_standard_uuids(dbapi_connection: Any, _record: Any) -> None:
-    """Give `uuid.UUID` itself: the driver's own subclass is not one to every encoder."""
-    dbapi_connection.run_async(
-        lambda connection: connection.set_type_codec(
-            "uuid",
-            schema="pg_catalog",
-            encoder=lambda value: (value if isinstance(value, UUID) else UUID(value)).bytes,
-            decoder=lambda value: UUID(bytes=value),
-            format="binary",
-        )
-    )
 
 
 def _refuse_closed_connection(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:

@@ -12,7 +12,7 @@ import httpx
 
 import adapters.demo
 from adapters.demo.tasks import TASKS
-from gateway.supervisor import write_private
+from gateway.supervisor import CannotServe, write_private
 
 FOLDER = Path(adapters.demo.__file__).parent
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -57,7 +57,7 @@ def _known_tenants(path: Path) -> dict[str, dict[str, Any]]:
 async def _ensure_tenant(operator: httpx.AsyncClient, tenant: str) -> None:
     answer = await operator.post("/admin/v1/tenants", json={"slug": tenant, "name": tenant.title()})
     if answer.status_code != httpx.codes.CONFLICT:
-        answer.raise_for_status()
+        _read(answer)
 
 
 async def _ensure_key(operator: httpx.AsyncClient, tenant: str, known: str | None) -> str:
@@ -66,7 +66,7 @@ async def _ensure_key(operator: httpx.AsyncClient, tenant: str, known: str | Non
         if (await operator.get("/v1/models", headers=headers)).is_success:
             return known
     answer = await operator.post(f"/admin/v1/tenants/{tenant}/keys", json={"name": "demo"})
-    return str(answer.raise_for_status().json()["key"])
+    return str(_read(answer)["key"])
 
 
 async def _upload(operator: httpx.AsyncClient, tenant: str, name: str) -> str:
@@ -74,7 +74,15 @@ async def _upload(operator: httpx.AsyncClient, tenant: str, name: str) -> str:
     answer = await operator.post(
         f"/admin/v1/tenants/{tenant}/adapters/{name}/versions", files=files
     )
-    return str(answer.raise_for_status().json()["model"])
+    return str(_read(answer)["model"])
+
+
+def _read(answer: httpx.Response) -> dict[str, Any]:
+    """The JSON of an answer. Raises CannotServe where the server refused."""
+    if answer.is_error:
+        raise CannotServe(f"the demo could not be set up: {answer.request.url}: {answer.text}")
+    read: dict[str, Any] = answer.json()
+    return read
 
 
 def _explain(

@@ -44,8 +44,8 @@ SYSTEM_DIR = Path("/var/lib/manylora")
 OWNER = "manylora_owner"
 SUPERUSER = "postgres"
 DATABASE = "manylora"
-# An orphan of a killed supervisor needs a moment to go.
-LOCK_PATIENCE_S = 10.0
+# The orphans of a killed supervisor need a moment to go; one that was making a cluster, seconds.
+LOCK_PATIENCE_S = 30.0
 # Recovery may take long; a log that stands still this long means that nothing comes any more.
 START_PATIENCE_S = 60.0
 STOP_PATIENCE_S = 30.0
@@ -103,6 +103,8 @@ class EmbeddedPostgres:
         self._lock: int | None = None
         self._socket_dir: Path | None = None
         self._child: _Child | None = None
+        # Set once the server has answered: from then on a missing cluster is a loss.
+        self._has_run = False
 
     @property
     def url(self) -> str:
@@ -132,9 +134,11 @@ class EmbeddedPostgres:
         try:
             binaries = _place_binaries()
             if not self._cluster.exists():
+                self._refuse_loss()
                 self._make_cluster(binaries)
             self._refuse_other_version()
             self._run(binaries)
+            self._has_run = True
         except BaseException:
             self.stop()
             raise
@@ -243,6 +247,14 @@ class EmbeddedPostgres:
             raise PostgresFailed(
                 f"{Path(command[0]).name} could not make PostgreSQL's cluster in {self.home}:\n"
                 f"{done.stdout.strip()[-2000:]}"
+            )
+
+    def _refuse_loss(self) -> None:
+        """An empty cluster in place of one that was lost would pass for it, with no bill in it."""
+        if self._has_run:
+            raise PostgresFailed(
+                f"the cluster in {self._cluster} is gone, and this server ran on it: restore it"
+                " from a backup"
             )
 
     def _refuse_other_version(self) -> None:

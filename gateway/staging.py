@@ -86,11 +86,21 @@ class Staging:
         with _locked(self._root):
             return sum(_remove_abandoned(path) for path in self._root.iterdir())
 
-    async def receive(self, body: AsyncIterator[bytes], *, content_type: str, folder: Path) -> Form:
+    async def receive(
+        self,
+        body: AsyncIterator[bytes],
+        *,
+        content_type: str,
+        announced_bytes: int | None,
+        folder: Path,
+    ) -> Form:
         """Write the body's files to `folder`.
 
-        Raises InvalidRequest for what is no whole upload, BodyTooLarge past the limit.
+        Raises InvalidRequest for what is no whole upload, BodyTooLarge past the limit: before the
+        first byte where the client has announced too many.
         """
+        if (announced_bytes or 0) > self.max_upload_bytes + OVERHEAD_BYTES:
+            raise too_large(self.max_upload_bytes)
         reader = _Reader(folder, max_upload_bytes=self.max_upload_bytes)
         try:
             with PushMultipartParser(_boundary(content_type), max_segment_count=8) as parser:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from adapters import archive, lora_config, manifest, validate
-from adapters.errors import Finding, InvalidAdapter, TooLarge
+from adapters.errors import Finding, InvalidAdapter, StoreUnavailable, TooLarge
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest
 from adapters.store import ArtifactStore
 from adapters.validate import BaseShape, Limits
@@ -90,11 +90,7 @@ class Uploads:
                 destination, form.fields.get("base_model")
             )
             artifact = await asyncio.to_thread(self._judge, form, folder, base_model=base_model)
-            await self._store.put_adapter(
-                artifact.manifest.weights_digest,
-                artifact.manifest.canonical_config(),
-                artifact.weights_path,
-            )
+            await self._promote(artifact)
         published = await self._registry.create_version(
             destination,
             artifact.contents,
@@ -138,6 +134,17 @@ class Uploads:
         if findings:
             raise RejectedUpload(findings)
         return artifact
+
+    async def _promote(self, artifact: Artifact) -> None:
+        """Put an artifact where engines find it, under its digest. Raises Unavailable."""
+        try:
+            await self._store.put_adapter(
+                artifact.manifest.weights_digest,
+                artifact.manifest.canonical_config(),
+                artifact.weights_path,
+            )
+        except StoreUnavailable as error:
+            raise Unavailable("The artifact store takes nothing now; try again shortly.") from error
 
     async def _finish(
         self, version: AdapterVersion, *, actor_key_id: uuid.UUID | None

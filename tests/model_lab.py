@@ -53,9 +53,7 @@ def save_random_model(config: PretrainedConfig, folder: Path, *, seed: int = 0) 
     return str(folder)
 
 
-def save_adapter(
-    model: str, folder: Path, *, seed: int, std: float = 0.1, **lora: Any
-) -> None:
+def save_adapter(model: str, folder: Path, *, seed: int, std: float = 0.1, **lora: Any) -> None:
     """An adapter as PEFT writes it, with a B that is not zero."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

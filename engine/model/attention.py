@@ -155,8 +155,11 @@ class KVCache:
         for layer in layers:
             shape = (num_blocks + 1, block_size, layer.num_kv_heads)
             for caches, dim in ((self.keys, layer.key_dim), (self.values, layer.value_dim)):
-                # Zeroed, for padding reads the null block; the system gives zeroed memory lazily.
-                caches.append(torch.zeros(*shape, dim, dtype=layer.dtype, device=device))
+                # Not zeroed as a whole: the system gives a host's pages as blocks are first used.
+                cache = torch.empty(*shape, dim, dtype=layer.dtype, device=device)
+                # Padding reads the null block.
+                cache[0].zero_()
+                caches.append(cache)
 
 
 @dataclass(frozen=True, slots=True)

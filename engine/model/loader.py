@@ -24,9 +24,10 @@ from engine.model.lora import LoraBank
 from engine.scheduler import ScheduledSequence
 from engine.sequence import Sequence
 
-# Largest difference from eager logits, relative to their spread. Measured on the families that the
-# tests name: below 2e-6 in float32; a 16-bit format rounds each layer's sums in another order.
-LOGIT_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# |paged - eager| / |eager - its mean| of the logits. Measured on SmolLM2-135M: 1e-5, 0.02 and 0.12,
+# for each 16-bit layer rounds its sums in another order; with a softmax scale that is off by a
+# third: 1.5.
+LOGIT_BOUNDS = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.4}
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Configuration fields that say nothing about the function that the model computes.
 VOLATILE_FIELDS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
@@ -271,7 +272,8 @@ def _run_step(model: PreTrainedModel, cache: KVCache, rows: list[tuple[Sequence,
 
 def _compare(found: list[Tensor], expected: list[Tensor], *, bound: float) -> None:
     for ours, eager in zip(found, expected, strict=True):
-        error = float((ours - eager).abs().max() / eager.std())
+        spread = torch.linalg.vector_norm(eager - eager.mean())
+        error = float(torch.linalg.vector_norm(ours - eager) / spread)
         if not error <= bound:
             raise UnsupportedModel(
                 f"Paged attention moves its logits by {error:.2g} of their spread; {bound} allowed."

@@ -8,8 +8,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath
 
 from gateway.auth import Principal
-from gateway.errors import ModelNotFound
-from gateway.registry import ModelEntry, Registry
+from gateway.registry import ModelEntry, Registry, model_not_found
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -64,4 +63,4 @@ async def get_model(
     for entry in await registry.list_models(principal):
         if entry.id.lower() == name:
             return Model.of(entry)
-    raise ModelNotFound(param="model")
+    raise model_not_found(name)

@@ -1,6 +1,7 @@
 """Processes come up together, go down together, and come back."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -69,6 +70,8 @@ def test_a_taken_port_is_told_before_anything_is_started(tmp_path):
 def test_a_dead_engine_and_a_dead_gateway_are_started_again(data_dir):
     server = start(data_dir)
     try:
+        _check_that_a_stream_ends_with_an_error_when_its_engine_dies(server)
+        _wait_until_ready(server)
         for module in ("engine", "gateway"):
             (victim,) = _children(server.process.pid, module)
             os.kill(victim, signal.SIGKILL)
@@ -79,6 +82,31 @@ def test_a_dead_engine_and_a_dead_gateway_are_started_again(data_dir):
     log = server.log.read_text()
     assert "engine: died" in log
     assert "gateway: died" in log
+
+
+def _check_that_a_stream_ends_with_an_error_when_its_engine_dies(server):
+    body = {
+        "model": server.facts["base_model"],
+        "prompt": "Once upon a time",
+        "max_tokens": 2000,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with (
+        server.http(server.key("acme")) as http,
+        http.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        events = []
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                events.append(line.removeprefix("data: "))
+                if len(events) == 5:
+                    (engine,) = _children(server.process.pid, "engine")
+                    os.kill(engine, signal.SIGKILL)
+    assert json.loads(events[-1])["error"]["code"] == "service_unavailable"
+    with server.http(server.key("acme")) as http:
+        totals = http.get("/v1/usage").json()["totals"]
+    assert totals["completion_tokens"] == len(events) - 1
 
 
 @pytest.mark.parametrize(

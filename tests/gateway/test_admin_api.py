@@ -118,13 +118,20 @@ async def test_malformed_json_is_refused(plane: Plane) -> None:
     assert answer.status_code == 400
 
 
-@pytest.mark.parametrize(
-    "path", ["nobody", "nobody/keys", "nobody/adapters", "%00", "%00/adapters"]
-)
-async def test_an_unknown_tenant_is_not_found(plane: Plane, path: str) -> None:
-    answer = await plane.client.get(f"{TENANTS}/{path}")
-    assert answer.status_code == 404
-    assert answer.json()["code"] == "not_found"
+async def test_what_is_not_there_is_not_found(plane: Plane, subtests: pytest.Subtests) -> None:
+    for path in (
+        "nobody",
+        "nobody/keys",
+        "nobody/adapters",
+        "%00",
+        "%00/adapters",
+        "acme/adapters/%00",
+        "acme/adapters/sql/versions",
+    ):
+        with subtests.test(path):
+            answer = await plane.client.get(f"{TENANTS}/{path}")
+            assert answer.status_code == 404
+            assert answer.json()["code"] == "not_found"
 
 
 async def test_the_keys_of_a_suspended_tenant_are_refused_until_it_is_active(

@@ -157,8 +157,8 @@ async def town(database: Database) -> Town:
         for row in (base_model, *acme, *globex):
             session.add(row)
             await session.flush()
-    tenants = [row.id for row in (acme[0], globex[0]) if isinstance(row, Tenant)]
-    return Town(*tenants, base_model=base_model.id)
+    first, second = (row.id for row in (acme[0], globex[0]) if isinstance(row, Tenant))
+    return Town(first, second, base_model.id)
 
 
 def owner_column(table: SqlTable) -> ColumnElement[uuid.UUID]:

@@ -228,6 +228,20 @@ def test_a_killed_server_can_be_started_again(server: EmbeddedPostgres) -> None:
     assert ask(server.url, "SELECT 1") == 1
 
 
+def test_a_cluster_that_was_lost_is_not_replaced_by_an_empty_one(data_dir: Path) -> None:
+    postgres = EmbeddedPostgres(data_dir)
+    with postgres:
+        pass
+    cluster, aside = postgres.home / "data", postgres.home / "aside"
+    cluster.rename(aside)
+    try:
+        with pytest.raises(PostgresFailed, match="is gone"):
+            postgres.start()
+        assert not cluster.exists()
+    finally:
+        aside.rename(cluster)
+
+
 @pytest.mark.parametrize("is_empty", [False, True])
 def test_a_pid_file_with_a_strangers_pid_or_nothing_is_no_obstacle(
     data_dir: Path, is_empty: bool

@@ -396,6 +396,13 @@ async def test_without_an_engine_the_upload_waits_and_the_next_one_finishes_it(
     assert (again.status_code, again.json()["state"], again.json()["number"]) == (200, "ready", 1)
 
 
+async def test_a_store_that_fails_leaves_nothing(plane: Plane) -> None:
+    (plane.folder / "store" / "adapters").write_bytes(b"no folder")
+    assert (await plane.upload()).status_code == 503
+    (plane.folder / "store" / "adapters").unlink()
+    await assert_nothing_remains(plane)
+
+
 async def test_a_new_start_finishes_what_the_last_one_left(plane: Plane) -> None:
     plane.probe.answer = unreachable
     await plane.upload()

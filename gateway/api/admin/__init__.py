@@ -2,23 +2,32 @@
 
 from litestar import Router
 
-from gateway.api.admin import adapters, base_models, keys, tenants
+from gateway.api.admin.adapters import (
+    create_version,
+    delete_adapter,
+    get_adapter,
+    list_adapters,
+    list_versions,
+)
+from gateway.api.admin.base_models import list_base_models
+from gateway.api.admin.keys import create_key, list_keys, revoke_key
+from gateway.api.admin.tenants import create_tenant, get_tenant, list_tenants, set_status
 
 admin_router = Router(
     "/admin/v1",
     route_handlers=[
-        tenants.create_tenant,
-        tenants.list_tenants,
-        tenants.get_tenant,
-        tenants.set_status,
-        keys.create_key,
-        keys.list_keys,
-        keys.revoke_key,
-        adapters.list_adapters,
-        adapters.get_adapter,
-        adapters.delete_adapter,
-        adapters.list_versions,
-        adapters.create_version,
-        base_models.list_base_models,
+        create_tenant,
+        list_tenants,
+        get_tenant,
+        set_status,
+        create_key,
+        list_keys,
+        revoke_key,
+        list_adapters,
+        get_adapter,
+        delete_adapter,
+        list_versions,
+        create_version,
+        list_base_models,
     ],
 )
