@@ -30,7 +30,7 @@ from gateway.api import billing as billing_routes
 from gateway.api import chat, completions, health, models, tenant
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
-from gateway.auth import Authenticator, check_routes, guard, provide_principal
+from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
 from gateway.database import Database
 from gateway.errors import GatewayError
 from gateway.inference import Inference
@@ -46,7 +46,6 @@ from gateway.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
-PEPPER_VERSION = 1
 STATIC_DIR = Path(api.__file__).parent / "static"
 REDOC = "redoc-2.5.4.js"
 ENGINE_RETRY_S = 0.5

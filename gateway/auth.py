@@ -34,6 +34,8 @@ from gateway.tables import ApiKey, new_id
 OPERATOR = "operator"
 TENANT_SCOPES = frozenset({"inference", "usage"})
 SCOPES = TENANT_SCOPES | {OPERATOR}
+# Of the one pepper that an installation has; another one gets another number.
+PEPPER_VERSION = 1
 # What a route says that needs no key.
 PUBLIC = "public"
 
@@ -114,7 +116,7 @@ async def create_key(
     scopes: Iterable[str] | None,
     expires_at: datetime.datetime | None,
     pepper: bytes,
-    pepper_version: int = 1,
+    pepper_version: int = PEPPER_VERSION,
 ) -> tuple[ApiKey, str]:
     """Add a key, as the worker; return its row and the key itself, which cannot be had again.
 

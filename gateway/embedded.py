@@ -103,8 +103,8 @@ class EmbeddedPostgres:
         self._lock: int | None = None
         self._socket_dir: Path | None = None
         self._child: _Child | None = None
-        # Set once the server has answered: from then on a missing cluster is a loss.
-        self._has_run = False
+        # Written once there is a cluster: from then on a missing one is a loss.
+        self._made = self.data_dir / "postgres.made"
 
     @property
     def url(self) -> str:
@@ -137,8 +137,8 @@ class EmbeddedPostgres:
                 self._refuse_loss()
                 self._make_cluster(binaries)
             self._refuse_other_version()
+            self._made.touch()
             self._run(binaries)
-            self._has_run = True
         except BaseException:
             self.stop()
             raise
@@ -251,10 +251,10 @@ class EmbeddedPostgres:
 
     def _refuse_loss(self) -> None:
         """An empty cluster in place of one that was lost would pass for it, with no bill in it."""
-        if self._has_run:
+        if self._made.exists():
             raise PostgresFailed(
-                f"the cluster in {self._cluster} is gone, and this server ran on it: restore it"
-                " from a backup"
+                f"the cluster of {self.data_dir} is gone from {self._cluster}: restore it from a"
+                f" backup, or remove {self.data_dir} to begin anew"
             )
 
     def _refuse_other_version(self) -> None:

@@ -23,9 +23,10 @@ from pathlib import Path
 
 import httpx
 
-from gateway import auth
+from gateway.auth import PEPPER_VERSION, Authenticator
 from gateway.database import Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
+from gateway.errors import InvalidKey
 from gateway.settings import MEBIBYTE, PARENT_VARIABLE, Settings
 
 POLL_INTERVAL_S = 0.1
@@ -155,21 +156,18 @@ class Supervisor:
         return settings
 
     async def _ensure_operator_key(self, settings: Settings) -> None:
-        """Make this installation's operator key at the first start, or when its file is gone."""
-        if self._operator_key_path.exists():
-            return
+        """Make an operator key at the first start, or where the kept one is not this database's."""
         database = Database(
             app_url=settings.database_app_url, worker_url=settings.database_worker_url
         )
+        authenticator = Authenticator(database, {PEPPER_VERSION: settings.pepper})
         try:
+            with contextlib.suppress(FileNotFoundError, InvalidKey):
+                await authenticator.authenticate(f"Bearer {self.operator_key}")
+                return
             async with database.as_worker() as session:
-                _, key = await auth.create_key(
-                    session,
-                    tenant_id=None,
-                    name="operator",
-                    scopes=["operator"],
-                    expires_at=None,
-                    pepper=settings.pepper,
+                _, key = await authenticator.issue_key(
+                    session, tenant_id=None, name="operator", scopes=None, expires_at=None
                 )
             write_private(self._operator_key_path, key + "\n")
         finally:

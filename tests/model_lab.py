@@ -1,4 +1,4 @@
-"""Small checkpoints, adapters and an engine to drive: what the engine's and the parity tests share."""
+"""Small checkpoints, adapters and an engine to drive, for the engine and the parity tests."""
 
 import threading
 import warnings
