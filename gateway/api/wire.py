@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException, ValidationException
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolExhausted
 
 from gateway.errors import (
     BodyTooLarge,
@@ -17,6 +19,7 @@ from gateway.errors import (
     InvalidRequest,
     NotFound,
     RejectedUpload,
+    Unavailable,
     UnknownField,
 )
 
@@ -84,9 +87,20 @@ def answer_http_exception(request: Request[Any, Any, Any], error: HTTPException)
 
 
 def answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
-    """Our own fault: logged whole, told in one sentence."""
+    """Our own fault: logged whole, told in one sentence. A database that is away is a 503."""
+    if _is_database_away(error):
+        logger.warning("database_away", extra={"path": request.url.path, "reason": str(error)})
+        return answer_error(
+            request, Unavailable("The database does not answer. Try again shortly.")
+        )
     logger.error("request_failed", exc_info=error, extra={"path": request.url.path})
     return answer_error(request, GatewayError("Something went wrong on our side."))
+
+
+def _is_database_away(error: Exception) -> bool:
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    return isinstance(error, OperationalError | InterfaceError | PoolExhausted | OSError)
 
 
 def _translate(error: HTTPException) -> GatewayError:

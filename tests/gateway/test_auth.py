@@ -170,7 +170,7 @@ async def test_notices_are_heard_again_after_the_server_cut_the_connection(
         await execute(
             home.superuser_url,
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+            " WHERE datname = current_database() AND query ILIKE 'LISTEN%'",
         )
         async with database.as_worker() as session:
             await auth.revoke_key(session, tenant_id=row.tenant_id, key_id=row.id)
