@@ -222,7 +222,9 @@ def _openapi() -> OpenAPIConfig:
         description="LoRA fine-tunes of one base model, served to many tenants.",
         path="/docs",
         render_plugins=[RedocRenderPlugin(js_url=f"/static/{REDOC}", google_fonts=False)],
-        openapi_router=Routes("/docs", route_handlers=[], opt={"scope": "public"}),
+        openapi_router=Routes(
+            "/docs", route_handlers=[], opt={"scope": "public"}, include_in_schema=False
+        ),
         components=Components(
             security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}
         ),
