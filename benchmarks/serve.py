@@ -56,6 +56,7 @@ class Answer:
     total_s: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    text: str = ""
     error: str | None = None
 
     @property
@@ -175,8 +176,9 @@ def take(answer: Answer, chunk: dict[str, Any], now_s: float) -> None:
         answer.error = f"stream error {chunk['error'].get('code')}"
         return
     choices = chunk.get("choices") or [{}]
-    if choices[0].get("delta", {}).get("content"):
+    if piece := choices[0].get("delta", {}).get("content"):
         answer.arrivals_s.append(now_s)
+        answer.text += piece
     if usage := chunk.get("usage"):
         answer.prompt_tokens = usage["prompt_tokens"]
         answer.completion_tokens = usage["completion_tokens"]
@@ -189,17 +191,17 @@ Ask = Callable[[Request], Coroutine[Any, Any, Answer]]
 
 async def in_turn(requests: Sequence[Request], ask_one: Ask, *, concurrency: int) -> list[Answer]:
     """Closed loop: each of `concurrency` clients sends its next request after its last answer."""
-    waiting = iter(requests)
-    answers: list[Answer] = []
+    waiting = iter(enumerate(requests))
+    answers: dict[int, Answer] = {}
 
     async def client() -> None:
-        for request in waiting:
-            answers.append(await ask_one(request))
+        for place, request in waiting:
+            answers[place] = await ask_one(request)
 
     async with asyncio.TaskGroup() as clients:
         for _ in range(concurrency):
             clients.create_task(client())
-    return answers
+    return [answers[place] for place in range(len(requests))]
 
 
 async def at_rate(
@@ -265,6 +267,9 @@ class Sequential:
         answer.prompt_tokens = prompt["input_ids"].shape[1]
         answer.completion_tokens = output.shape[1] - answer.prompt_tokens
         answer.total_s = time.perf_counter() - started_s
+        answer.text = self._tokenizer.decode(
+            output[0, answer.prompt_tokens :], skip_special_tokens=True
+        )
         return answer
 
     def _as(self, model: str) -> Any:
@@ -455,7 +460,12 @@ def measure(
         show("sequential generate()", sequential, {})
         result["sequential"] = asdict(sequential)
         result["ratio"] = round(served.tokens_per_s / sequential.tokens_per_s, 3)
-        print(f"  server / sequential: {result['ratio']:.2f}")
+        pairs = zip(answers, alone, strict=True)
+        result["same_text"] = sum(mine.text == theirs.text for mine, theirs in pairs)
+        print(
+            f"  server / sequential: {result['ratio']:.2f};"
+            f" the same greedy text for {result['same_text']} of {len(requests)}"
+        )
     return result
 
 
