@@ -6,8 +6,9 @@ name. Parses and reports; decides nothing.
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -146,7 +147,7 @@ def _engine_flags(options: dict[str, object]) -> tuple[str, ...]:
     )
 
 
-def _run(options: ServeOptions, ready: Callable[[Supervisor], Awaitable[None]]) -> None:
+def _run(options: ServeOptions, ready: Callable[[Supervisor], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
         supervisor = Supervisor(options, say=_say)
         await supervisor.run(lambda: ready(supervisor))

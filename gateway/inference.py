@@ -211,7 +211,7 @@ class Inference:
         target = await self._registry.resolve(principal, request.model)
         codec = await self._texts.get(target.text_bundle_digest)
         prompt_ids = await _encode(codec, request.prompt)
-        max_tokens = _fit(request.max_tokens, len(prompt_ids), target.context_length)
+        max_tokens = _fit(request, len(prompt_ids), target.context_length)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
         request_id = new_id()
@@ -270,16 +270,17 @@ async def _encode(codec: TextCodec, prompt: Prompt) -> list[int]:
             return await codec.encode_chat(prompt)
 
 
-def _fit(max_tokens: int | None, num_prompt_tokens: int, context_length: int) -> int:
+def _fit(request: GenerationRequest, num_prompt_tokens: int, context_length: int) -> int:
+    """Most tokens to generate: what is asked for, or the rest of the context."""
     room = context_length - num_prompt_tokens
-    wanted = max_tokens or 1
+    wanted = request.max_tokens or 1
     if wanted > room:
         raise ContextLengthExceeded(
             f"This model's context is {context_length} tokens; the prompt has {num_prompt_tokens}"
             f" and at least {wanted} are asked for. Shorten the prompt or lower max_tokens.",
-            param="max_tokens" if max_tokens else "messages",
+            param="max_tokens" if request.max_tokens else None,
         )
-    return max_tokens or room
+    return request.max_tokens or room
 
 
 def _sampling(request: GenerationRequest, codec: TextCodec, max_tokens: int) -> SamplingParams:

@@ -17,14 +17,15 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from gateway.auth import PEPPER_VERSION, Authenticator
-from gateway.database import Database, migrate, role_urls
+from gateway.database import DATABASE_TROUBLE, Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
 from gateway.errors import InvalidKey
 from gateway.settings import MEBIBYTE, PARENT_VARIABLE, Settings
@@ -33,6 +34,10 @@ POLL_INTERVAL_S = 0.1
 # A child that died sooner than this after its start is not worth starting at once again.
 SHORT_LIFE_S = 10.0
 MAX_SHORT_LIVES = 3
+# What is done once requests are answered.
+Ready = Callable[[], Coroutine[Any, Any, None]]
+# Exit statuses of children whose settings are wrong: another start would end the same.
+HOPELESS = (2, os.EX_CONFIG)
 # Time to finish streams and to settle before a child is killed.
 STOP_GRACE_S = 20.0
 
@@ -103,7 +108,7 @@ class Supervisor:
         """The operator's key of this installation, once `run` is past its start."""
         return self._operator_key_path.read_text().strip()
 
-    async def run(self, on_ready: Callable[[], Awaitable[None]]) -> None:
+    async def run(self, on_ready: Ready) -> None:
         """Serve until a signal comes; `on_ready` is called once requests are answered.
 
         Raises CannotServe or DatabaseRefused with a message for the operator.
@@ -118,7 +123,10 @@ class Supervisor:
             runtime_dir = _runtime_dir(options.data_dir)
             keys = Secrets.of(options.data_dir / "secrets.json")
             owner_url = options.database_url or self._start_postgres(stack)
-            settings = await self._prepare(owner_url, keys, runtime_dir)
+            try:
+                settings = await self._prepare(owner_url, keys, runtime_dir)
+            except DATABASE_TROUBLE as error:
+                raise CannotServe(f"the database does not answer: {error}") from error
             if not self._stopping.is_set():
                 await self._serve(settings, on_ready)
             self._say("stopped")
@@ -173,7 +181,7 @@ class Supervisor:
         finally:
             await database.close()
 
-    async def _serve(self, settings: Settings, on_ready: Callable[[], Awaitable[None]]) -> None:
+    async def _serve(self, settings: Settings, on_ready: Ready) -> None:
         engine = _Child(
             "engine",
             self._engine_command(settings),
@@ -192,7 +200,7 @@ class Supervisor:
             ]
             try:
                 if await self._answers(url):
-                    await on_ready()
+                    await self._unless_stopped(on_ready())
                     await self._stopping.wait()
             finally:
                 self._stopping.set()
@@ -215,7 +223,7 @@ class Supervisor:
         ]
 
     async def _keep(self, child: "_Child") -> None:
-        num_short_lives = 0
+        num_short_lives, has_lived = 0, False
         while not self._stopping.is_set():
             started_at = time.monotonic()
             self._say(f"{child.name}: starting")
@@ -223,6 +231,9 @@ class Supervisor:
             if self._stopping.is_set():
                 return
             is_short = time.monotonic() - started_at < SHORT_LIFE_S
+            has_lived = has_lived or not is_short
+            if code in HOPELESS and not has_lived:
+                raise CannotServe(f"the {child.name} cannot start; its last lines above say why")
             num_short_lives = num_short_lives + 1 if is_short else 0
             if num_short_lives >= MAX_SHORT_LIVES:
                 raise CannotServe(
@@ -239,6 +250,16 @@ class Supervisor:
                 self._say("database: the embedded PostgreSQL died; starting it again")
                 self._postgres.stop()
                 await asyncio.to_thread(self._postgres.start)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        """Finish the work, or drop it when told to stop."""
+        working = asyncio.create_task(work)
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if working.done():
+            working.result()
+        working.cancel()
 
     async def _answers(self, url: str) -> bool:
         """Wait until `url` answers 200; False when told to stop before."""

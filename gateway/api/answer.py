@@ -1,7 +1,6 @@
 """What chat and completions do alike with a generation: headers, waiting, leaving."""
 
 import asyncio
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +43,33 @@ async def collect(request: Request[Any, Any, Any], generation: Generation) -> Wh
     Raises ClientGone then, and what `Generation.deltas` raises.
     """
     answer = asyncio.ensure_future(_put_together(generation))
-    gone = asyncio.ensure_future(_hang_up(request))
     try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientGone
+        await wait_unless_gone(request, answer)
         return answer.result()
     except BaseException:
         generation.leave()
         raise
+
+
+async def wait_unless_gone(
+    request: Request[Any, Any, Any], work: asyncio.Future[Any], *, timeout_s: float | None = None
+) -> None:
+    """Wait until the work is done or the time is up, while the client stays on the line.
+
+    Raises ClientGone when it hangs up; the work is cancelled then.
+    """
+    gone = asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait({work, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not work.done():
+            raise ClientGone
+    except BaseException:
+        work.cancel()
+        await asyncio.wait({work})
+        raise
     finally:
-        for task in (answer, gone):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, GatewayError):
-                await task
+        gone.cancel()
+        await asyncio.wait({gone})
 
 
 async def _put_together(generation: Generation) -> WholeAnswer:

@@ -110,7 +110,8 @@ async def completions(
     """Continue a prompt with a base model or one of the caller's adapters."""
     generation = await inference.start(principal, _read(data))
     if data.stream:
-        return event_stream(
+        return await event_stream(
+            request,
             _events(generation, data),
             headers=answer_headers(generation),
             leave=generation.leave,

@@ -77,11 +77,18 @@ def test_a_dead_engine_and_a_dead_gateway_are_started_again(data_dir):
             os.kill(victim, signal.SIGKILL)
             assert wait_until_gone({victim}) == set()
             _wait_until_ready(server)
+        (database,) = (pid for pid in descendants(server.process.pid) if _is_postmaster(pid))
+        os.kill(database, signal.SIGKILL)
+        assert wait_until_gone({database}) == set()
+        _wait_until_ready(server)
+        with server.http(server.key("acme")) as http:
+            assert "acme-sql" in http.get("/v1/models").text
     finally:
         assert stop(server) == 0
     log = server.log.read_text()
     assert "engine: died" in log
     assert "gateway: died" in log
+    assert "the embedded PostgreSQL died" in log
 
 
 def _check_that_a_stream_ends_with_an_error_when_its_engine_dies(server):
@@ -138,6 +145,11 @@ def _children(pid, module):
         if words[1:3] == ["-m", module]:
             found.append(child)
     return found
+
+
+def _is_postmaster(pid):
+    words = _words(pid)
+    return Path(words[0]).name == "postgres" and "-D" in words
 
 
 def _words(pid):

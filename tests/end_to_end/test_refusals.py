@@ -148,10 +148,11 @@ async def test_a_prompt_and_an_answer_beyond_the_context_are_400(server):
     assert error.code == "context_length_exceeded"
 
 
-async def test_a_token_that_the_model_does_not_have_is_400(server):
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_token_that_the_model_does_not_have_is_400(server, stream):
     async with server.client("acme") as client:
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.completions.create(model="acme-sql", prompt=[1, 10**6])
+            await client.completions.create(model="acme-sql", prompt=[1, 10**6], stream=stream)
     assert caught.value.param == "prompt"
 
 
