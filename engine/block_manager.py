@@ -1,12 +1,15 @@
-"""Hand out blocks of the KV cache and take them back.
+"""Hand out blocks of the KV cache, take them back, and find again what they still hold.
 
-A block holds the keys and values of `block_size` positions of one sequence, in all layers. Knows
-block numbers and counts. Knows nothing of tensors, slots or whose turn it is.
+A block holds the keys and values of `block_size` positions, in all layers. Full ones are named by
+what they hold; sequences with the same beginning share them, and a block that nobody uses keeps its
+content until it is needed for something else, least recently used first. Knows block numbers and
+counts. Knows nothing of tensors, slots or whose turn it is.
 """
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 
+from engine.prefix_cache import extend_hashes
 from engine.sequence import Sequence
 
 # Always zero and never handed out: padding reads it, so that padding is never another's NaN.
@@ -14,13 +17,16 @@ NULL_BLOCK = 0
 
 
 class BlockManager:
-    """Blocks 1 .. num_blocks; a sequence's blocks may lie anywhere."""
+    """Blocks 1 .. num_blocks; a sequence's blocks may lie anywhere. Mutable; one thread."""
 
     def __init__(self, num_blocks: int, *, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = deque(range(1, num_blocks + 1))
+        # Used by nobody: those that hold nothing first, then the others, least recently used first.
+        self._free = OrderedDict.fromkeys(range(1, num_blocks + 1))
         self._num_references = [0] * (num_blocks + 1)
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
 
     @property
     def num_free_blocks(self) -> int:
@@ -30,26 +36,69 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def num_missing_blocks(self, sequence: Sequence) -> int:
-        """How many blocks `sequence` still needs for all tokens that it has now."""
-        return self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        """How many free blocks `sequence` would take for all tokens that it has now."""
+        num_missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        if sequence.block_table:
+            return num_missing
+        shared = self._cached_blocks(sequence)
+        return num_missing - sum(self._num_references[block] > 0 for block in shared)
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Give a sequence without blocks all that it needs, or nothing at all and False.
+
+        Blocks that hold its beginning already are among them; their tokens count as computed.
+        """
+        assert not sequence.block_table, "admitted twice"
+        if self.num_missing_blocks(sequence) > len(self._free):
+            return False
+        for block in self._cached_blocks(sequence):
+            self._num_references[block] += 1
+            self._free.pop(block, None)
+            sequence.block_table.append(block)
+        sequence.num_computed_tokens = len(sequence.block_table) * self.block_size
+        has_grown = self.grow(sequence)
+        assert has_grown, "there were blocks enough"
+        return True
 
     def grow(self, sequence: Sequence) -> bool:
-        """Give `sequence` blocks for all its tokens, or nothing at all and False."""
-        num_missing = self.num_missing_blocks(sequence)
+        """Give `sequence` fresh blocks for its further tokens, or nothing at all and False."""
+        num_missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
         if num_missing > len(self._free):
             return False
         for _ in range(num_missing):
-            block = self._free.popleft()
+            block, _ = self._free.popitem(last=False)
+            self._forget_content(block)
             self._num_references[block] = 1
             sequence.block_table.append(block)
         return True
 
-    def release(self, sequence: Sequence) -> None:
-        """Take all blocks back; what was computed in them is forgotten."""
+    def name_full_blocks(self, sequence: Sequence, *, num_computed_before: int) -> None:
+        """Let others find the blocks that were filled since `num_computed_before`."""
+        first = num_computed_before // self.block_size
+        end = sequence.num_computed_tokens // self.block_size
+        if first == end:
+            return
+        hashes = extend_hashes(sequence, end, block_size=self.block_size)
+        for block, name in zip(sequence.block_table[first:end], hashes[first:], strict=True):
+            # Where two computed the same at once, the first one's stays the one that is found.
+            if name not in self._block_of:
+                self._block_of[name] = block
+                self._hash_of[block] = name
+
+    def disown(self, sequence: Sequence) -> None:
+        """Nobody shall find this sequence's blocks: what they hold may be wrong."""
         for block in sequence.block_table:
+            self._forget_content(block)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all blocks back. Named ones may be found again until they are used for others."""
+        # The end first: a chain is of use only from its beginning.
+        for block in reversed(sequence.block_table):
             self._num_references[block] -= 1
             if self._num_references[block] == 0:
-                self._free.append(block)
+                self._free[block] = None
+                if block not in self._hash_of:
+                    self._free.move_to_end(block, last=False)
         sequence.block_table.clear()
         sequence.num_computed_tokens = 0
 
@@ -62,3 +111,20 @@ class BlockManager:
         assert expected == self._num_references, "reference counts differ from the block tables"
         unused = [block for block in range(1, self.num_blocks + 1) if not expected[block]]
         assert sorted(self._free) == unused, "a block is lost, or free twice"
+        assert {name: block for block, name in self._hash_of.items()} == self._block_of
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """The longest known beginning. The last token is left out: its logits are wanted."""
+        num_full = (sequence.num_tokens - 1) // self.block_size
+        found = []
+        for name in extend_hashes(sequence, num_full, block_size=self.block_size):
+            block = self._block_of.get(name)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _forget_content(self, block: int) -> None:
+        name = self._hash_of.pop(block, None)
+        if name is not None:
+            del self._block_of[name]

@@ -109,7 +109,9 @@ class Scheduler:
         self._share_time(scheduled, elapsed_ns)
         samples = iter(sampled)
         for item in scheduled:
+            num_before = item.sequence.num_computed_tokens
             item.sequence.num_computed_tokens += item.num_tokens
+            self._blocks.name_full_blocks(item.sequence, num_computed_before=num_before)
             if item.is_sampled:
                 self._take_token(item.sequence, next(samples))
 
@@ -175,8 +177,11 @@ class Scheduler:
                 return
             if not self._pin(sequence):
                 continue
-            if not self._make_room(sequence) or not self._blocks.grow(sequence):
+            if not self._make_room(sequence) or not self._blocks.admit(sequence):
                 return  # nobody overtakes: a long prompt would never find enough free blocks
+            if sequence.num_cached_tokens is None:
+                found = sequence.num_computed_tokens
+                sequence.num_cached_tokens = min(found, sequence.num_prompt_tokens)
             self._waiting.take(sequence)
             self._running.append(sequence)
             chosen.append(_chunk(sequence, budget))
@@ -221,6 +226,7 @@ class Scheduler:
 
     def _take_token(self, sequence: Sequence, sample: SampledToken) -> None:
         if not sample.is_valid:
+            self._blocks.disown(sequence)
             self._finish(sequence, SequenceState.FAILED, error=InvalidLogits())
             return
         sequence.token_ids.append(sample.token_id)
@@ -264,7 +270,7 @@ class Scheduler:
                 state=state,
                 token_ids=[] if sample is None else [sample.token_id],
                 prompt_tokens=sequence.num_prompt_tokens,
-                cached_tokens=sequence.num_cached_tokens,
+                cached_tokens=sequence.num_cached_tokens or 0,
                 generated_tokens=sequence.num_generated_tokens,
                 engine_ns=sequence.engine_ns,
                 logprobs=logprobs,

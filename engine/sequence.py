@@ -35,10 +35,12 @@ class Sequence:
     token_ids: list[int]
     # How many of token_ids have their keys and values in the cache.
     num_computed_tokens: int = 0
-    # Prompt tokens that were found in the prefix cache at first admission.
-    num_cached_tokens: int = 0
+    # Prompt tokens that were found in the prefix cache. Filled by the scheduler at first admission.
+    num_cached_tokens: int | None = None
     # Filled by the block manager, in order of position; not contiguous in general.
     block_table: list[int] = field(default_factory=list)
+    # Names of the first full blocks. Filled by the prefix cache when it is asked for them.
+    block_hashes: list[bytes] = field(default_factory=list)
     # Filled by the scheduler when the slot is pinned; kept until the sequence ends.
     slot: int = NO_ADAPTER
     is_pinned: bool = False
