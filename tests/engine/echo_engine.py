@@ -6,6 +6,7 @@ it and a gateway worker, over real sockets.
 
 import asyncio
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -125,8 +126,8 @@ class Wire:
         self._flows.set()
         self._source = source
         self._target = target
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._server: asyncio.Server | None = None
+        self._carriers: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
+        self._listener: socket.socket | None = None
 
     @property
     def is_stuck(self) -> bool:
@@ -139,35 +140,59 @@ class Wire:
 
     @property
     def is_carrying(self) -> bool:
-        return bool(self._writers)
+        return bool(self._carriers)
 
-    async def mend(self) -> None:
+    def mend(self) -> None:
         self._source.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._carry, str(self._source))
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self._source))
+        self._listener.listen()
+        self._listener.setblocking(False)
+        # Not asyncio's server: one that is closed while it accepts loses the connection's socket.
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def drop_connections(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
+        for writers in self._carriers.values():
+            for writer in writers:
+                writer.transport.abort()
 
     def cut(self) -> None:
         """Drop what is connected and let nobody connect until mended."""
-        assert self._server is not None
-        self._server.close()
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
         self._source.unlink(missing_ok=True)
         self.drop_connections()
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.num_connections += 1
+    def _accept(self) -> None:
+        assert self._listener is not None
+        with suppress(BlockingIOError):
+            near, _ = self._listener.accept()
+            near.setblocking(False)
+            self.num_connections += 1
+            task = asyncio.create_task(self._carry(near))
+            self._carriers[task] = []
+            task.add_done_callback(self._carriers.pop)
+
+    async def _carry(self, near: socket.socket) -> None:
+        carrier = asyncio.current_task()
+        assert carrier is not None
+        reader, writer = await asyncio.open_unix_connection(sock=near)
         try:
             far_reader, far_writer = await asyncio.open_unix_connection(str(self._target))
         except OSError:
             writer.transport.abort()
             return
-        self._writers |= {writer, far_writer}
+        if self._listener is None:
+            # Cut while it connected.
+            writer.transport.abort()
+            far_writer.transport.abort()
+            return
+        self._carriers[carrier] = [writer, far_writer]
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._pump(reader, far_writer))
             tasks.create_task(self._pump(far_reader, writer, can_stick=True))
-        self._writers -= {writer, far_writer}
 
     async def _pump(
         self,
@@ -183,6 +208,18 @@ class Wire:
                 writer.write(data)
                 await writer.drain()
         writer.transport.abort()
+
+
+@asynccontextmanager
+async def wire_between(source: Path, target: Path) -> AsyncIterator[Wire]:
+    """A wire that is whole at first, and gone at the end with all that it carried."""
+    wire = Wire(source, target)
+    wire.mend()
+    try:
+        yield wire
+    finally:
+        wire.cut()
+        await until(lambda: not wire.is_carrying)
 
 
 INFO = EngineInfo(

@@ -115,6 +115,44 @@ def test_blocks_are_scattered_in_the_cache(model: str, adapters: FolderSource) -
 # Ends
 
 
+# Beginnings that are computed already
+
+
+def test_a_conversation_that_goes_on_computes_its_past_only_once(lab: Lab) -> None:
+    first = lab.generate(PROMPTS[2], adapter=WARM, max_tokens=12)
+    longer = [*PROMPTS[2], *first, 7, 8, 9]
+    again = lab.submit(longer, adapter=WARM, max_tokens=12)
+    lab.run()
+    # 41 tokens are computed, for the answer's last one was only sampled: ten full blocks of 4.
+    assert lab.answers[again].last.cached_tokens == 40
+    fresh = lab.submit(longer, adapter=WARM, max_tokens=12, salt=b"somebody else")
+    lab.run()
+    assert lab.answers[fresh].last.cached_tokens == 0
+    assert lab.answers[again].token_ids == lab.answers[fresh].token_ids
+
+
+def test_another_adapter_and_the_base_model_compute_for_themselves(lab: Lab) -> None:
+    answers = {}
+    for adapter in (WARM, COLD, None):
+        key = lab.submit(PROMPTS[2], adapter=adapter)
+        lab.run()
+        assert lab.answers[key].last.cached_tokens == 0
+        answers[adapter] = lab.answers[key].token_ids
+    for adapter, expected in answers.items():
+        key = lab.submit(PROMPTS[2], adapter=adapter)
+        lab.run()
+        assert lab.answers[key].last.cached_tokens == 28
+        assert lab.answers[key].token_ids == expected
+
+
+def test_preemption_does_not_count_as_a_find(model: str, adapters: FolderSource) -> None:
+    with open_lab(model, adapters, num_blocks=20, max_num_batched_tokens=8, max_num_seqs=8) as lab:
+        keys = [lab.submit(prompt, max_tokens=30) for prompt in PROMPTS]
+        lab.run()
+        assert [lab.answers[key].last.cached_tokens for key in keys] == [0] * len(PROMPTS)
+        lab.assert_nothing_is_left()
+
+
 def test_a_stop_token_ends_the_answer_and_is_delivered(lab: Lab) -> None:
     free = lab.generate(PROMPTS[0], max_tokens=8)
     stop = free[3]

@@ -21,6 +21,7 @@ from tests.engine.echo_engine import (
     short_folder,
     tokens_of,
     until,
+    wire_between,
 )
 
 
@@ -38,12 +39,8 @@ async def echo(folder: Path) -> AsyncIterator[Engine]:
 
 @pytest.fixture
 async def wire(folder: Path, echo: Engine) -> AsyncIterator[Wire]:
-    made = Wire(folder / "wire.sock", echo.path)
-    await made.mend()
-    yield made
-    made.cut()
-    # What it carried ends before the loop does.
-    await until(lambda: not made.is_carrying)
+    async with wire_between(folder / "wire.sock", echo.path) as made:
+        yield made
 
 
 def numbers(frames: list[Frame]) -> list[int]:
@@ -156,7 +153,7 @@ async def test_commands_queued_while_the_link_is_down_arrive_once_when_it_is_bac
         wire.cut()
         await until(lambda: not worker.is_connected)
         streams = [worker.submit([n], sampling=greedy(2)) for n in (1, 2, 3)]
-        await wire.mend()
+        wire.mend()
         assert [tokens_of(await collect(s)) for s in streams] == [[1, 1], [2, 2], [3, 3]]
     assert [key[2] for key in echo.core.seen] == [1, 2, 3]
 
@@ -177,23 +174,23 @@ async def test_a_worker_that_stays_away_loses_its_sequences_and_starts_afresh(
     folder: Path,
 ) -> None:
     limits = LinkLimits(resume_window_s=0.1)
-    async with engine(folder / "engine.sock", limits=limits) as echo:
-        wire = Wire(folder / "wire.sock", echo.path)
-        await wire.mend()
+    async with (
+        engine(folder / "engine.sock", limits=limits) as echo,
+        wire_between(folder / "wire.sock", echo.path) as wire,
+    ):
         frames: list[Frame] = []
         async with link(wire.address, on_frame=frames.append) as worker:
             stream = worker.submit([1], sampling=greedy(10**6))
             await anext(stream)
             wire.cut()
             await until(lambda: not echo.core.running)
-            await wire.mend()
+            wire.mend()
             with pytest.raises(EngineLost) as lost:
                 await collect(stream)
             assert lost.value.is_retryable
             await until(lambda: worker.is_connected)
             assert tokens_of(await collect(worker.submit([2], sampling=greedy(2)))) == [2, 2]
             assert numbers(frames) == list(range(1, len(frames) + 1))
-            wire.cut()
 
 
 async def test_streams_are_lost_when_the_engine_stays_away_and_the_link_comes_back_with_it(
@@ -236,23 +233,21 @@ async def test_a_worker_that_acknowledges_nothing_is_held_back_and_the_others_ar
     folder: Path,
 ) -> None:
     limits = LinkLimits(max_unacknowledged_bytes=2_000)
-    async with engine(folder / "engine.sock", limits=limits) as echo:
-        wire = Wire(folder / "wire.sock", echo.path)
-        await wire.mend()
-        async with (
-            link(wire.address, worker_id="stuck") as stuck,
-            link(echo.address, worker_id="fine") as fine,
-        ):
-            wire.is_stuck = True
-            waiting = stuck.submit([1], sampling=greedy(1_000))
-            await until(lambda: echo.core.held == {"stuck"})
-            held_at = echo.core.running["stuck", 1, 1].num_generated_tokens
-            assert held_at < 1_000
-            assert len(await collect(fine.submit([2], sampling=greedy(500)))) == 500
-            assert echo.core.running["stuck", 1, 1].num_generated_tokens == held_at
-            wire.is_stuck = False
-            assert len(tokens_of(await collect(waiting))) == 1_000
-            wire.cut()
+    async with (
+        engine(folder / "engine.sock", limits=limits) as echo,
+        wire_between(folder / "wire.sock", echo.path) as wire,
+        link(wire.address, worker_id="stuck") as stuck,
+        link(echo.address, worker_id="fine") as fine,
+    ):
+        wire.is_stuck = True
+        waiting = stuck.submit([1], sampling=greedy(1_000))
+        await until(lambda: echo.core.held == {"stuck"})
+        held_at = echo.core.running["stuck", 1, 1].num_generated_tokens
+        assert held_at < 1_000
+        assert len(await collect(fine.submit([2], sampling=greedy(500)))) == 500
+        assert echo.core.running["stuck", 1, 1].num_generated_tokens == held_at
+        wire.is_stuck = False
+        assert len(tokens_of(await collect(waiting))) == 1_000
 
 
 async def test_acknowledgements_flow_with_nothing_to_submit(folder: Path) -> None:
