@@ -6,6 +6,7 @@ Decides nothing; what it wires together knows nothing of it.
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from adapters.store import ArtifactStore
 from engine.client import EngineLink
 from engine.errors import LinkError
+from engine.protocol import Frame
 from gateway import api
 from gateway.api import billing as billing_routes
 from gateway.api import chat, completions, health, models, tenant
@@ -32,7 +34,7 @@ from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
 from gateway.database import Database
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, JournalFailed
 from gateway.inference import Inference
 from gateway.journal import Journal
 from gateway.ledger import Ledger
@@ -83,7 +85,7 @@ def build(settings: Settings) -> Parts:
         worker_id=str(journal.instance_id),
         worker_epoch=journal.epoch,
         secret=settings.engine_secret,
-        on_frame=journal.on_frame,
+        on_frame=lambda frame: _write_down(journal, frame),
     )
     router = Router()
 
@@ -114,6 +116,17 @@ def build(settings: Settings) -> Parts:
             ledger=ledger,
         ),
     )
+
+
+def _write_down(journal: Journal, frame: Frame) -> None:
+    """Journal a frame. Where that fails nothing more may be sent: this worker ends."""
+    try:
+        journal.on_frame(frame)
+    except JournalFailed:
+        logger.critical("journal_failed", exc_info=True)
+        # As if told to stop; whoever keeps this process starts it again.
+        signal.raise_signal(signal.SIGTERM)
+        raise
 
 
 @contextlib.asynccontextmanager
