@@ -87,7 +87,10 @@ def answer_http_exception(request: Request[Any, Any, Any], error: HTTPException)
 
 
 def answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
-    """Our own fault: logged whole, told in one sentence. A database that is away is a 503."""
+    """Our own fault, mostly: logged whole, told in one sentence."""
+    if isinstance(error, RecursionError):
+        # Decoders are the only code here whose depth a client decides.
+        return answer_error(request, InvalidRequest("The JSON is nested too deeply."))
     if _is_database_away(error):
         logger.warning("database_away", extra={"path": request.url.path, "reason": str(error)})
         return answer_error(

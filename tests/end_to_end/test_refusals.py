@@ -81,6 +81,7 @@ def test_without_a_key_nothing_but_health_and_documentation_answers(server):
     [
         (b'{"model": "acme-sql", "messages": [', None),
         (b"[]", None),
+        (b"[" * 100_000, None),
         (b"", None),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "model"),
         (b'{"model": "acme-sql", "messages": []}', "messages"),
@@ -98,6 +99,16 @@ def test_a_malformed_body_is_400_and_names_the_field(server, body, param):
         )
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+
+
+def test_a_huge_body_is_413(server):
+    body = b'{"model": "' + b"a" * (20 << 20) + b'"}'
+    with server.http(server.key("acme")) as http:
+        answer = http.post(
+            "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+        )
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "request_too_large"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""The application as a whole, as far as it can be looked at without starting it."""
+
+import re
+
+import pytest
+from litestar import Litestar, get
+
+from gateway.app import create_app
+from gateway.auth import SCOPES, check_routes
+from gateway.settings import Settings, SettingsFault
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    return Settings(
+        database_app_url="postgresql+asyncpg://app:secret@localhost/manylora",
+        database_worker_url="postgresql+asyncpg://worker:secret@localhost/manylora",
+        engine_address=f"unix:{tmp_path / 'engine.sock'}",
+        engine_secret="the-engines-own",
+        pepper=bytes(32),
+        store_url="memory://",
+        data_dir=tmp_path,
+        host="127.0.0.1",
+        port=8000,
+        max_upload_bytes=1 << 20,
+        parent_pid=17,
+    )
+
+
+@pytest.fixture
+def app(settings) -> Litestar:
+    return create_app(settings)
+
+
+def test_settings_survive_the_way_through_the_environment(settings):
+    assert Settings.from_environment(settings.to_environment()) == settings
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MANYLORA_ENGINE", ""),
+        ("MANYLORA_PORT", "eighty"),
+        ("MANYLORA_PEPPER", "not hexadecimal"),
+        ("MANYLORA_PEPPER", "00"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(settings, variable, value):
+    with pytest.raises(SettingsFault, match=variable):
+        Settings.from_environment({**settings.to_environment(), variable: value})
+
+
+def test_every_route_of_the_api_is_documented_in_one_sentence(app):
+    for path, item in app.openapi_schema.to_schema()["paths"].items():
+        for method, operation in item.items():
+            assert re.match(r"[A-Z].{5,80}$", operation["summary"]), (method, path)
+            assert operation["tags"], (method, path)
+
+
+def test_a_route_that_names_no_scope_stops_the_start():
+    @get("/silent")
+    async def silent() -> None: ...
+
+    with pytest.raises(AssertionError, match="/silent"):
+        check_routes(Litestar([silent]))
+
+
+def test_only_health_documents_and_static_files_need_no_key(app):
+    public = {
+        route.path
+        for route in app.routes
+        for handler in getattr(route, "route_handlers", [])
+        if handler.opt.get("scope") not in SCOPES and handler.http_methods != {"OPTIONS"}
+    }
+    assert {path.split("/")[1] for path in public} == {"health", "docs", "static"}
