@@ -1,14 +1,15 @@
 """The engine without its process: submit sequences, step, collect events.
 
-One thread calls it; only `wake` is called from others. Knows nothing of workers, frames or text.
+One thread calls it, but for `prefetch`; `wake` is called from others. Knows nothing of workers,
+frames or text.
 """
 
 import logging
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -172,15 +173,18 @@ class EngineCore:
             resident_adapters=self._slots.resident,
         )
 
+    def prefetch(self, adapter_digest: str) -> None:
+        """Bring an adapter's files near, so that a probe needs not wait for them. From any thread.
+
+        Raises ProbeError where they can't be had.
+        """
+        with self._fetched(adapter_digest):
+            pass
+
     def probe(self, adapter_digest: str) -> ProbeReport:
         """Blocks for a few forward passes. Raises ProbeError where the adapter can't be had."""
-        try:
-            with self._adapter_source.fetch(adapter_digest) as folder:
-                return self._examine(folder, adapter_digest)
-        except Exception as error:
-            logger.warning("probe_failed", extra={"digest": adapter_digest}, exc_info=True)
-            reason = _unavailable(adapter_digest, error)
-            raise ProbeError(str(reason), is_retryable=reason.is_retryable) from error
+        with self._fetched(adapter_digest) as folder:
+            return self._examine(folder, adapter_digest)
 
     def check_integrity(self) -> None:
         """Asserts that no block, slot or count has leaked."""
@@ -214,6 +218,16 @@ class EngineCore:
             else:
                 slot = self._slots.set_resident(result.digest)
                 self._loaded.bank.install(slot, result.outcome)
+
+    @contextmanager
+    def _fetched(self, digest: str) -> Iterator[Path]:
+        try:
+            with self._adapter_source.fetch(digest) as folder:
+                yield folder
+        except Exception as error:
+            logger.warning("probe_failed", extra={"digest": digest}, exc_info=True)
+            reason = _unavailable(digest, error)
+            raise ProbeError(str(reason), is_retryable=reason.is_retryable) from error
 
     def _examine(self, folder: Path, digest: str) -> ProbeReport:
         bank, slot = self._loaded.bank, self._probe_slot

@@ -32,6 +32,7 @@ class Core(Protocol):
     def step(self) -> list[StepEvent]: ...
     def hold_back(self, owner: str, *, held: bool) -> None: ...
     def status(self) -> CoreStatus: ...
+    def prefetch(self, adapter_digest: str) -> None: ...
     def probe(self, adapter_digest: str) -> ProbeReport: ...
 
 
@@ -86,6 +87,8 @@ class EngineWorker:
 
     async def probe(self, adapter_digest: str) -> ProbeReport:
         """Holds up all steps while it runs. Raises ProbeError, EngineStopped."""
+        # The store may be far: steps go on while the files come.
+        await asyncio.to_thread(self._core.prefetch, adapter_digest)
         return await self._ask(lambda: self._core.probe(adapter_digest))
 
     async def stop(self) -> None:

@@ -86,6 +86,8 @@ class EchoCore:
     def status(self) -> CoreStatus:
         return CoreStatus(len(self.running), 0, 100, 90, ("ab" * 32,))
 
+    def prefetch(self, adapter_digest: str) -> None: ...
+
     def probe(self, adapter_digest: str) -> ProbeReport:
         assert not self.must_fail, "told to fail"
         if adapter_digest != "ab" * 32:
