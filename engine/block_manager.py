@@ -37,11 +37,8 @@ class BlockManager:
 
     def num_missing_blocks(self, sequence: Sequence) -> int:
         """How many free blocks `sequence` would take for all tokens that it has now."""
-        num_missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
-        if sequence.block_table:
-            return num_missing
-        shared = self._cached_blocks(sequence)
-        return num_missing - sum(self._num_references[block] > 0 for block in shared)
+        shared = [] if sequence.block_table else self._cached_blocks(sequence)
+        return self._num_missing(sequence, shared)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a sequence without blocks all that it needs, or nothing at all and False.
@@ -49,9 +46,10 @@ class BlockManager:
         Blocks that hold its beginning already are among them; their tokens count as computed.
         """
         assert not sequence.block_table, "admitted twice"
-        if self.num_missing_blocks(sequence) > len(self._free):
+        shared = self._cached_blocks(sequence)
+        if self._num_missing(sequence, shared) > len(self._free):
             return False
-        for block in self._cached_blocks(sequence):
+        for block in shared:
             self._num_references[block] += 1
             self._free.pop(block, None)
             sequence.block_table.append(block)
@@ -62,7 +60,7 @@ class BlockManager:
 
     def grow(self, sequence: Sequence) -> bool:
         """Give `sequence` fresh blocks for its further tokens, or nothing at all and False."""
-        num_missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        num_missing = self._num_missing(sequence, [])
         if num_missing > len(self._free):
             return False
         for _ in range(num_missing):
@@ -112,6 +110,11 @@ class BlockManager:
         unused = [block for block in range(1, self.num_blocks + 1) if not expected[block]]
         assert sorted(self._free) == unused, "a block is lost, or free twice"
         assert {name: block for block, name in self._hash_of.items()} == self._block_of
+
+    def _num_missing(self, sequence: Sequence, shared: list[int]) -> int:
+        """Without those of `shared` that others use already; the rest of it lies among the free."""
+        num_missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        return num_missing - sum(self._num_references[block] > 0 for block in shared)
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """The longest known beginning. The last token is left out: its logits are wanted."""
