@@ -41,15 +41,18 @@ class EngineConfig:
     kv_memory_bytes: int | None = None
     # Share of the device's memory that model, adapters and KV cache may fill (CUDA only).
     gpu_memory_utilization: float = 0.9
-    # Most adapters on the device at once, and the largest rank of any module of one.
+    # Most adapters on the device at once, 0 for the base model alone, and the largest rank of any
+    # module of one.
     max_loras: int = 8
     max_lora_rank: int = 64
     # CPU threads of the computation; None takes all cores.
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "block_size", "max_loras", "max_lora_rank"):
+        for name in ("max_num_seqs", "block_size", "max_lora_rank"):
             _require_positive(name, getattr(self, name))
+        if self.max_loras < 0:
+            raise ConfigurationError(f"max_loras must be at least 0: {self.max_loras}")
         for name in (
             "max_model_len",
             "max_num_batched_tokens",

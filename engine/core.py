@@ -30,9 +30,9 @@ from engine.errors import (
     ProbeError,
 )
 from engine.model import loader, lora
-from engine.model.attention import KVCache
 from engine.model.loader import LoadedModel
 from engine.model.lora import PreparedAdapter
+from engine.model.memory import DeviceMemory
 from engine.protocol import ProbeReport, SamplingParams
 from engine.runner import Runner
 from engine.scheduler import Scheduler
@@ -96,13 +96,13 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=_step_tokens(config, loaded.device),
         )
-        cache = KVCache(
+        memory = DeviceMemory(
             loaded.layers,
             num_blocks=num_blocks,
             block_size=config.block_size,
             device=loaded.device,
         )
-        self._runner = Runner(loaded, cache)
+        self._runner = Runner(loaded, memory)
         # A step found nothing to run, and nothing has changed since.
         self._is_stalled = False
 
@@ -217,7 +217,7 @@ class EngineCore:
                 self._scheduler.fail_waiting_for(result.digest, result.outcome)
             else:
                 slot = self._slots.set_resident(result.digest)
-                self._loaded.bank.install(slot, result.outcome)
+                self._loaded.bank.install(slot, result.outcome, memory=result.outcome.values)
 
     @contextmanager
     def _fetched(self, digest: str) -> Iterator[Path]:
@@ -231,7 +231,8 @@ class EngineCore:
 
     def _examine(self, folder: Path, digest: str) -> ProbeReport:
         bank, slot = self._loaded.bank, self._probe_slot
-        bank.install(slot, self._prepare(folder))
+        adapter = self._prepare(folder)
+        bank.install(slot, adapter, memory=adapter.values.to(self._loaded.device))
         try:
             return probe.examine(
                 folder, digest, slot=slot, loaded=self._loaded, runner=self._runner

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine import batch as batches
-from engine.model.attention import KVCache
 from engine.model.loader import LoadedModel
 from engine.model.lora import LoraLinear
+from engine.model.memory import DeviceMemory
 from engine.protocol import ProbeReport
 from engine.runner import Runner
 from engine.scheduler import ScheduledSequence
@@ -97,18 +97,18 @@ def _prompts(vocab_size: int) -> list[list[int]]:
 
 
 def _logits(prompts: list[list[int]], *, slot: int, loaded: LoadedModel, runner: Runner) -> Tensor:
-    """[num_prompts, vocab_size] of the last tokens, over a cache that is thrown away."""
+    """[num_prompts, vocab_size] of the last tokens, over memory that is thrown away."""
     scheduled, num_blocks = [], 0
     for prompt in prompts:
         table = [num_blocks + 1 + i for i in range(-(-len(prompt) // BLOCK_SIZE))]
         num_blocks += len(table)
         sequence = Sequence.unowned(prompt, block_table=table, slot=slot)
         scheduled.append(ScheduledSequence(sequence, len(prompt), is_sampled=True))
-    cache = KVCache(
+    memory = DeviceMemory(
         loaded.layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, device=loaded.device
     )
     batch = batches.build(scheduled, block_size=BLOCK_SIZE, device=loaded.device)
-    return runner.run(batch, cache=cache)
+    return runner.run(batch, memory=memory)
 
 
 def _hook(name: str, delta: _Delta, findings: _Findings) -> Any:

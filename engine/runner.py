@@ -1,6 +1,6 @@
 """Run the model over a batch.
 
-Knows the model, its cache and its adapters. Knows nothing of why these rows, or what becomes of
+Knows the model, its memory and its adapters. Knows nothing of why these rows, or what becomes of
 their logits.
 """
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.kernels.cpu import plan_lora
-from engine.model.attention import KVCache, forward
+from engine.kernels.dense import adapted_runs
+from engine.model.attention import forward
 from engine.model.loader import LoadedModel
+from engine.model.memory import DeviceMemory, block_elements
 
 MEMINFO = Path("/proc/meminfo")
 # On CPU the cache shares memory with everything else on the machine.
@@ -24,22 +25,25 @@ CUDA_RESERVE_BYTES = 1024**3
 
 
 class Runner:
-    """Owns the KV cache."""
+    """Runs steps over one piece of device memory."""
 
-    def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
+    def __init__(self, loaded: LoadedModel, memory: DeviceMemory) -> None:
         self._loaded = loaded
-        self._cache = cache
+        self._memory = memory
 
     @torch.inference_mode()
-    def run(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
+    def run(self, batch: Batch, *, memory: DeviceMemory | None = None) -> Tensor:
         """[num_sampled, vocab_size] float32: the logits of the batch's `logit_rows`.
 
-        `cache` takes the place of the runner's own, for batches that are nobody's sequences.
+        `memory` takes the place of the runner's own, for batches that are nobody's sequences.
         """
-        bank = self._loaded.bank
-        bank.plan = plan_lora(batch)
+        model, bank, kernels = self._loaded.model, self._loaded.bank, self._loaded.kernels
+        # Without an adapter in the batch the base model runs as if there were none at all.
+        bank.plan = kernels.plan_lora(batch, bank.weights) if adapted_runs(batch) else None
         try:
-            return forward(self._loaded.model, batch, cache or self._cache)
+            return forward(
+                model, batch, memory=memory or self._memory, plan=kernels.plan_attention(batch)
+            )
         finally:
             bank.plan = None
 
@@ -56,7 +60,7 @@ def num_blocks_that_fit(
     """As many blocks as the memory allows, and not more than all sequences at full length need."""
     if kv_memory_bytes is None:
         kv_memory_bytes = _memory_for_cache(loaded.device, gpu_memory_utilization, lora_bytes)
-    block_bytes = block_size * sum(layer.bytes_per_token for layer in loaded.layers)
+    block_bytes = block_elements(loaded.layers, block_size=block_size) * loaded.dtype.itemsize
     num_useful = max_num_seqs * -(-loaded.max_model_len // block_size)
     return min(kv_memory_bytes // block_bytes, num_useful)
 

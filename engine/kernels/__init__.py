@@ -1,5 +1,6 @@
 """The operations that a step needs beside the model's own layers.
 
-`reference` defines each of them in plain torch, as slowly as it likes; `cpu` computes the same in
-few, large operations. Knows tensors. Knows nothing of sequences or of the model's modules.
+`reference` defines each of them in plain torch, as slowly as it likes; `dense` computes the same in
+torch calls on any device, `cpu` in compiled loops; `choice` picks. Knows tensors. Knows nothing of
+sequences or of the model's modules.
 """

@@ -1,299 +1,498 @@
-"""The operations in few, large torch calls: chosen for CPUs, right on every device.
+"""Compiled loops for what torch has no single call for: many adapters, many short contexts.
 
-A plan is computed once per step, from the batch alone, and shared by all layers.
+Decoding rows come one per sequence, with an adapter and a context of its own each. These loops read
+every weight and every cached position once, in place, in float32, on torch's own threads. Knows
+addresses and sizes. Knows nothing of sequences, slots' owners or layers.
 """
 
-from dataclasses import dataclass
+import ctypes
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import numba
+import numpy as np
 import torch
+from llvmlite import binding
+from numba import types
+from numba.extending import intrinsic
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
 
 from engine.batch import Batch, SlotRun
-from engine.sequence import NO_ADAPTER
+from engine.kernels import threads
+from engine.kernels.dense import DenseAttention, DenseLora, adapted_runs
+from engine.kernels.slot_weights import SlotWeights
 
-# Rows of one adapter that are worth a GEMM of their own: fewer share one, masked, with neighbours.
-MIN_ROWS_ALONE = 32
-# Unused columns that cost less than one more GEMM call.
-MAX_WASTED_COLUMNS = 32
-# A decoding neighbour may have this many times the context before it stops sharing a call.
-MAX_PADDING_FACTOR = 2
+Function = TypeVar("Function", bound=Callable[..., Any])
+Call = np.ndarray[tuple[int, ...], np.dtype[np.void]]
+
+# Sums may be taken in any order, as in every GEMM; NaN and infinities keep their meaning.
+_FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
+_FLOAT = types.CPointer(types.float32)
+_INT = types.CPointer(types.int64)
+# Records of int64: addresses of float32 or int64, sizes in elements.
+_LORA_CALL = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("x", "out", "in_features", "out_features"),
+            # [num_slots, 3]: addresses of lora_A and lora_B, rank
+            "table",
+            # [num_groups, 3]: first row, end, slot
+            *("groups", "num_groups"),
+            # [num_rows, max_rank]
+            *("shrunk", "max_rank"),
+        )
+    ]
+)
+_ATTENTION_CALL = np.dtype(
+    [
+        *(
+            (name, np.int64)
+            for name in (
+                *("query", "query_row", "query_head"),
+                *("new_keys", "new_key_row", "new_key_head"),
+                *("new_values", "new_value_row", "new_value_head"),
+                *("keys", "values", "block_stride", "block_size"),
+                *("out", "num_rows", "num_kv_heads", "group", "key_dim", "value_dim"),
+                # [num_rows, table_width], [num_rows]; a window of 0 is none
+                *("tables", "table_width", "contexts", "window"),
+                # [num_threads, group, max_context]
+                *("scores", "max_context"),
+            )
+        ),
+        ("scaling", np.float32),
+        # 0 is none
+        ("softcap", np.float32),
+    ],
+    align=True,
+)
+# A thread's share of the columns begins with a line of the cache.
+_LINE = 16
+# Rows of one adapter that are worth a GEMM of their own.
+MIN_ROWS_OF_GEMM = 32
+
+_runtime = threads.find_runtime()
+if _runtime is None:
+    raise ImportError("torch's threads cannot be reached here")
+for _symbol in ("GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads"):
+    binding.add_symbol(_symbol, threads.address_of(_runtime, _symbol))
+_barrier: Any = types.ExternalFunction("GOMP_barrier", types.void())
+_thread_index: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
+_thread_count: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
+_parallel = _runtime.GOMP_parallel
+_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+_parallel.restype = None
 
 
-# Attention
+def _inlined(function: Function) -> Function:
+    compiled: Function = numba.njit(fastmath=_FAST_MATH, cache=True, error_model="numpy")(function)
+    return compiled
 
 
-@dataclass(slots=True)
-class _Group:
-    """Sequences with equally many new tokens, attended in one call."""
-
-    first_row: int
-    num_seqs: int
-    num_queries: int
-    # [num_seqs] int64
-    context_lens: Tensor
-    max_context: int
-    is_ragged: bool
-    # [num_seqs * max_context] int64 rows of the flattened cache; past a context: the null block
-    gather_rows: Tensor
-    # By sliding window; filled by the first layer that has such a window
-    masks: dict[int | None, Tensor | None]
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first_row, self.first_row + self.num_seqs * self.num_queries)
+def _loop(function: Callable[[Any], None], call: np.dtype[np.void]) -> Any:
+    """`function` as threads call it, all with the address of the same `call`."""
+    signature = types.void(types.CPointer(numba.from_dtype(call)))
+    return numba.cfunc(signature, fastmath=_FAST_MATH, cache=True, error_model="numpy")(function)
 
 
-class AttentionPlan:
-    """Where each new token's keys and values go, and which positions it sees."""
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _floats(_: Any, address: Any) -> Any:
+    """A pointer to the float32 at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(_FLOAT))
+
+    return _FLOAT(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _ints(_: Any, address: Any) -> Any:
+    """A pointer to the int64 at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(_INT))
+
+    return _INT(types.int64), generate
+
+
+# Sums over neighbouring floats
+
+
+@_inlined
+def _dot(a: Any, b: Any, n: Any) -> Any:
+    total = np.float32(0)
+    for i in range(n):
+        total += a[i] * b[i]
+    return total
+
+
+@_inlined
+def _four_dots(a: Any, b: Any, stride: Any, n: Any, out: Any, out_stride: Any) -> None:
+    """out[k · out_stride] = a · b[k · stride :], k below 4: `a` is read once for all."""
+    total0 = total1 = total2 = total3 = np.float32(0)
+    for i in range(n):
+        value = a[i]
+        total0 += value * b[i]
+        total1 += value * b[stride + i]
+        total2 += value * b[2 * stride + i]
+        total3 += value * b[3 * stride + i]
+    out[0] = total0
+    out[out_stride] = total1
+    out[2 * out_stride] = total2
+    out[3 * out_stride] = total3
+
+
+@_inlined
+def _add_scaled(out: Any, factor: Any, b: Any, n: Any) -> None:
+    for i in range(n):
+        out[i] += factor * b[i]
+
+
+@_inlined
+def _add_four_scaled(out: Any, factors: Any, b: Any, stride: Any, n: Any) -> None:
+    """out += factors[k] · b[k · stride :], k below 4: `out` is written once for all."""
+    factor0, factor1, factor2, factor3 = factors[0], factors[1], factors[2], factors[3]
+    for i in range(n):
+        out[i] += (
+            factor0 * b[i]
+            + factor1 * b[stride + i]
+            + factor2 * b[2 * stride + i]
+            + factor3 * b[3 * stride + i]
+        )
+
+
+# LoRA
+#
+# shrunk[t] = lora_A[slot(t)] · x[t];   out[t] += lora_B[slot(t)]ᵀ · shrunk[t]
+
+
+@_inlined
+def _shrink(x: Any, width: Any, lora_A: Any, first: Any, end: Any, out: Any, ld: Any) -> None:
+    """One row of lora_A with rows first..end of x: one entry of each row of `out`, `ld` apart."""
+    row = first
+    while row + 4 <= end:
+        _four_dots(
+            lora_A, _floats(x + 4 * row * width), width, width, _floats(out + 4 * row * ld), ld
+        )
+        row += 4
+    while row < end:
+        _floats(out + 4 * row * ld)[0] = _dot(lora_A, _floats(x + 4 * row * width), width)
+        row += 1
+
+
+@_inlined
+def _expand(
+    out: Any, width: Any, num: Any, lora_B: Any, rank: Any, first: Any, end: Any, s: Any, ld: Any
+) -> None:
+    """Add to the first `num` columns of rows first..end of `out`."""
+    r = 0
+    while r + 4 <= rank:
+        panel = _floats(lora_B + 4 * r * width)
+        for row in range(first, end):
+            factors = _floats(s + 4 * (row * ld + r))
+            _add_four_scaled(_floats(out + 4 * row * width), factors, panel, width, num)
+        r += 4
+    while r < rank:
+        panel = _floats(lora_B + 4 * r * width)
+        for row in range(first, end):
+            factor = _floats(s + 4 * (row * ld + r))[0]
+            _add_scaled(_floats(out + 4 * row * width), factor, panel, num)
+        r += 1
+
+
+def _lora(pointer: Any) -> None:
+    """All threads at once: first they share the rows of all lora_A, then the columns of `out`."""
+    thread, num_threads = _thread_index(), _thread_count()
+    call = numba.carray(pointer, 1)[0]
+    table, groups = _ints(call.table), _ints(call.groups)
+    total_rank = 0
+    for g in range(call.num_groups):
+        total_rank += table[3 * groups[3 * g + 2] + 2]
+    share_first = total_rank * thread // num_threads
+    share_end = total_rank * (thread + 1) // num_threads
+    before = 0
+    for g in range(call.num_groups):
+        entry = 3 * groups[3 * g + 2]
+        rank = table[entry + 2]
+        for r in range(max(share_first - before, 0), min(share_end - before, rank)):
+            lora_A = _floats(table[entry] + 4 * r * call.in_features)
+            first, end = groups[3 * g], groups[3 * g + 1]
+            _shrink(
+                call.x, call.in_features, lora_A, first, end, call.shrunk + 4 * r, call.max_rank
+            )
+        before += rank
+    _barrier()
+    num_lines = (call.out_features + _LINE - 1) // _LINE
+    column = num_lines * thread // num_threads * _LINE
+    column_end = min(num_lines * (thread + 1) // num_threads * _LINE, call.out_features)
+    for g in range(call.num_groups):
+        entry = 3 * groups[3 * g + 2]
+        _expand(
+            call.out + 4 * column,
+            call.out_features,
+            column_end - column,
+            table[entry + 1] + 4 * column,
+            table[entry + 2],
+            groups[3 * g],
+            groups[3 * g + 1],
+            call.shrunk,
+            call.max_rank,
+        )
+
+
+# Attention of one query per sequence
+#
+# out[t, h] = softmax(softcap(q[t, h] · Kᵀ · scaling)) · V, K and V of the sequence's blocks
+
+
+@_inlined
+def _softmax(scores: Any, num: Any) -> Any:
+    """scores = exp(scores - their largest); gives the sum to divide by."""
+    largest = scores[0]
+    for i in range(1, num):
+        largest = max(largest, scores[i])
+    total = np.float32(0)
+    for i in range(num):
+        scores[i] = math.exp(scores[i] - largest)
+        total += scores[i]
+    return total
+
+
+@_inlined
+def _score(q: Any, keys: Any, stride: Any, num: Any, dim: Any, out: Any) -> None:
+    """out[i] = q · keys[i · stride :] for `num` positions of one block."""
+    i = 0
+    while i + 4 <= num:
+        _four_dots(q, _floats(keys + 4 * i * stride), stride, dim, _floats(out + 4 * i), 1)
+        i += 4
+    while i < num:
+        _floats(out + 4 * i)[0] = _dot(q, _floats(keys + 4 * i * stride), dim)
+        i += 1
+
+
+@_inlined
+def _mix(out: Any, weights: Any, values: Any, stride: Any, num: Any, dim: Any) -> None:
+    """out += weights[i] · values[i · stride :] for `num` positions of one block."""
+    i = 0
+    while i + 4 <= num:
+        panel = _floats(values + 4 * i * stride)
+        _add_four_scaled(out, _floats(weights + 4 * i), panel, stride, dim)
+        i += 4
+    while i < num:
+        weight = _floats(weights + 4 * i)[0]
+        _add_scaled(out, weight, _floats(values + 4 * i * stride), dim)
+        i += 1
+
+
+@_inlined
+def _store(call: Any, row: Any, kv_head: Any) -> None:
+    """Put the new position's key and value into the cache."""
+    last = _ints(call.contexts)[row] - 1
+    block = _ints(call.tables)[row * call.table_width + last // call.block_size]
+    place = (last % call.block_size) * call.num_kv_heads + kv_head
+    key = _floats(call.keys + 4 * (block * call.block_stride + place * call.key_dim))
+    new = _floats(call.new_keys + 4 * (row * call.new_key_row + kv_head * call.new_key_head))
+    for i in range(call.key_dim):
+        key[i] = new[i]
+    value = _floats(call.values + 4 * (block * call.block_stride + place * call.value_dim))
+    new = _floats(call.new_values + 4 * (row * call.new_value_row + kv_head * call.new_value_head))
+    for i in range(call.value_dim):
+        value[i] = new[i]
+
+
+@_inlined
+def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
+    """One row and one key head; `scores`: [group, max_context] of this thread."""
+    table, context = _ints(call.tables + 8 * row * call.table_width), _ints(call.contexts)[row]
+    first = max(context - call.window, 0) if call.window > 0 else 0
+    out = call.out + 4 * (row * call.num_kv_heads + kv_head) * call.group * call.value_dim
+    query = call.query + 4 * (row * call.query_row + kv_head * call.group * call.query_head)
+    start = first
+    while start < context:
+        block = start // call.block_size
+        end = min((block + 1) * call.block_size, context)
+        place = (start % call.block_size) * call.num_kv_heads + kv_head
+        keys = call.keys + 4 * (table[block] * call.block_stride + place * call.key_dim)
+        for member in range(call.group):
+            _score(
+                _floats(query + 4 * member * call.query_head),
+                keys,
+                call.num_kv_heads * call.key_dim,
+                end - start,
+                call.key_dim,
+                scores + 4 * (member * call.max_context + start - first),
+            )
+        start = end
+    for member in range(call.group):
+        own = _floats(scores + 4 * member * call.max_context)
+        for i in range(context - first):
+            own[i] *= call.scaling
+        if call.softcap > 0:
+            for i in range(context - first):
+                own[i] = call.softcap * math.tanh(own[i] / call.softcap)
+        total = _softmax(own, context - first)
+        for i in range(context - first):
+            own[i] /= total
+        result = _floats(out + 4 * member * call.value_dim)
+        for i in range(call.value_dim):
+            result[i] = 0
+    start = first
+    while start < context:
+        block = start // call.block_size
+        end = min((block + 1) * call.block_size, context)
+        place = (start % call.block_size) * call.num_kv_heads + kv_head
+        values = call.values + 4 * (table[block] * call.block_stride + place * call.value_dim)
+        for member in range(call.group):
+            _mix(
+                _floats(out + 4 * member * call.value_dim),
+                scores + 4 * (member * call.max_context + start - first),
+                values,
+                call.num_kv_heads * call.value_dim,
+                end - start,
+                call.value_dim,
+            )
+        start = end
+
+
+def _attention(pointer: Any) -> None:
+    """Each thread takes (row, key head) pairs of about equal cost: contexts differ."""
+    thread, num_threads = _thread_index(), _thread_count()
+    call = numba.carray(pointer, 1)[0]
+    contexts = _ints(call.contexts)
+    total = 0
+    for row in range(call.num_rows):
+        total += contexts[row] * call.num_kv_heads
+    share_first = total * thread // num_threads
+    share_end = total * (thread + 1) // num_threads
+    before = 0
+    scores = call.scores + 4 * thread * call.group * call.max_context
+    for row in range(call.num_rows):
+        for kv_head in range(call.num_kv_heads):
+            if share_first <= before < share_end:
+                _store(call, row, kv_head)
+                _attend(call, row, kv_head, scores)
+            before += contexts[row]
+
+
+_LORA = _loop(_lora, _LORA_CALL)
+_ATTENTION = _loop(_attention, _ATTENTION_CALL)
+
+
+def _run(loop: Any, call: Call) -> None:
+    _parallel(loop.address, call.ctypes.data, torch.get_num_threads(), 0)
+
+
+# Plans
+
+
+class CompiledLora:
+    """As `DenseLora`; adapters with few rows share one loop, long runs get GEMMs of their own."""
+
+    def __init__(self, batch: Batch, weights: SlotWeights) -> None:
+        runs = adapted_runs(batch)
+        few = [run for run in runs if run.end - run.start < MIN_ROWS_OF_GEMM]
+        self._weights = weights
+        self._long = DenseLora([run for run in runs if run not in few], weights)
+        self._call = np.zeros(1, dtype=_LORA_CALL)
+        # Neighbours in memory as long as this plan lives.
+        self._groups = np.array([(r.start, r.end, r.slot) for r in few], dtype=np.int64)
+        self._shrunk = torch.empty(batch.num_tokens, max(1, _largest_rank(few, weights)))
+        call = self._call[0]
+        call["groups"], call["num_groups"] = self._groups.ctypes.data, len(few)
+        call["shrunk"], call["max_rank"] = self._shrunk.data_ptr(), self._shrunk.shape[1]
+        self._record = call
+
+    def add(self, out: Tensor, x: Tensor, *, module: int) -> None:
+        """As `DenseLora.add`; both are contiguous."""
+        self._long.add(out, x, module=module)
+        if not len(self._groups):
+            return
+        assert x.is_contiguous()
+        assert out.is_contiguous()
+        call = self._record
+        call["x"], call["out"] = x.data_ptr(), out.data_ptr()
+        call["in_features"], call["out_features"] = x.shape[1], out.shape[1]
+        call["table"] = self._weights.table[module].ctypes.data
+        _run(_LORA, self._call)
+
+
+def _largest_rank(runs: list[SlotRun], weights: SlotWeights) -> int:
+    return max((weights.max_rank(run.slot) for run in runs), default=0)
+
+
+class CompiledAttention:
+    """As `DenseAttention`; decoding rows are attended in place, one loop for all of them."""
 
     def __init__(self, batch: Batch) -> None:
-        self._cache_rows = batch.cache_rows
-        self._groups = [_group(batch, first, end) for first, end in _group_bounds(batch)]
-
-    def write_kv(self, cache: Tensor, new: Tensor) -> None:
-        """As `reference.write_kv`."""
-        cache.flatten(0, 1).index_copy_(0, self._cache_rows, new)
+        # Its tables and contexts are read by address.
+        self._batch = batch
+        self._num_decodes = batch.num_decodes
+        has_prefills = batch.num_decodes < len(batch.host_context_lens)
+        self._prefills = (
+            DenseAttention(batch, first_seq=batch.num_decodes) if has_prefills else None
+        )
+        self._max_context = max(batch.host_context_lens[: batch.num_decodes], default=0)
+        self._call = np.zeros(1, dtype=_ATTENTION_CALL)
+        call = self._call[0]
+        call["num_rows"], call["block_size"] = batch.num_decodes, batch.block_size
+        call["tables"], call["table_width"] = (
+            batch.block_tables.data_ptr(),
+            batch.block_tables.shape[1],
+        )
+        call["contexts"], call["max_context"] = batch.context_lens.data_ptr(), self._max_context
+        self._record = call
+        # [num_threads, group, max_context], flat; filled by the first layer.
+        self._scores = torch.empty(0)
 
     def attend(
         self,
         query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
         key_cache: Tensor,
         value_cache: Tensor,
-        *,
+        out: Tensor,
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
-    ) -> Tensor:
-        """As `reference.paged_attention`."""
-        outputs = [
-            _attend_group(
-                group,
-                query[group.rows].view(group.num_seqs, group.num_queries, *query.shape[1:]),
-                _gather(key_cache, group),
-                _gather(value_cache, group),
+    ) -> None:
+        """As `DenseAttention.attend`."""
+        if self._prefills is not None:
+            self._prefills.attend(
+                query,
+                key,
+                value,
+                key_cache=key_cache,
+                value_cache=value_cache,
+                out=out,
                 scaling=scaling,
                 sliding_window=sliding_window,
                 softcap=softcap,
             )
-            for group in self._groups
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if not self._num_decodes:
+            return
+        assert query.stride(2) == key.stride(2) == value.stride(2) == 1
+        assert out.is_contiguous()
+        num_kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+        num_scores = torch.get_num_threads() * group * self._max_context
+        if len(self._scores) < num_scores:
+            self._scores = torch.empty(num_scores)
+        call = self._record
+        call["query"], call["query_row"], call["query_head"] = _place(query)
+        call["new_keys"], call["new_key_row"], call["new_key_head"] = _place(key)
+        call["new_values"], call["new_value_row"], call["new_value_head"] = _place(value)
+        call["keys"], call["values"] = key_cache.data_ptr(), value_cache.data_ptr()
+        call["block_stride"] = key_cache.stride(0)
+        call["out"], call["num_kv_heads"], call["group"] = out.data_ptr(), num_kv_heads, group
+        call["key_dim"], call["value_dim"] = key.shape[2], value.shape[2]
+        call["window"] = sliding_window or 0
+        call["scores"] = self._scores.data_ptr()
+        call["scaling"], call["softcap"] = scaling, softcap or 0.0
+        _run(_ATTENTION, self._call)
 
 
-def _group_bounds(batch: Batch) -> list[tuple[int, int]]:
-    """Sequences first..end of each group: decodes by similar context, prefills one by one."""
-    contexts = batch.host_context_lens
-    bounds: list[tuple[int, int]] = []
-    first = 0
-    for index in range(1, batch.num_decodes + 1):
-        is_last = index == batch.num_decodes
-        if is_last or contexts[index] > MAX_PADDING_FACTOR * (contexts[first] + batch.block_size):
-            bounds.append((first, index))
-            first = index
-    return bounds + [(i, i + 1) for i in range(batch.num_decodes, len(contexts))]
-
-
-def _group(batch: Batch, first: int, end: int) -> _Group:
-    contexts = batch.host_context_lens[first:end]
-    max_context, size = max(contexts), batch.block_size
-    lens = batch.context_lens[first:end]
-    positions = torch.arange(max_context, device=lens.device)
-    rows = batch.block_tables[first:end, positions // size] * size + positions % size
-    rows = rows.masked_fill_(positions >= lens[:, None], 0)
-    return _Group(
-        first_row=batch.query_starts[first],
-        num_seqs=end - first,
-        num_queries=batch.query_starts[first + 1] - batch.query_starts[first],
-        context_lens=lens,
-        max_context=max_context,
-        is_ragged=min(contexts) != max_context,
-        gather_rows=rows.flatten(),
-        masks={},
-    )
-
-
-def _gather(cache: Tensor, group: _Group) -> Tensor:
-    """[num_seqs, num_kv_heads, max_context, head_dim]"""
-    flat = cache.view(-1, cache.shape[2] * cache.shape[3])
-    picked = torch.index_select(flat, 0, group.gather_rows)
-    shape = (group.num_seqs, group.max_context, cache.shape[2], cache.shape[3])
-    return picked.view(shape).transpose(1, 2)
-
-
-def _attend_group(
-    group: _Group,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    scaling: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """query: [num_seqs, num_queries, num_heads, head_dim]; gives [rows, num_heads, value_dim]."""
-    query = query.transpose(1, 2)
-    is_causal = group.num_queries == group.max_context and sliding_window is None
-    if softcap is None:
-        mask = None if is_causal else _mask(group, sliding_window)
-        out = scaled_dot_product_attention(
-            query, keys, values, mask, is_causal=is_causal, scale=scaling, enable_gqa=True
-        )
-    else:
-        mask = _mask(group, sliding_window)
-        out = _capped_attention(query, keys, values, mask, scaling=scaling, softcap=softcap)
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _capped_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float,
-    softcap: float,
-) -> Tensor:
-    group = query.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
-    scores = (query @ keys.transpose(2, 3)).float() * scaling
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, dim=-1).to(values.dtype) @ values
-
-
-def _mask(group: _Group, sliding_window: int | None) -> Tensor | None:
-    """[num_seqs, 1, num_queries, max_context] bool, True where a query sees a position."""
-    if sliding_window not in group.masks:
-        group.masks[sliding_window] = _build_mask(group, sliding_window)
-    return group.masks[sliding_window]
-
-
-def _build_mask(group: _Group, sliding_window: int | None) -> Tensor | None:
-    reaches_all = sliding_window is None or sliding_window >= group.max_context
-    if group.num_queries == 1 and not group.is_ragged and reaches_all:
-        return None
-    device = group.context_lens.device
-    queries = torch.arange(-group.num_queries, 0, device=device) + group.context_lens[:, None]
-    positions = torch.arange(group.max_context, device=device)
-    mask = positions <= queries[:, :, None]
-    if sliding_window is not None:
-        mask &= positions > queries[:, :, None] - sliding_window
-    return mask[:, None]
-
-
-# LoRA
-
-# Which rows of a module's pooled lora_A and lora_B belong to which slot: (slot, first, end).
-Layout = tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """Rows of the batch times columns of the pool."""
-
-    rows: slice
-    columns: slice
-    # [rows, columns] bool, True where the column is another adapter's; None where none is
-    is_foreign: Tensor | None
-
-
-class LoraPlan:
-    """Which rows meet which adapters.
-
-    Long runs of one adapter get a GEMM of their own. Short ones share a GEMM over all their
-    adapters' columns, and what belongs to others is zeroed between shrink and expand: filled, not
-    multiplied, so that an overflow in one row can't reach another.
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        self.num_tokens = batch.num_tokens
-        self._device = batch.input_ids.device
-        self._run_groups = _run_groups(batch.slot_runs)
-        self._tiles: dict[Layout, list[_Tile]] = {}
-
-    def add(
-        self, out: Tensor, x: Tensor, *, lora_A: Tensor, lora_B: Tensor, layout: Layout
-    ) -> None:
-        """out += lora(x), as `reference.lora`.
-
-        x: [num_tokens, in_features]; out: [num_tokens, out_features], changed in place.
-        lora_A: [pool, in_features]; lora_B: [pool, out_features], transposed for the expand.
-        """
-        assert x.shape[0] == self.num_tokens, "a LoRA module must see every row of the batch"
-        tiles = self._tiles.get(layout)
-        if tiles is None:
-            tiles = self._tiles[layout] = self._build_tiles(layout)
-        for tile in tiles:
-            shrunk = linear(x[tile.rows], lora_A[tile.columns])
-            if tile.is_foreign is not None:
-                shrunk.masked_fill_(tile.is_foreign, 0)
-            out[tile.rows].addmm_(shrunk, lora_B[tile.columns])
-
-    def _build_tiles(self, layout: Layout) -> list[_Tile]:
-        columns_of = {slot: (first, end) for slot, first, end in layout}
-        tiles = []
-        for runs in self._run_groups:
-            rows = slice(runs[0].start, runs[-1].end)
-            slots = {run.slot for run in runs}
-            for first, end in _merge([columns_of[s] for s in slots if s in columns_of]):
-                is_foreign = None
-                if len(slots) > 1:
-                    is_foreign = self._foreign_mask(runs, columns_of, first=first, end=end)
-                tiles.append(_Tile(rows, slice(first, end), is_foreign))
-        return tiles
-
-    def _foreign_mask(
-        self,
-        runs: list[SlotRun],
-        columns_of: dict[int, tuple[int, int]],
-        *,
-        first: int,
-        end: int,
-    ) -> Tensor:
-        start = runs[0].start
-        mask = torch.ones(runs[-1].end - start, end - first, dtype=torch.bool)
-        for run in runs:
-            own_first, own_end = columns_of.get(run.slot, (0, 0))
-            if first <= own_first and own_end <= end:
-                own = slice(own_first - first, own_end - first)
-                mask[run.start - start : run.end - start, own] = False
-        return mask.to(self._device)
-
-
-def plan_lora(batch: Batch) -> LoraPlan | None:
-    """None when the base model answers all rows alone: then no LoRA operation runs."""
-    if all(run.slot == NO_ADAPTER for run in batch.slot_runs):
-        return None
-    return LoraPlan(batch)
-
-
-def _run_groups(runs: tuple[SlotRun, ...]) -> list[list[SlotRun]]:
-    """Long runs alone, short neighbours together, runs of the base model left out at the edges."""
-    groups: list[list[SlotRun]] = []
-    is_open = False
-    for run in runs:
-        is_long = run.end - run.start >= MIN_ROWS_ALONE
-        if run.slot == NO_ADAPTER and (is_long or not is_open):
-            is_open = False
-        elif is_open and not is_long:
-            groups[-1].append(run)
-        else:
-            groups.append([run])
-            is_open = not is_long
-    return groups
-
-
-def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges joined where the gap between two costs less than one more call."""
-    merged: list[tuple[int, int]] = []
-    for first, end in sorted(ranges):
-        if merged and first - merged[-1][1] <= MAX_WASTED_COLUMNS:
-            merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((first, end))
-    return merged
-
-
-__all__ = ["AttentionPlan", "Layout", "LoraPlan", "plan_lora"]
+def _place(states: Tensor) -> tuple[int, int, int]:
+    """Address, and strides of rows and heads."""
+    return states.data_ptr(), states.stride(0), states.stride(1)

@@ -1,21 +1,20 @@
-"""The attention function that transformers' models call, and the cache that it reads and writes.
+"""The attention function that transformers' models call.
 
 What it needs of a step travels as the forward keyword argument `paged`, through the model's own
-code; nothing is kept in globals. Knows layers and their caches. Knows nothing of sequences.
+code; nothing is kept in globals. Knows layers. Knows nothing of sequences.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from engine.batch import Batch
 from engine.errors import UnsupportedModel
-from engine.kernels.cpu import AttentionPlan
+from engine.kernels.choice import AttentionPlan
+from engine.model.memory import DeviceMemory, LayerShape
 
 ATTENTION_NAME = "manylora_paged"
 # What models pass along that changes nothing for one flat causal batch.
@@ -97,21 +96,6 @@ def _rows(states: Tensor) -> Tensor:
     return states[0].transpose(0, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What one layer keeps for each position."""
-
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    sliding_window: int | None
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
-
-
 class Recorder:
     """Attends to one fresh sequence without a cache, and notes each layer's shape."""
 
@@ -136,60 +120,38 @@ class Recorder:
         )[0].transpose(0, 1)
 
 
-class KVCache:
-    """Keys and values of all layers, in blocks; one more than `num_blocks`, for the null block."""
-
-    def __init__(
-        self,
-        layers: Iterable[LayerShape],
-        *,
-        num_blocks: int,
-        block_size: int,
-        device: torch.device,
-    ) -> None:
-        self.block_size = block_size
-        self.num_blocks = num_blocks
-        # Of each layer: [num_blocks + 1, block_size, num_kv_heads, head_dim]
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        for layer in layers:
-            shape = (num_blocks + 1, block_size, layer.num_kv_heads)
-            for caches, dim in ((self.keys, layer.key_dim), (self.values, layer.value_dim)):
-                # Not zeroed as a whole: the system gives a host's pages as blocks are first used.
-                cache = torch.empty(*shape, dim, dtype=layer.dtype, device=device)
-                # Padding reads the null block.
-                cache[0].zero_()
-                caches.append(cache)
-
-
 @dataclass(frozen=True, slots=True)
 class PagedStep:
-    """One step's plan over the cache."""
+    """One step's plan over the blocks."""
 
-    cache: KVCache
+    memory: DeviceMemory
     plan: AttentionPlan
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, call: LayerCall) -> Tensor:
-        keys, values = self.cache.keys[call.layer], self.cache.values[call.layer]
-        self.plan.write_kv(keys, key)
-        self.plan.write_kv(values, value)
-        return self.plan.attend(
+        out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+        self.plan.attend(
             query,
-            keys,
-            values,
+            key,
+            value,
+            key_cache=self.memory.keys[call.layer],
+            value_cache=self.memory.values[call.layer],
+            out=out,
             scaling=call.scaling,
             sliding_window=call.sliding_window,
             softcap=call.softcap,
         )
+        return out
 
 
-def forward(model: PreTrainedModel, batch: Batch, cache: KVCache) -> Tensor:
+def forward(
+    model: PreTrainedModel, batch: Batch, *, memory: DeviceMemory, plan: AttentionPlan
+) -> Tensor:
     """[num_sampled, vocab_size] float32: the logits of the batch's `logit_rows`."""
     logits: Tensor = model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
         logits_to_keep=batch.logit_rows,
-        paged=PagedStep(cache, AttentionPlan(batch)),
+        paged=PagedStep(memory, plan),
     ).logits
     return logits[0].float()

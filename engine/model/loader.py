@@ -18,9 +18,11 @@ from adapters.validate import BaseShape
 from engine import batch as batches
 from engine.config import DtypeName, EngineConfig
 from engine.errors import ConfigurationError, UnsupportedModel
+from engine.kernels.choice import Kernels, choose
 from engine.model import attention
-from engine.model.attention import KVCache, LayerShape, Recorder
+from engine.model.attention import Recorder
 from engine.model.lora import LoraBank
+from engine.model.memory import DeviceMemory, LayerShape
 from engine.scheduler import ScheduledSequence
 from engine.sequence import Sequence
 
@@ -39,6 +41,7 @@ CHECK_BLOCKS = 3
 class LoadedModel:
     model: PreTrainedModel
     bank: LoraBank
+    kernels: Kernels
     layers: tuple[LayerShape, ...]
     base_shape: BaseShape
     base_digest: str
@@ -61,13 +64,18 @@ def load(config: EngineConfig) -> LoadedModel:
     vocab_size = _vocab_size(model)
     prompts = _check_prompts(vocab_size)
     targets, expected = _run_eager(model, prompts)
-    bank = LoraBank()
-    bank.wrap(model, list(targets))
+    # One slot more than adapters: probes wait for nobody.
+    bank = LoraBank(targets, num_slots=config.max_loras + 1)
+    if config.max_loras:
+        bank.wrap(model)
+    kernels = choose(device, model.dtype)
     layers = _record_layers(model, prompts[0], text_config)
-    _compare(_run_paged(model, layers, prompts), expected, bound=LOGIT_BOUNDS[model.dtype])
+    found = _run_paged(model, layers, prompts, kernels)
+    _compare(found, expected, bound=LOGIT_BOUNDS[model.dtype])
     return LoadedModel(
         model=model,
         bank=bank,
+        kernels=kernels,
         layers=layers,
         base_shape=BaseShape(base_model=config.served_name, modules=targets),
         base_digest=base_digest,
@@ -245,7 +253,10 @@ def _check_windows(layers: tuple[LayerShape, ...], text_config: Any) -> None:
 
 @torch.inference_mode()
 def _run_paged(
-    model: PreTrainedModel, layers: tuple[LayerShape, ...], prompts: list[list[int]]
+    model: PreTrainedModel,
+    layers: tuple[LayerShape, ...],
+    prompts: list[list[int]],
+    kernels: Kernels,
 ) -> list[Tensor]:
     """The last logits of each prompt, over two mixed steps and scattered blocks."""
     # Odd blocks and even ones, backwards.
@@ -253,21 +264,23 @@ def _run_paged(
         Sequence.unowned(prompt, block_table=list(range(2 * CHECK_BLOCKS - parity, 0, -2)))
         for parity, prompt in enumerate(prompts)
     ]
-    num_blocks = 2 * CHECK_BLOCKS
-    cache = KVCache(layers, num_blocks=num_blocks, block_size=CHECK_BLOCK_SIZE, device=model.device)
+    memory = DeviceMemory(
+        layers, num_blocks=2 * CHECK_BLOCKS, block_size=CHECK_BLOCK_SIZE, device=model.device
+    )
+
+    def run(*rows: tuple[Sequence, int]) -> Tensor:
+        scheduled = [ScheduledSequence(s, num_tokens, is_sampled=True) for s, num_tokens in rows]
+        batch = batches.build(scheduled, block_size=CHECK_BLOCK_SIZE, device=model.device)
+        plan = kernels.plan_attention(batch)
+        return attention.forward(model, batch, memory=memory, plan=plan)
+
     # First all but 2 tokens of the one and all but 1 of the other, then a decode and a chunk.
     first, second = sequences
-    _run_step(model, cache, [(first, first.num_tokens - 2), (second, second.num_tokens - 1)])
+    run((first, first.num_tokens - 2), (second, second.num_tokens - 1))
     first.num_computed_tokens = first.num_tokens - 2
     second.num_computed_tokens = second.num_tokens - 1
-    logits = _run_step(model, cache, [(second, 1), (first, 2)])
+    logits = run((second, 1), (first, 2))
     return [logits[1], logits[0]]
-
-
-def _run_step(model: PreTrainedModel, cache: KVCache, rows: list[tuple[Sequence, int]]) -> Tensor:
-    scheduled = [ScheduledSequence(s, num_tokens, is_sampled=True) for s, num_tokens in rows]
-    batch = batches.build(scheduled, block_size=cache.block_size, device=model.device)
-    return attention.forward(model, batch, cache)
 
 
 def _compare(found: list[Tensor], expected: list[Tensor], *, bound: float) -> None:

@@ -414,10 +414,8 @@ def test_a_probe_finds_a_scaling_that_is_not_the_files(lab: Lab, adapters: Folde
     bank = lab.core._loaded.bank
     install = bank.install
 
-    def install_wrongly(slot: int, adapter: Any) -> None:
-        for module in adapter.values():
-            module.lora_B.mul_(1.5)
-        install(slot, adapter)
+    def install_wrongly(slot: int, adapter: Any, *, memory: torch.Tensor) -> None:
+        install(slot, adapter, memory=memory * 1.5)
 
     bank.install = install_wrongly  # type: ignore[method-assign] # the fault to be found
     report = lab.core.probe(COLD)

@@ -1,21 +1,31 @@
-"""The fast operations equal their definitions."""
+"""The fast operations equal their definitions, each in every implementation."""
 
-import itertools
-
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.batch import Batch, SlotRun, build
 from engine.kernels import reference
-from engine.kernels.cpu import MIN_ROWS_ALONE, AttentionPlan, Layout, LoraPlan, plan_lora
+from engine.kernels.choice import DENSE, Kernels, choose
+from engine.kernels.cpu import MIN_ROWS_OF_GEMM, CompiledLora
+from engine.kernels.dense import adapted_runs
+from engine.kernels.slot_weights import AdapterLayout, SlotWeights
+from engine.model.memory import DeviceMemory, LayerShape
 from engine.scheduler import ScheduledSequence
 from engine.sequence import NO_ADAPTER, Sequence
 
 BLOCK_SIZE = 4
 NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 3, 8
+COMPILED = choose(torch.device("cpu"), torch.float32)
 # Computed tokens and new tokens of each sequence, single tokens first, by growing context.
-MIXED = [(0, 1), (3, 1), (4, 1), (60, 1), (0, 9), (5, 6), (16, 2)]
+MIXED = [(0, 1), (60, 1), (3, 1), (4, 1), (0, 9), (5, 6), (16, 2)]
+
+every_implementation = pytest.mark.parametrize(
+    "kernels", [pytest.param(DENSE, id="dense"), pytest.param(COMPILED, id="compiled")]
+)
 
 
 def batch_of(shape: list[tuple[int, int]], *, slots: list[int] | None = None) -> Batch:
@@ -33,29 +43,65 @@ def batch_of(shape: list[tuple[int, int]], *, slots: list[int] | None = None) ->
     return build(scheduled, block_size=BLOCK_SIZE, device=torch.device("cpu"))
 
 
-def caches_for(batch: Batch) -> tuple[Tensor, Tensor]:
-    num_blocks = int(batch.block_tables.max()) + 1
-    shape = (num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
-    keys, values = torch.randn(*shape), torch.randn(*shape)
-    keys[0], values[0] = 0, 0
-    return keys, values
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("sliding_window", [None, 1, 5, 1000])
-@pytest.mark.parametrize("shape", [MIXED, [(0, 1)], [(0, 5)], [(7, 1), (7, 1)]])
-def test_attention(
-    shape: list[tuple[int, int]], sliding_window: int | None, softcap: float | None
-) -> None:
-    torch.manual_seed(0)
-    batch = batch_of(shape)
-    keys, values = caches_for(batch)
-    query = torch.randn(batch.num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM)
-    found = AttentionPlan(batch).attend(
-        query, keys, values, scaling=0.3, sliding_window=sliding_window, softcap=softcap
+def memory_for(batch: Batch) -> DeviceMemory:
+    """Two layers of which the tests use the second; all finite but the null block zero."""
+    layer = LayerShape(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, torch.float32, None)
+    memory = DeviceMemory(
+        [layer, layer],
+        num_blocks=int(batch.block_tables.max()),
+        block_size=BLOCK_SIZE,
+        device=torch.device("cpu"),
     )
-    expected = reference.paged_attention(
+    memory.keys[1][1:].normal_()
+    memory.values[1][1:].normal_()
+    return memory
+
+
+def new_states(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as models give them: heads before rows in memory."""
+    return tuple(  # type: ignore[return-value] # three
+        torch.randn(heads, batch.num_tokens, HEAD_DIM).transpose(0, 1)
+        for heads in (NUM_KV_HEADS * GROUP, NUM_KV_HEADS, NUM_KV_HEADS)
+    )
+
+
+def attend(
+    kernels: Kernels,
+    batch: Batch,
+    memory: DeviceMemory,
+    states: tuple[Tensor, Tensor, Tensor],
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    query, key, value = states
+    out = torch.full((batch.num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM), float("nan"))
+    kernels.plan_attention(batch).attend(
         query,
+        key,
+        value,
+        key_cache=memory.keys[1],
+        value_cache=memory.values[1],
+        out=out,
+        scaling=0.3,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return out
+
+
+def assert_attention_is_right(
+    kernels: Kernels, batch: Batch, *, sliding_window: int | None, softcap: float | None
+) -> None:
+    memory, states = memory_for(batch), new_states(batch)
+    keys, values = memory.keys[1].clone(), memory.values[1].clone()
+    found = attend(kernels, batch, memory, states, sliding_window=sliding_window, softcap=softcap)
+    reference.write_kv(keys, states[1], batch.cache_rows)
+    reference.write_kv(values, states[2], batch.cache_rows)
+    assert torch.equal(memory.keys[1], keys), "keys went elsewhere than the block tables say"
+    assert torch.equal(memory.values[1], values), "values went elsewhere"
+    expected = reference.paged_attention(
+        states[0],
         keys,
         values,
         block_tables=batch.block_tables,
@@ -68,39 +114,110 @@ def test_attention(
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
-def test_attention_never_reads_what_others_left_behind_in_a_block() -> None:
+@every_implementation
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sliding_window", [None, 1, 5, 1000])
+@pytest.mark.parametrize("shape", [MIXED, [(0, 1)], [(0, 5)], [(7, 1), (7, 1)]])
+def test_attention(
+    kernels: Kernels,
+    shape: list[tuple[int, int]],
+    sliding_window: int | None,
+    softcap: float | None,
+) -> None:
+    torch.manual_seed(0)
+    assert_attention_is_right(
+        kernels, batch_of(shape), sliding_window=sliding_window, softcap=softcap
+    )
+
+
+@given(
+    contexts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
+    chunks=st.lists(st.tuples(st.integers(0, 20), st.integers(2, 15)), max_size=3),
+    sliding_window=st.none() | st.integers(1, 80),
+)
+@settings(max_examples=60, deadline=None)
+def test_attention_of_any_batch(
+    contexts: list[int], chunks: list[tuple[int, int]], sliding_window: int | None
+) -> None:
+    batch = batch_of([(context, 1) for context in contexts] + chunks)
+    for kernels in (DENSE, COMPILED):
+        assert_attention_is_right(kernels, batch, sliding_window=sliding_window, softcap=None)
+
+
+@every_implementation
+def test_attention_never_reads_what_others_left_behind_in_a_block(kernels: Kernels) -> None:
     batch = batch_of([(2, 1), (60, 1), (1, 2)])
-    keys, values = caches_for(batch)
+    memory = memory_for(batch)
     used = {
         int(table[position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
         for table, context in zip(batch.block_tables, batch.host_context_lens, strict=True)
         for position in range(context)
     }
-    for row in range(BLOCK_SIZE, keys.shape[0] * BLOCK_SIZE):
+    for row in range(BLOCK_SIZE, (memory.num_blocks + 1) * BLOCK_SIZE):
         if row not in used:
-            keys.view(-1, NUM_KV_HEADS, HEAD_DIM)[row] = float("nan")
-            values.view(-1, NUM_KV_HEADS, HEAD_DIM)[row] = float("nan")
-    query = torch.randn(batch.num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM)
-    out = AttentionPlan(batch).attend(
-        query, keys, values, scaling=1.0, sliding_window=None, softcap=None
-    )
-    assert bool(torch.isfinite(out).all())
+            memory.keys[1][row // BLOCK_SIZE, row % BLOCK_SIZE] = float("nan")
+            memory.values[1][row // BLOCK_SIZE, row % BLOCK_SIZE] = float("nan")
+    assert bool(torch.isfinite(attend(kernels, batch, memory, new_states(batch))).all())
 
 
-def test_keys_and_values_go_where_the_block_tables_say() -> None:
-    batch = batch_of(MIXED)
-    found, _ = caches_for(batch)
-    expected = found.clone()
-    new = torch.randn(batch.num_tokens, NUM_KV_HEADS, HEAD_DIM)
-    AttentionPlan(batch).write_kv(found, new)
-    reference.write_kv(expected, new, batch.cache_rows)
-    assert torch.equal(found, expected)
+def test_layers_share_a_block_and_nothing_else() -> None:
+    shapes = [LayerShape(2, 8, 4, torch.float32, None), LayerShape(1, 3, 8, torch.float32, None)]
+    memory = DeviceMemory(shapes, num_blocks=3, block_size=5, device=torch.device("cpu"))
+    views = [*memory.keys, *memory.values]
+    for number, view in enumerate(views):
+        view[2] = number
+    assert all(bool((view[2] == number).all()) for number, view in enumerate(views))
+    memory.move([(2, 3), (1, 2)])
+    assert all(bool((view[3] == number).all()) for number, view in enumerate(views))
 
 
 RANKS = {0: 3, 1: 8, 2: 1, 5: 40}
-LONG = MIN_ROWS_ALONE + 3
+LONG = MIN_ROWS_OF_GEMM + 3
+Adapters = dict[int, tuple[Tensor, Tensor]]
 
 
+def weights_of(adapters: Adapters, *, num_slots: int = 8) -> SlotWeights:
+    """Module 1 of two is targeted; lora_B is given as [out_features, rank]."""
+    lora_A, lora_B = next(iter(adapters.values()))
+    features = (lora_A.shape[1], lora_B.shape[0])
+    weights = SlotWeights([(1, 1), features], num_slots=num_slots)
+    for slot, (lora_A, lora_B) in adapters.items():
+        # Not at the beginning, and with something behind.
+        memory = torch.cat([torch.randn(5), lora_A.flatten(), lora_B.T.flatten(), torch.randn(5)])
+        layout = AdapterLayout(
+            modules=np.array([1]),
+            ranks=np.array([lora_A.shape[0]]),
+            starts_of_A=np.array([5]),
+            starts_of_B=np.array([5 + lora_A.numel()]),
+            num_elements=memory.numel(),
+        )
+        weights.put(slot, memory, layout)
+    return weights
+
+
+def assert_lora_is_right(
+    kernels: Kernels, adapters: Adapters, slots: list[tuple[int, int]]
+) -> None:
+    """`slots`: slot and number of rows of each sequence."""
+    in_features, out_features = weights_of(adapters).features[1]
+    weights = weights_of(adapters)
+    batch = batch_of([(0, n) for _, n in slots], slots=[slot for slot, _ in slots])
+    x, out = torch.randn(batch.num_tokens, in_features), torch.randn(batch.num_tokens, out_features)
+    token_slots = torch.tensor([slot for slot, n in slots for _ in range(n)])
+    expected = out + reference.lora(x, adapters, token_slots)
+    kernels.plan_lora(batch, weights).add(out, x, module=1)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-5)
+
+
+def random_adapters(ranks: dict[int, int], *, features: tuple[int, int]) -> Adapters:
+    in_features, out_features = features
+    return {
+        slot: (torch.randn(rank, in_features), torch.randn(out_features, rank))
+        for slot, rank in ranks.items()
+    }
+
+
+@every_implementation
 @pytest.mark.parametrize(
     "slots",
     [
@@ -111,55 +228,48 @@ LONG = MIN_ROWS_ALONE + 3
         [(1, 1)],
     ],
 )
-@pytest.mark.parametrize("gap", [0, 100])
-def test_lora(slots: list[tuple[int, int]], gap: int) -> None:
-    """`gap`: unused columns between two adapters; slot 7 does not target this module."""
+def test_lora(kernels: Kernels, slots: list[tuple[int, int]]) -> None:
+    """Slot 7 does not target this module."""
     torch.manual_seed(0)
-    in_features, out_features = 12, 20
-    adapters = {
-        slot: (torch.randn(rank, in_features), torch.randn(out_features, rank))
-        for slot, rank in RANKS.items()
-    }
-    pool_A, pool_B, layout = pooled(adapters, gap=gap)
-    batch = batch_of([(0, n) for _, n in slots], slots=[slot for slot, _ in slots])
-    plan = plan_lora(batch)
-    assert isinstance(plan, LoraPlan)
-    x, out = torch.randn(batch.num_tokens, in_features), torch.randn(batch.num_tokens, out_features)
-    token_slots = torch.tensor([slot for slot, n in slots for _ in range(n)])
-    expected = out + reference.lora(x, adapters, token_slots)
-    plan.add(out, x, lora_A=pool_A, lora_B=pool_B, layout=layout)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert_lora_is_right(kernels, random_adapters(RANKS, features=(12, 20)), slots)
 
 
-def pooled(
-    adapters: dict[int, tuple[Tensor, Tensor]], *, gap: int
-) -> tuple[Tensor, Tensor, Layout]:
-    """Pools as a module keeps them, with finite rubbish in the gaps."""
-    widths = [lora_A.shape[0] + gap for lora_A, _ in adapters.values()]
-    starts = [0, *itertools.accumulate(widths)]
-    lora_A, lora_B = next(iter(adapters.values()))
-    pool_A = torch.randn(starts[-1], lora_A.shape[1])
-    pool_B = torch.randn(starts[-1], lora_B.shape[0])
-    layout = []
-    for first, (slot, (lora_A, lora_B)) in zip(starts, adapters.items(), strict=False):
-        end = first + lora_A.shape[0]
-        pool_A[first:end], pool_B[first:end] = lora_A, lora_B.T
-        layout.append((slot, first, end))
-    return pool_A, pool_B, tuple(layout)
+@given(
+    ranks=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+    rows=st.lists(st.tuples(st.integers(-1, 6), st.integers(1, 40)), min_size=1, max_size=12),
+    features=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_lora_of_any_batch(
+    ranks: list[int], rows: list[tuple[int, int]], features: tuple[int, int]
+) -> None:
+    adapters = random_adapters(dict(enumerate(ranks)), features=features)
+    # A sequence of one token may not come after a longer one.
+    rows = sorted((n, slot) for slot, n in rows)
+    if all(slot == NO_ADAPTER for _, slot in rows):
+        return
+    for kernels in (DENSE, COMPILED):
+        assert_lora_is_right(kernels, adapters, [(slot, n) for n, slot in rows])
 
 
-def test_an_overflow_in_one_row_stays_in_that_row() -> None:
+@every_implementation
+def test_an_overflow_in_one_row_stays_in_that_row(kernels: Kernels) -> None:
     adapters = {slot: (torch.ones(2, 4) * 1e20, torch.ones(3, 2)) for slot in (0, 1)}
-    pool_A, pool_B, layout = pooled(adapters, gap=0)
     batch = batch_of([(0, 1), (0, 1), (0, 1)], slots=[0, NO_ADAPTER, 1])
     x = torch.tensor([[1e30] * 4, [1e30] * 4, [0.0] * 4])
     out = torch.zeros(3, 3)
-    LoraPlan(batch).add(out, x, lora_A=pool_A, lora_B=pool_B, layout=layout)
+    kernels.plan_lora(batch, weights_of(adapters)).add(out, x, module=1)
     assert torch.isfinite(out).all(dim=-1).tolist() == [False, True, True]
 
 
-def test_a_batch_of_the_base_model_alone_has_no_plan() -> None:
-    assert plan_lora(batch_of(MIXED)) is None
+def test_a_cpu_compiles_its_loops_and_other_devices_take_the_dense_way() -> None:
+    assert COMPILED.plan_lora is CompiledLora
+    assert choose(torch.device("cpu"), torch.bfloat16) is DENSE
+    assert choose(torch.device("cuda"), torch.float32) is DENSE
+
+
+def test_a_batch_of_the_base_model_alone_has_no_adapted_rows() -> None:
+    assert adapted_runs(batch_of(MIXED)) == []
 
 
 def test_neighbours_with_one_slot_are_one_run() -> None:

@@ -1,17 +1,19 @@
-"""Adapters in a model: equal to PEFT, and as wide as their ranks."""
+"""Adapters in a model: equal to PEFT, and as large as their ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine import batch as batches
 from engine.config import EngineConfig
-from engine.kernels.cpu import LoraPlan
+from engine.kernels.cpu import CompiledLora
 from engine.model import lora
-from engine.model.attention import KVCache
 from engine.model.loader import LoadedModel, load
-from engine.model.lora import LoraLinear
+from engine.model.memory import DeviceMemory
 from engine.runner import Runner
 from engine.scheduler import ScheduledSequence
 from engine.sequence import NO_ADAPTER, Sequence
@@ -30,6 +32,11 @@ def prepare(loaded: LoadedModel, folder: Path) -> lora.PreparedAdapter:
     return lora.prepare(folder, loaded.base_shape, dtype=loaded.dtype, max_rank=64)
 
 
+def install(loaded: LoadedModel, slot: int, folder: Path) -> None:
+    adapter = prepare(loaded, folder)
+    loaded.bank.install(slot, adapter, memory=adapter.values)
+
+
 def run(loaded: LoadedModel, slots: list[int]) -> torch.Tensor:
     """[num_slots, vocab_size]: the last logits of PROMPT by each slot, in one batch."""
     scheduled = [
@@ -40,9 +47,9 @@ def run(loaded: LoadedModel, slots: list[int]) -> torch.Tensor:
         )
         for index, slot in enumerate(slots)
     ]
-    cache = KVCache(loaded.layers, num_blocks=len(slots), block_size=64, device=loaded.device)
+    memory = DeviceMemory(loaded.layers, num_blocks=len(slots), block_size=64, device=loaded.device)
     batch = batches.build(scheduled, block_size=64, device=loaded.device)
-    return Runner(loaded, cache).run(batch)
+    return Runner(loaded, memory).run(batch)
 
 
 @torch.inference_mode()
@@ -55,7 +62,7 @@ def test_every_adapter_in_one_batch_equals_peft_alone(
     loaded: LoadedModel, model: str, adapters: FolderSource
 ) -> None:
     for slot, name in enumerate(ADAPTERS):
-        loaded.bank.install(slot, prepare(loaded, adapters.root / name))
+        install(loaded, slot, adapters.root / name)
     found = run(loaded, [*range(len(ADAPTERS)), NO_ADAPTER])
     for slot, name in enumerate(ADAPTERS):
         expected = peft_logits(model, adapters.root / name)
@@ -66,11 +73,11 @@ def test_every_adapter_in_one_batch_equals_peft_alone(
 def test_a_slot_that_is_filled_again_holds_nothing_of_the_old_adapter(
     loaded: LoadedModel, adapters: FolderSource
 ) -> None:
-    loaded.bank.install(0, prepare(loaded, adapters.root / "attention"))
+    install(loaded, 0, adapters.root / "attention")
     expected = run(loaded, [0])
-    loaded.bank.install(0, prepare(loaded, adapters.root / "all-linear"))
+    install(loaded, 0, adapters.root / "all-linear")
     assert not torch.allclose(run(loaded, [0]), expected, atol=1e-2)
-    loaded.bank.install(0, prepare(loaded, adapters.root / "attention"))
+    install(loaded, 0, adapters.root / "attention")
     torch.testing.assert_close(run(loaded, [0]), expected)
 
 
@@ -78,55 +85,58 @@ def test_a_cleared_slot_answers_as_the_base_model(
     loaded: LoadedModel, adapters: FolderSource
 ) -> None:
     expected = run(loaded, [NO_ADAPTER])
-    loaded.bank.install(0, prepare(loaded, adapters.root / "all-linear"))
+    install(loaded, 0, adapters.root / "all-linear")
     loaded.bank.clear(0)
     torch.testing.assert_close(run(loaded, [0]), expected)
 
 
-def pool_width(module: LoraLinear) -> int:
-    return module._lora_A.shape[0]
+def test_an_adapter_is_as_large_as_its_ranks(loaded: LoadedModel, adapters: FolderSource) -> None:
+    """Each part but for the rest of its last line of memory."""
+    for name in ADAPTERS:
+        adapter = prepare(loaded, adapters.root / name)
+        names = list(loaded.base_shape.modules)
+        sizes = [
+            int(rank) * features
+            for module, rank in zip(adapter.layout.modules, adapter.layout.ranks, strict=True)
+            for features in loaded.base_shape.modules[names[module]]
+        ]
+        assert 0 <= adapter.values.numel() - sum(sizes) < lora.ALIGNMENT * len(sizes)
 
 
-def test_a_module_holds_as_many_columns_as_the_ranks_of_its_adapters(
-    loaded: LoadedModel, adapters: FolderSource
+class Recorder(TorchDispatchMode):
+    """Notes every operation that torch dispatches, with the shapes of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        self.operations.append((str(func), shapes))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(loaded: LoadedModel, slots: list[int]) -> list[tuple[str, list[tuple[int, ...]]]]:
+    with Recorder() as recorder:
+        run(loaded, slots)
+    return recorder.operations
+
+
+def test_a_step_without_an_adapter_runs_exactly_the_operations_of_an_engine_without_lora(
+    model: str, loaded: LoadedModel, adapters: FolderSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for slot, name in enumerate(ADAPTERS):
-        loaded.bank.install(slot, prepare(loaded, adapters.root / name))
-    widths = {
-        "model.layers.0.self_attn.q_proj": 3 + 8 + 9,
-        "model.layers.1.self_attn.q_proj": 3 + 8 + 4,
-        "model.layers.0.mlp.up_proj": 3 + 1,
-        "model.layers.0.mlp.gate_proj": 3,
-        "model.layers.1.mlp.gate_proj": 3 + 2,
-    }
-    for name, width in widths.items():
-        assert pool_width(loaded.bank.module(name)) == width, name
+    without_lora = load(EngineConfig(model=model, served_name="base", max_loras=0))
+    install(loaded, 0, adapters.root / "all-linear")
+    compiled_calls: list[int] = []
+    add = CompiledLora.add
 
+    def count(*arguments: Any, module: int) -> None:
+        compiled_calls.append(module)
+        add(*arguments, module=module)
 
-def test_room_that_an_adapter_leaves_is_used_again(
-    loaded: LoadedModel, adapters: FolderSource
-) -> None:
-    prepared = {name: prepare(loaded, adapters.root / name) for name in ADAPTERS}
-    expected = {}
-    for name, adapter in prepared.items():
-        loaded.bank.install(0, adapter)
-        expected[name] = run(loaded, [0])[0]
-    for turn in range(12):
-        names = [list(ADAPTERS)[(turn + 2 * slot) % 5] for slot in range(3)]
-        slot = turn % 3
-        loaded.bank.install(slot, prepared[names[slot]])
-        torch.testing.assert_close(run(loaded, [slot])[0], expected[names[slot]])
-    module = loaded.bank.module("model.layers.0.self_attn.q_proj")
-    assert pool_width(module) <= 3 * max(3, 8, 9)
-
-
-def test_a_batch_of_the_base_model_alone_runs_no_lora_operation(
-    loaded: LoadedModel, adapters: FolderSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded.bank.install(0, prepare(loaded, adapters.root / "all-linear"))
-    calls: list[str] = []
-    monkeypatch.setattr(LoraPlan, "add", lambda *_, **__: calls.append("add"))
-    run(loaded, [NO_ADAPTER, NO_ADAPTER])
-    assert calls == []
-    run(loaded, [NO_ADAPTER, 0])
-    assert calls
+    monkeypatch.setattr(CompiledLora, "add", count)
+    base_rows = [NO_ADAPTER, NO_ADAPTER]
+    assert operations(loaded, base_rows) == operations(without_lora, base_rows)
+    assert compiled_calls == []
+    assert operations(loaded, [NO_ADAPTER, 0]) != operations(without_lora, base_rows)
+    assert compiled_calls

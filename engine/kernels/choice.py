@@ -1,0 +1,73 @@
+"""Choose the implementation of the operations that fits a device.
+
+Each computes what `reference` defines. Knows devices and dtypes. Knows nothing of how it is done.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.kernels import threads
+from engine.kernels.dense import DenseAttention, DenseLora, adapted_runs
+from engine.kernels.slot_weights import SlotWeights
+
+
+class AttentionPlan(Protocol):
+    """Which positions each new token of a step sees."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        out: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> None:
+        """As `reference.write_kv` of key and value, then `reference.paged_attention` into `out`."""
+
+
+class LoraPlan(Protocol):
+    """Which rows of a step meet which adapters."""
+
+    def add(self, out: Tensor, x: Tensor, *, module: int) -> None:
+        """out += lora(x), as `reference.lora`.
+
+        x: [num_tokens, in_features]; out: [num_tokens, out_features], changed in place.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    plan_attention: Callable[[Batch], AttentionPlan]
+    # For batches with at least one adapter.
+    plan_lora: Callable[[Batch, SlotWeights], LoraPlan]
+
+
+def _dense_lora(batch: Batch, weights: SlotWeights) -> LoraPlan:
+    return DenseLora(adapted_runs(batch), weights)
+
+
+DENSE = Kernels(DenseAttention, _dense_lora)
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
+    if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
+        return DENSE
+    # Not at the top: a GPU's machine needs no compiler for CPUs.
+    from engine.kernels import cpu
+
+    return Kernels(cpu.CompiledAttention, cpu.CompiledLora)
+
+
+def _can_compile() -> bool:
+    return importlib.util.find_spec("numba") is not None and threads.find_runtime() is not None
