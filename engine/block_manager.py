@@ -1,13 +1,18 @@
-"""Hand out blocks of the KV cache, take them back, and find again what they still hold.
+"""Hand out blocks of the device's memory, take them back, and find again what they still hold.
 
 A block holds the keys and values of `block_size` positions, in all layers. Full ones are named by
 what they hold; sequences with the same beginning share them, and a block that nobody uses keeps its
-content until it is needed for something else, least recently used first. Knows block numbers and
-counts. Knows nothing of tensors, slots or whose turn it is.
+content until it is needed for something else, least recently used first. An adapter gets a window
+of neighbouring blocks, from which keys and values move away: they may lie anywhere (the pages that
+S-LoRA shares between both, Sheng et al., MLSys 2024, but each adapter in one piece). Knows block
+numbers and counts. Knows nothing of tensors, slots or whose turn it is.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
 
 from engine.prefix_cache import extend_hashes
 from engine.sequence import Sequence
@@ -16,12 +21,40 @@ from engine.sequence import Sequence
 NULL_BLOCK = 0
 
 
+# To move the block of a running sequence costs more than to lose what no one uses now.
+_COST_OF_MOVE, _COST_OF_LOSS = 4, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Blocks first .. first + num_blocks - 1."""
+
+    first: int
+    num_blocks: int
+
+    @property
+    def blocks(self) -> range:
+        return range(self.first, self.first + self.num_blocks)
+
+
 class BlockManager:
     """Blocks 1 .. num_blocks; a sequence's blocks may lie anywhere. Mutable; one thread."""
 
-    def __init__(self, num_blocks: int, *, block_size: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        block_size: int,
+        block_bytes: int,
+        move_blocks: Callable[[list[tuple[int, int]]], None],
+    ) -> None:
+        """`move_blocks` copies the contents of blocks (from, to), all at once."""
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._block_bytes = block_bytes
+        self._move_blocks = move_blocks
+        self._holders: dict[Sequence, None] = {}
+        self._windows: set[Window] = set()
         # Used by nobody: those that hold nothing first, then the others, least recently used first.
         self._free = OrderedDict.fromkeys(range(1, num_blocks + 1))
         self._num_references = [0] * (num_blocks + 1)
@@ -63,6 +96,7 @@ class BlockManager:
         num_missing = self._num_missing(sequence, [])
         if num_missing > len(self._free):
             return False
+        self._holders[sequence] = None
         for _ in range(num_missing):
             block, _ = self._free.popitem(last=False)
             self._forget_content(block)
@@ -97,17 +131,51 @@ class BlockManager:
                 self._free[block] = None
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)
+        self._holders.pop(sequence, None)
         sequence.block_table.clear()
         sequence.num_computed_tokens = 0
 
+    # Windows
+
+    @property
+    def num_window_blocks(self) -> int:
+        return sum(window.num_blocks for window in self._windows)
+
+    def window_blocks(self, size_bytes: int) -> int:
+        """How many neighbouring blocks hold so many bytes."""
+        return -(-size_bytes // self._block_bytes)
+
+    def take_window(self, size_bytes: int) -> Window | None:
+        """None where too few blocks are free now, or too few of them lie between other windows."""
+        num_blocks = self.window_blocks(size_bytes)
+        if num_blocks > len(self._free):
+            return None
+        window = self._cheapest_window(num_blocks)
+        if window is not None:
+            self._move_away(window)
+            self._windows.add(window)
+        return window
+
+    def return_window(self, window: Window) -> None:
+        self._windows.remove(window)
+        for block in window.blocks:
+            self._free[block] = None
+            self._free.move_to_end(block, last=False)
+
     def check_integrity(self, holders: Iterable[Sequence]) -> None:
+        holders = list(holders)
         expected = [0] * (self.num_blocks + 1)
         for sequence in holders:
             for block in sequence.block_table:
                 expected[block] += 1
         assert expected[NULL_BLOCK] == 0, "the null block was handed out"
         assert expected == self._num_references, "reference counts differ from the block tables"
+        assert {s for s in holders if s.block_table} == self._holders.keys()
+        lent = [block for window in self._windows for block in window.blocks]
+        assert len(lent) == len(set(lent)), "two windows overlap"
+        assert not any(expected[block] or block in self._hash_of for block in lent)
         unused = [block for block in range(1, self.num_blocks + 1) if not expected[block]]
+        unused = sorted(set(unused) - set(lent))
         assert sorted(self._free) == unused, "a block is lost, or free twice"
         assert {name: block for block, name in self._hash_of.items()} == self._block_of
 
@@ -131,3 +199,45 @@ class BlockManager:
         name = self._hash_of.pop(block, None)
         if name is not None:
             del self._block_of[name]
+
+    def _cheapest_window(self, num_blocks: int) -> Window | None:
+        """Where the least has to move or is lost; the last of equals, so that windows gather."""
+        cost = np.zeros(self.num_blocks + 1, dtype=np.int64)
+        cost[list(self._hash_of)] = _COST_OF_LOSS
+        cost[np.array(self._num_references) > 0] = _COST_OF_MOVE
+        # More than all others together: never chosen.
+        barrier = _COST_OF_MOVE * (self.num_blocks + 1)
+        for window in self._windows:
+            cost[window.first : window.first + window.num_blocks] = barrier
+        ends = np.concatenate([[0], np.cumsum(cost[1:])])
+        # [i]: of the window that begins with block i + 1
+        totals = ends[num_blocks:] - ends[:-num_blocks]
+        best = len(totals) - 1 - int(np.argmin(totals[::-1]))
+        return Window(best + 1, num_blocks) if totals[best] < barrier else None
+
+    def _move_away(self, window: Window) -> None:
+        for block in window.blocks:
+            self._free.pop(block, None)
+        moves = []
+        for block in window.blocks:
+            if self._num_references[block]:
+                target, _ = self._free.popitem(last=False)
+                moves.append((block, target))
+            else:
+                self._forget_content(block)
+        if moves:
+            self._move_blocks(moves)
+            self._follow(dict(moves))
+
+    def _follow(self, target_of: dict[int, int]) -> None:
+        """All that points to a block points to where it has moved."""
+        for sequence in self._holders:
+            sequence.block_table[:] = [target_of.get(b, b) for b in sequence.block_table]
+        for block, target in target_of.items():
+            self._forget_content(target)
+            self._num_references[target] = self._num_references[block]
+            self._num_references[block] = 0
+            name = self._hash_of.pop(block, None)
+            if name is not None:
+                self._hash_of[target] = name
+                self._block_of[name] = target

@@ -88,19 +88,24 @@ class EngineCore:
         self._adapter_loader: AdapterLoader[PreparedAdapter] = AdapterLoader(
             self._read_adapter, on_result=lambda: self.wake()
         )
-        self._blocks = BlockManager(num_blocks, block_size=config.block_size)
+        memory = DeviceMemory(
+            loaded.layers,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            device=loaded.device,
+        )
+        self._blocks = BlockManager(
+            num_blocks,
+            block_size=config.block_size,
+            block_bytes=memory.block_bytes,
+            move_blocks=memory.move,
+        )
         self._slots = SlotPool(config.max_loras, start_load=self._adapter_loader.start)
         self._scheduler = Scheduler(
             self._blocks,
             self._slots,
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=_step_tokens(config, loaded.device),
-        )
-        memory = DeviceMemory(
-            loaded.layers,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            device=loaded.device,
         )
         self._runner = Runner(loaded, memory)
         # A step found nothing to run, and nothing has changed since.

@@ -2,8 +2,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.block_manager import NULL_BLOCK, BlockManager
+from engine.block_manager import NULL_BLOCK, BlockManager, Window
 from engine.sequence import Sequence
+
+BLOCK_BYTES = 10
+
+
+class Contents:
+    """What lies in each block, as a device would have it."""
+
+    def __init__(self) -> None:
+        self.of_block: dict[int, object] = {}
+
+    def move(self, moves: list[tuple[int, int]]) -> None:
+        self.of_block |= {target: self.of_block.get(source) for source, target in moves}
+
+
+def blocks_of(num: int, *, block_size: int, contents: Contents | None = None) -> BlockManager:
+    return BlockManager(
+        num,
+        block_size=block_size,
+        block_bytes=BLOCK_BYTES,
+        move_blocks=(contents or Contents()).move,
+    )
 
 
 def sequence_of(num_tokens: int) -> Sequence:
@@ -13,9 +34,13 @@ def sequence_of(num_tokens: int) -> Sequence:
 def compute(blocks: BlockManager, sequence: Sequence) -> Sequence:
     """Admit it, and do as a step does that computes all its tokens."""
     assert blocks.admit(sequence)
+    compute_after_admission(blocks, sequence)
+    return sequence
+
+
+def compute_after_admission(blocks: BlockManager, sequence: Sequence) -> None:
     before, sequence.num_computed_tokens = sequence.num_computed_tokens, sequence.num_tokens
     blocks.name_full_blocks(sequence, num_computed_before=before)
-    return sequence
 
 
 def asking(token_ids: list[int], *, adapter: str | None = None, salt: bytes = b"") -> Sequence:
@@ -25,7 +50,7 @@ def asking(token_ids: list[int], *, adapter: str | None = None, salt: bytes = b"
 
 
 def test_a_sequence_gets_as_many_blocks_as_its_tokens_need() -> None:
-    blocks = BlockManager(4, block_size=4)
+    blocks = blocks_of(4, block_size=4)
     sequence = sequence_of(9)
     assert blocks.grow(sequence)
     assert len(sequence.block_table) == 3
@@ -35,7 +60,7 @@ def test_a_sequence_gets_as_many_blocks_as_its_tokens_need() -> None:
 
 
 def test_what_does_not_fit_takes_nothing() -> None:
-    blocks = BlockManager(2, block_size=4)
+    blocks = blocks_of(2, block_size=4)
     sequence = sequence_of(9)
     assert not blocks.grow(sequence)
     assert sequence.block_table == []
@@ -43,14 +68,14 @@ def test_what_does_not_fit_takes_nothing() -> None:
 
 
 def test_the_null_block_is_never_handed_out() -> None:
-    blocks = BlockManager(3, block_size=1)
+    blocks = blocks_of(3, block_size=1)
     sequence = sequence_of(3)
     assert blocks.grow(sequence)
     assert NULL_BLOCK not in sequence.block_table
 
 
 def test_a_release_forgets_what_was_computed() -> None:
-    blocks = BlockManager(3, block_size=4)
+    blocks = blocks_of(3, block_size=4)
     sequence = sequence_of(9)
     blocks.grow(sequence)
     sequence.num_computed_tokens = 9
@@ -64,7 +89,7 @@ def test_a_release_forgets_what_was_computed() -> None:
 
 
 def test_running_sequences_share_their_common_beginning() -> None:
-    blocks = BlockManager(8, block_size=4)
+    blocks = blocks_of(8, block_size=4)
     first = compute(blocks, asking([*range(8), 50]))
     second = asking([*range(8), 60])
     assert blocks.num_missing_blocks(second) == 1
@@ -76,7 +101,7 @@ def test_running_sequences_share_their_common_beginning() -> None:
 
 
 def test_what_ended_is_found_again() -> None:
-    blocks = BlockManager(4, block_size=4)
+    blocks = blocks_of(4, block_size=4)
     blocks.release(compute(blocks, asking([*range(9)])))
     assert blocks.num_free_blocks == 4
     again = asking([*range(9)])
@@ -86,7 +111,7 @@ def test_what_ended_is_found_again() -> None:
 
 
 def test_the_last_token_is_always_computed_for_its_logits_are_wanted() -> None:
-    blocks = BlockManager(8, block_size=4)
+    blocks = blocks_of(8, block_size=4)
     compute(blocks, asking([*range(8)]))
     again = asking([*range(8)])
     assert blocks.admit(again)
@@ -105,14 +130,14 @@ def test_the_last_token_is_always_computed_for_its_logits_are_wanted() -> None:
     ids=["another adapter", "no adapter", "another tenant", "no salt", "another first token"],
 )
 def test_nobody_finds_what_another_adapter_or_tenant_has_computed(other: Sequence) -> None:
-    blocks = BlockManager(8, block_size=4)
+    blocks = blocks_of(8, block_size=4)
     compute(blocks, asking([*range(9)], adapter="a", salt=b"one"))
     assert blocks.admit(other)
     assert other.num_computed_tokens == 0
 
 
 def test_a_block_is_found_only_behind_its_own_beginning() -> None:
-    blocks = BlockManager(8, block_size=2)
+    blocks = blocks_of(8, block_size=2)
     compute(blocks, asking([1, 2, 3, 4, 5]))
     other = asking([9, 9, 3, 4, 5])
     assert blocks.admit(other)
@@ -120,7 +145,7 @@ def test_a_block_is_found_only_behind_its_own_beginning() -> None:
 
 
 def test_what_was_used_last_is_kept_longest_and_ends_go_before_beginnings() -> None:
-    blocks = BlockManager(4, block_size=2)
+    blocks = blocks_of(4, block_size=2)
     old, new = asking([1, 2, 3, 4]), asking([5, 6, 7, 8])
     for sequence in (old, new):
         blocks.release(compute(blocks, sequence))
@@ -134,7 +159,7 @@ def test_what_was_used_last_is_kept_longest_and_ends_go_before_beginnings() -> N
 
 
 def test_disowned_blocks_are_never_found() -> None:
-    blocks = BlockManager(8, block_size=4)
+    blocks = blocks_of(8, block_size=4)
     poisoned = compute(blocks, asking([*range(9)]))
     blocks.disown(poisoned)
     blocks.release(poisoned)
@@ -145,7 +170,7 @@ def test_disowned_blocks_are_never_found() -> None:
 
 
 def test_what_is_shared_is_counted_once_when_room_is_short() -> None:
-    blocks = BlockManager(4, block_size=4)
+    blocks = blocks_of(4, block_size=4)
     first = compute(blocks, asking([*range(12), 50]))
     assert blocks.num_free_blocks == 0
     assert not blocks.admit(asking([*range(12), 60]))
@@ -161,7 +186,7 @@ def test_what_is_shared_is_counted_once_when_room_is_short() -> None:
 def test_no_history_of_admissions_and_releases_loses_or_doubles_a_block(
     history: list[tuple[int, int, bool]],
 ) -> None:
-    blocks = BlockManager(6, block_size=2)
+    blocks = blocks_of(6, block_size=2)
     running: list[Sequence] = []
     for kind, num_tokens, releases in history:
         sequence = asking([kind] * num_tokens, salt=bytes([kind % 2]))
@@ -172,3 +197,114 @@ def test_no_history_of_admissions_and_releases_loses_or_doubles_a_block(
         if releases and running:
             blocks.release(running.pop(num_tokens % len(running)))
         blocks.check_integrity(running)
+
+
+# Windows
+
+
+def take(blocks: BlockManager, num_blocks: int) -> Window:
+    window = blocks.take_window(num_blocks * BLOCK_BYTES)
+    assert window is not None
+    assert window.num_blocks == num_blocks
+    return window
+
+
+def test_a_window_has_as_many_blocks_as_its_bytes_need() -> None:
+    blocks = blocks_of(9, block_size=4)
+    assert [blocks.window_blocks(size) for size in (1, 10, 11, 90)] == [1, 1, 2, 9]
+    take(blocks, 9)
+    assert blocks.num_free_blocks == 0
+    assert blocks.take_window(1) is None
+
+
+def test_a_returned_window_is_free_for_anything() -> None:
+    blocks = blocks_of(6, block_size=4)
+    window = take(blocks, 6)
+    sequence = sequence_of(4)
+    assert not blocks.admit(sequence)
+    blocks.return_window(window)
+    assert blocks.admit(sequence)
+    blocks.check_integrity([sequence])
+
+
+def test_running_sequences_move_out_of_a_window_and_keep_what_they_have() -> None:
+    contents = Contents()
+    blocks = blocks_of(8, block_size=2, contents=contents)
+    # Every other block is in use.
+    sequences = [sequence_of(2) for _ in range(8)]
+    for number, sequence in enumerate(sequences):
+        sequence.token_ids[:] = [number, number]
+        compute(blocks, sequence)
+        contents.of_block[sequence.block_table[0]] = number
+    staying, leaving = sequences[::2], sequences[1::2]
+    for sequence in leaving:
+        blocks.disown(sequence)
+        blocks.release(sequence)
+    window = take(blocks, 4)
+    assert not {s.block_table[0] for s in staying} & set(window.blocks)
+    assert [contents.of_block[s.block_table[0]] for s in staying] == [0, 2, 4, 6]
+    blocks.check_integrity(staying)
+    # They are still found by their names, where they are now.
+    again = asking([0, 0, 0])
+    blocks.release(staying[0])
+    blocks.return_window(window)
+    assert blocks.admit(again)
+    assert again.num_computed_tokens == 2
+    assert contents.of_block[again.block_table[0]] == 0
+
+
+def test_a_window_takes_what_nobody_uses_before_it_moves_anybody() -> None:
+    contents = Contents()
+    blocks = blocks_of(8, block_size=2, contents=contents)
+    idle, running = sequence_of(6), asking([7] * 6)
+    compute(blocks, idle)
+    compute(blocks, running)
+    table = list(running.block_table)
+    blocks.release(idle)
+    take(blocks, 3)
+    assert running.block_table == table
+    assert contents.of_block == {}
+
+
+def test_sequences_never_take_blocks_of_a_window() -> None:
+    blocks = blocks_of(8, block_size=2)
+    window = take(blocks, 5)
+    sequence = sequence_of(6)
+    assert blocks.admit(sequence)
+    assert not set(sequence.block_table) & set(window.blocks)
+    assert not blocks.admit(sequence_of(1))
+
+
+@given(st.lists(st.tuples(st.sampled_from("aaart"), st.integers(1, 30)), max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_any_order_of_windows_and_sequences_keeps_everybodys_content(
+    actions: list[tuple[str, int]],
+) -> None:
+    contents = Contents()
+    blocks = blocks_of(20, block_size=2, contents=contents)
+    sequences: list[Sequence] = []
+    windows: list[Window] = []
+    for number, (action, size) in enumerate(actions):
+        if action == "a":
+            sequence = asking([number] * size)
+            if blocks.admit(sequence):
+                compute_after_admission(blocks, sequence)
+                for place, block in enumerate(sequence.block_table):
+                    contents.of_block[block] = (number, place)
+                sequences.append(sequence)
+        elif action == "t":
+            window = blocks.take_window(size * BLOCK_BYTES // 2)
+            if window is not None:
+                windows.append(window)
+                contents.of_block |= dict.fromkeys(window.blocks, window)
+        elif sequences and size % 2:
+            blocks.release(sequences.pop(size % len(sequences)))
+        elif windows:
+            blocks.return_window(windows.pop(size % len(windows)))
+        blocks.check_integrity(sequences)
+        for sequence in sequences:
+            found = [contents.of_block[block] for block in sequence.block_table]
+            assert found == [(sequence.token_ids[0], place) for place in range(len(found))]
+        for window in windows:
+            assert all(contents.of_block[block] == window for block in window.blocks)
+    assert blocks.num_window_blocks == sum(window.num_blocks for window in windows)
