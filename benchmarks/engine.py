@@ -1,0 +1,670 @@
+"""How fast the engine alone is: no gateway, no HTTP, one process.
+
+    python -m benchmarks.engine --model ~/.cache/manylora/models/SmolLM2-135M-Instruct
+    python -m benchmarks.engine --shape llama-3.1-8b --device cuda --dtype bfloat16
+
+Needs torch, transformers, safetensors and numpy, so it runs on a machine that has a GPU and little
+else. What is compared runs in turns, round by round, in one process; a ratio is the median of the
+rounds' ratios. Prompts are of random tokens, answers greedy and of fixed length. Each adapter's
+tokens in a mixed batch are compared with those that it gives alone, in the same run. Beside every
+figure stands the floor of `benchmarks/roofline.py`, measured in the same run too.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.roofline import Machine, StepWork, floor_s, measure
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.protocol import SamplingParams, Submit
+from engine.sequence import Sequence as EngineSequence
+from engine.sequence import SequenceKey
+
+SHAPES = {
+    "llama-3.1-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }
+}
+# Files that stand for all adapters of a rank: what they hold changes no time.
+NUM_FILES_PER_RANK = 16
+PATIENCE_S = 120
+
+
+# Adapters
+
+
+@dataclass(frozen=True, slots=True)
+class MadeUpAdapters:
+    """Adapters "<rank>-<number>": as many names as are asked for, over a few files."""
+
+    root: Path
+    modules: dict[str, tuple[int, int]]
+    base_model: str
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+
+    @contextmanager
+    def fetch(self, weights_digest: str) -> Iterator[Path]:
+        rank, number = map(int, weights_digest.split("-"))
+        folder = self.root / f"{rank}-{number % NUM_FILES_PER_RANK}"
+        with self._lock:
+            if not folder.exists():
+                self._write(folder, rank, seed=number % NUM_FILES_PER_RANK)
+        yield folder
+
+    def _write(self, folder: Path, rank: int, *, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, (in_features, out_features) in self.modules.items():
+            prefix = f"base_model.model.{name}"
+            lora_A = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
+            lora_B = torch.randn(out_features, rank, generator=generator) * 0.05
+            tensors[f"{prefix}.lora_A.weight"] = lora_A
+            tensors[f"{prefix}.lora_B.weight"] = lora_B
+        folder.mkdir(parents=True)
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base_model,
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": sorted({name.rsplit(".", 1)[-1] for name in self.modules}),
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+
+# Driving an engine
+
+
+@dataclass(slots=True)
+class Timeline:
+    """What one request saw; seconds on one clock."""
+
+    submitted_s: float
+    token_times_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    fault: str | None = None
+
+    @property
+    def first_token_s(self) -> float:
+        return self.token_times_s[0] - self.submitted_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [b - a for a, b in itertools.pairwise(self.token_times_s)]
+
+
+class Driver:
+    """One engine, stepped by hand."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self._has_news = threading.Event()
+        core.wake = self._has_news.set
+        self._number = 0
+        self._timelines: dict[SequenceKey, Timeline] = {}
+        self._open: set[SequenceKey] = set()
+
+    def submit(self, prompt: list[int], adapter: str | None, *, num_tokens: int) -> Timeline:
+        self._number += 1
+        submit = Submit(
+            sequence_id=self._number,
+            prompt_token_ids=prompt,
+            sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0),
+            adapter_digest=adapter,
+            # No two share a beginning: the prefix cache would hide what is measured.
+            cache_salt=self._number.to_bytes(8, "little"),
+        )
+        sequence = EngineSequence.from_submit(submit, worker_id="bench", worker_epoch=1)
+        timeline = self._timelines[sequence.key] = Timeline(time.perf_counter())
+        self._open.add(sequence.key)
+        self.core.submit(sequence)
+        return timeline
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def step(self) -> None:
+        self._has_news.clear()
+        events = self.core.step()
+        now_s = time.perf_counter()
+        for event in events:
+            timeline = self._timelines[event.key]
+            timeline.token_ids += event.token_ids
+            timeline.token_times_s += [now_s] * len(event.token_ids)
+            if event.state.is_final:
+                self._open.remove(event.key)
+                timeline.fault = None if event.fault is None else event.fault.message
+        if not events and not self.core.has_work() and self._open:
+            assert self._has_news.wait(PATIENCE_S), "the engine waits for nothing"
+
+    def finish(self) -> None:
+        while self._open:
+            self.step()
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One batch of requests, from the first submit to the last token."""
+
+    tokens_per_s: float
+    # Of the steps in which every request decoded
+    decode_step_s: float
+    first_token_p50_s: float
+    first_token_p99_s: float
+    gap_p50_s: float
+    gap_p99_s: float
+
+
+def run_batch(
+    driver: Driver, prompts: list[list[int]], adapters: Sequence[str | None], *, num_tokens: int
+) -> tuple[Round, list[list[int]]]:
+    """All at once, each with its adapter."""
+    started_s = time.perf_counter()
+    timelines = [
+        driver.submit(prompt, adapter, num_tokens=num_tokens)
+        for prompt, adapter in zip(prompts, adapters, strict=True)
+    ]
+    driver.finish()
+    faults = {t.fault for t in timelines} - {None}
+    assert not faults, faults
+    elapsed_s = time.perf_counter() - started_s
+    last_start_s = max(t.token_times_s[0] for t in timelines)
+    shared = [t for t in timelines[0].token_times_s if t >= last_start_s]
+    firsts = [t.first_token_s for t in timelines]
+    gaps = [gap for t in timelines for gap in t.gaps_s]
+    return Round(
+        tokens_per_s=len(prompts) * num_tokens / elapsed_s,
+        decode_step_s=statistics.median(b - a for a, b in itertools.pairwise(shared)),
+        first_token_p50_s=quantile(firsts, 0.5),
+        first_token_p99_s=quantile(firsts, 0.99),
+        gap_p50_s=quantile(gaps, 0.5),
+        gap_p99_s=quantile(gaps, 0.99),
+    ), [t.token_ids for t in timelines]
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Median, and the middle half."""
+    return {
+        "median": statistics.median(values),
+        "low": quantile(values, 0.25),
+        "high": quantile(values, 0.75),
+    }
+
+
+# The bench
+
+
+class Bench:
+    def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
+        self.arguments = arguments
+        self.dice = random.Random(arguments.seed)
+        self.model = arguments.model or save_shape(arguments.shape, scratch / "model")
+        self.device = torch.device(arguments.device)
+        self._scratch = scratch
+        self.machine: Machine | None = None
+        self.source: MadeUpAdapters | None = None
+
+    def open(self, **settings: Any) -> Driver:
+        config = EngineConfig(
+            model=str(self.model),
+            served_name="base",
+            device=self.arguments.device,
+            dtype=self.arguments.dtype,
+            max_model_len=self.arguments.max_model_len,
+            **settings,
+        )
+        driver = Driver(EngineCore(config, adapter_source=_Later(self)))
+        if self.source is None:
+            modules = driver.core.base_shape.modules
+            self.source = MadeUpAdapters(self._scratch / "adapters", modules, "base")
+        if self.machine is None:
+            self.machine = measure(self.device, getattr(torch, driver.core.dtype))
+        return driver
+
+    def prompts(self, count: int) -> list[list[int]]:
+        return [
+            [self.dice.randrange(100, 40_000) for _ in range(self.arguments.prompt_tokens)]
+            for _ in range(count)
+        ]
+
+    def decode_floor_s(self, driver: Driver, *, batch: int, ranks: Sequence[int]) -> float:
+        """Of one decode step in the middle of the answers; `ranks` of the distinct adapters."""
+        assert self.machine is not None
+        config = AutoConfig.from_pretrained(self.model)
+        size = getattr(torch, driver.core.dtype).itemsize
+        modules = driver.core.base_shape.modules.values()
+        num_weights = sum(i * o for i, o in modules) + config.vocab_size * config.hidden_size
+        num_lora = sum(rank * (i + o) for rank in ranks for i, o in modules)
+        rows_per_adapter = batch / max(1, len(ranks))
+        heads = config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        context = self.arguments.prompt_tokens + self.arguments.answer_tokens // 2
+        num_cached = batch * context * 2 * heads * head_dim * config.num_hidden_layers
+        work = StepWork(
+            num_bytes=size * (num_weights + num_lora + num_cached),
+            num_operations=round(2 * (num_weights * batch + num_lora * rows_per_adapter)),
+        )
+        return floor_s(work, self.machine)
+
+
+@dataclass(frozen=True, slots=True)
+class _Later:
+    """The bench's adapters, which are known once a model has been loaded."""
+
+    bench: Bench
+
+    @property
+    def size_bytes(self) -> int:
+        return 0
+
+    @contextmanager
+    def fetch(self, weights_digest: str) -> Iterator[Path]:
+        assert self.bench.source is not None
+        with self.bench.source.fetch(weights_digest) as folder:
+            yield folder
+
+
+def save_shape(name: str, folder: Path) -> Path:
+    """Random weights: no time depends on them."""
+    config = LlamaConfig(**SHAPES[name])
+    torch.set_default_dtype(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.set_default_dtype(torch.float32)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    return folder
+
+
+def names(rank: int, count: int, *, first: int = 0) -> list[str]:
+    return [f"{rank}-{first + number}" for number in range(count)]
+
+
+def decode_batches(bench: Bench) -> list[dict[str, Any]]:
+    """N adapters ÷ base only, and mixed ranks ÷ uniform, at several batch sizes."""
+    arguments = bench.arguments
+    driver = bench.open(max_loras=arguments.most_adapters + 2, max_num_seqs=max(arguments.batch))
+    rows = []
+    for batch in arguments.batch:
+        mixes: dict[str, list[str | None]] = {"base only": [None] * batch}
+        for count in (1, 8, 32, 128):
+            if count <= arguments.most_adapters:
+                pool = names(arguments.rank, count)
+                mixes[f"{count} adapters"] = [pool[i % count] for i in range(batch)]
+        mixes[f"{batch} x rank 8"] = list(names(8, batch))
+        mixes[f"{batch - 1} x rank 8, 1 x rank 64"] = [*names(8, batch - 1), "64-0"]
+        rows += compare_mixes(bench, driver, batch, mixes)
+    driver.core.close()
+    return rows
+
+
+def compare_mixes(
+    bench: Bench, driver: Driver, batch: int, mixes: dict[str, list[str | None]]
+) -> list[dict[str, Any]]:
+    rounds: dict[str, list[Round]] = {name: [] for name in mixes}
+    prompts = bench.prompts(batch)
+    num_wrong = {}
+    for name, adapters in mixes.items():
+        # Also brings the adapters to the device.
+        _, together = run_batch(driver, prompts, adapters, num_tokens=bench.arguments.answer_tokens)
+        num_wrong[name] = count_differences(bench, driver, prompts, adapters, together)
+    for _ in range(bench.arguments.rounds):
+        prompts = bench.prompts(batch)
+        for name, adapters in mixes.items():
+            result, _ = run_batch(
+                driver, prompts, adapters, num_tokens=bench.arguments.answer_tokens
+            )
+            rounds[name].append(result)
+    uniform = f"{batch} x rank 8"
+    rows = []
+    for name, results in rounds.items():
+        reference = uniform if "rank 64" in name else "base only"
+        pairs = list(zip(results, rounds[reference], strict=True))
+        ranks = sorted({a for a in mixes[name] if a is not None})
+        floor = bench.decode_floor_s(
+            driver, batch=batch, ranks=[int(a.split("-")[0]) for a in ranks]
+        )
+        step_s = statistics.median(r.decode_step_s for r in results)
+        rows.append(
+            {
+                "batch": batch,
+                "mix": name,
+                "measured_against": reference,
+                "tokens_per_s": interval([r.tokens_per_s for r in results]),
+                "throughput_ratio": interval([a.tokens_per_s / b.tokens_per_s for a, b in pairs]),
+                "decode_step_ms": interval([1e3 * r.decode_step_s for r in results]),
+                "decode_ratio": interval([b.decode_step_s / a.decode_step_s for a, b in pairs]),
+                "decode_floor_ms": 1e3 * floor,
+                "share_of_floor": floor / step_s,
+                "first_token_ms": {
+                    "p50": 1e3 * statistics.median(r.first_token_p50_s for r in results),
+                    "p99": 1e3 * statistics.median(r.first_token_p99_s for r in results),
+                },
+                "inter_token_ms": {
+                    "p50": 1e3 * statistics.median(r.gap_p50_s for r in results),
+                    "p99": 1e3 * statistics.median(r.gap_p99_s for r in results),
+                },
+                "answers_that_differ_from_lone_ones": num_wrong[name],
+            }
+        )
+        print(describe(rows[-1]), flush=True)
+    return rows
+
+
+def count_differences(
+    bench: Bench,
+    driver: Driver,
+    prompts: list[list[int]],
+    adapters: list[str | None],
+    together: list[list[int]],
+) -> int:
+    """How many of a few answers from a mixed batch are not those that the adapter gives alone."""
+    num_wrong = 0
+    for index in range(0, len(prompts), max(1, len(prompts) // bench.arguments.checks)):
+        _, (alone,) = run_batch(
+            driver,
+            [prompts[index]],
+            [adapters[index]],
+            num_tokens=bench.arguments.answer_tokens,
+        )
+        num_wrong += alone != together[index]
+    return num_wrong
+
+
+def describe(row: dict[str, Any]) -> str:
+    return (
+        f"batch {row['batch']:>3}  {row['mix']:<28} {row['tokens_per_s']['median']:8.1f} tok/s  "
+        f"step {row['decode_step_ms']['median']:7.1f} ms (floor {row['decode_floor_ms']:6.1f})  "
+        f"decode ÷ {row['measured_against']}: {row['decode_ratio']['median']:.3f}  "
+        f"differing answers {row['answers_that_differ_from_lone_ones']}"
+    )
+
+
+# Working sets that are larger than the slots
+
+
+def closed_loop(
+    driver: Driver, jobs: list[tuple[list[int], str]], *, concurrency: int, num_tokens: int
+) -> float:
+    """Tokens per second with so many requests open at any time."""
+    started_s = time.perf_counter()
+    timelines = []
+    waiting = iter(jobs)
+    is_over = False
+    while not is_over or driver.num_open:
+        while not is_over and driver.num_open < concurrency:
+            job = next(waiting, None)
+            is_over = job is None
+            if job is not None:
+                timelines.append(driver.submit(*job, num_tokens=num_tokens))
+        if driver.num_open:
+            driver.step()
+    faults = {t.fault for t in timelines} - {None}
+    assert not faults, faults
+    return len(jobs) * num_tokens / (time.perf_counter() - started_s)
+
+
+def working_sets(bench: Bench) -> list[dict[str, Any]]:
+    """Slots for a part of the adapters in use ÷ slots for all of them."""
+    arguments = bench.arguments
+    num_slots = arguments.slots
+    few = bench.open(max_loras=num_slots, max_num_seqs=arguments.concurrency)
+    many = bench.open(max_loras=arguments.zipf_adapters, max_num_seqs=arguments.concurrency)
+    weights = [1 / (place + 1) for place in range(arguments.zipf_adapters)]
+    pool = names(arguments.rank, arguments.zipf_adapters)
+    draws = {
+        f"{4 * num_slots} adapters in turn": lambda n: [
+            pool[i % (4 * num_slots)] for i in range(n)
+        ],
+        f"{arguments.zipf_adapters} adapters by Zipf 1.0": lambda n: bench.dice.choices(
+            pool, weights, k=n
+        ),
+    }
+    rows = []
+    for name, draw in draws.items():
+        ratios, rates = [], []
+        for number in range(arguments.rounds + 1):
+            adapters = draw(arguments.jobs)
+            jobs = list(zip(bench.prompts(arguments.jobs), adapters, strict=True))
+            both = []
+            # What is resident when a round begins is what the same draw has left there.
+            for driver in (many, few):
+                both.append(
+                    closed_loop(
+                        driver,
+                        jobs,
+                        concurrency=arguments.concurrency,
+                        num_tokens=arguments.answer_tokens,
+                    )
+                )
+            if number == 0:
+                continue
+            ratios.append(both[1] / both[0])
+            rates.append(both)
+        tiers = few.core.status().tiers
+        rows.append(
+            {
+                "working_set": name,
+                "slots": num_slots,
+                "concurrency": arguments.concurrency,
+                "all_resident_tokens_per_s": statistics.median(r[0] for r in rates),
+                "tokens_per_s": statistics.median(r[1] for r in rates),
+                "ratio": interval(ratios),
+                "copies_to_the_device_so_far": tiers.num_copies,
+                "reads_from_disk_so_far": tiers.num_reads,
+            }
+        )
+        print(
+            f"{num_slots} slots, {name}: {rows[-1]['tokens_per_s']:.1f} tok/s, all resident "
+            f"{rows[-1]['all_resident_tokens_per_s']:.1f}, ratio {rows[-1]['ratio']['median']:.3f}",
+            flush=True,
+        )
+    few.core.close()
+    many.core.close()
+    return rows
+
+
+def cold_starts(bench: Bench) -> list[dict[str, Any]]:
+    """The first token of an adapter that is on the host or on disk ÷ on the device."""
+    arguments = bench.arguments
+    driver = bench.open(max_loras=4, max_num_seqs=8)
+    hosted = names(arguments.rank, 12)
+    for adapter in hosted:
+        run_batch(driver, bench.prompts(1), [adapter], num_tokens=2)
+    times: dict[str, list[float]] = {"device": [], "host": [], "disk": []}
+    for number in range(arguments.starts):
+        # Asked for longest ago: in the host tier alone. Asked for just now: on the device.
+        adapter = hosted[number % len(hosted)]
+        fresh = f"{arguments.rank}-{1000 + number}"
+        for place, name in (("host", adapter), ("device", adapter), ("disk", fresh)):
+            is_resident = name in driver.core.status().resident_adapters
+            assert is_resident == (place == "device"), f"{name} is not where it should be"
+            timeline = driver.submit(bench.prompts(1)[0], name, num_tokens=2)
+            driver.finish()
+            times[place].append(timeline.first_token_s)
+    driver.core.close()
+    rows = []
+    for place, values in times.items():
+        ratios = [value / warm for value, warm in zip(values, times["device"], strict=True)]
+        rows.append(
+            {
+                "adapter_is_on": place,
+                "prompt_tokens": arguments.prompt_tokens,
+                "first_token_ms": {
+                    "p50": 1e3 * quantile(values, 0.5),
+                    "p99": 1e3 * quantile(values, 0.99),
+                },
+                "ratio_to_device": interval(ratios),
+            }
+        )
+        print(
+            f"first token, adapter on {place}: p50 {rows[-1]['first_token_ms']['p50']:.1f} ms, "
+            f"÷ device {rows[-1]['ratio_to_device']['median']:.3f}",
+            flush=True,
+        )
+    return rows
+
+
+def loads_beside_streams(bench: Bench) -> dict[str, Any]:
+    """Gaps between the tokens of running streams, while cold or warm adapters are asked for."""
+    arguments = bench.arguments
+    driver = bench.open(max_loras=4, max_num_seqs=16)
+    warm = names(arguments.rank, 1)[0]
+    hosted = names(arguments.rank, 12, first=1)
+    for adapter in (warm, *hosted):
+        run_batch(driver, bench.prompts(1), [adapter], num_tokens=2)
+    gaps: dict[str, list[float]] = {"warm": [], "cold": []}
+    ratios = []
+    for _ in range(arguments.rounds):
+        p99 = {}
+        for kind in ("warm", "cold"):
+            before = driver.core.status().tiers.num_copies
+            own = stream_gaps(bench, driver, [warm] if kind == "warm" else hosted)
+            loads = driver.core.status().tiers.num_copies - before
+            assert (loads > 0) == (kind == "cold"), "not what was to be measured"
+            gaps[kind] += own
+            p99[kind] = quantile(own, 0.99)
+        ratios.append(p99["cold"] / p99["warm"])
+    driver.core.close()
+    row = {
+        "streams": 8,
+        "inter_token_ms": {
+            kind: {"p50": 1e3 * quantile(v, 0.5), "p99": 1e3 * quantile(v, 0.99)}
+            for kind, v in gaps.items()
+        },
+        "p99_ratio_of_rounds": interval(ratios),
+        "p99_ratio_of_all": quantile(gaps["cold"], 0.99) / quantile(gaps["warm"], 0.99),
+    }
+    print(f"others' inter-token p99 while adapters load ÷ not: {row['p99_ratio_of_all']:.3f}")
+    return row
+
+
+def stream_gaps(bench: Bench, driver: Driver, adapters: list[str]) -> list[float]:
+    """Eight streams of the base model, and every few steps a short request for an adapter."""
+    streams = [driver.submit(p, None, num_tokens=64) for p in bench.prompts(8)]
+    turn = 0
+    while any(len(s.token_ids) < 64 for s in streams):
+        if turn % 6 == 0:
+            prompt = bench.prompts(1)[0][:8]
+            driver.submit(prompt, adapters[turn // 6 % len(adapters)], num_tokens=1)
+        driver.step()
+        turn += 1
+    driver.finish()
+    return [gap for s in streams for gap in s.gaps_s[8:]]
+
+
+# The command
+
+
+PARTS = {
+    "decode": decode_batches,
+    "working_sets": working_sets,
+    "cold_starts": cold_starts,
+    "loads_beside_streams": loads_beside_streams,
+}
+
+
+def main() -> None:
+    arguments = parse()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(arguments, Path(scratch))
+        results = {name: part(bench) for name, part in PARTS.items() if name in arguments.parts}
+        assert bench.machine is not None
+        report = {
+            "command": " ".join(["python -m benchmarks.engine", *sys.argv[1:]]),
+            "commit": commit(),
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+                "gpu": torch.cuda.get_device_name() if bench.device.type == "cuda" else None,
+                **asdict(bench.machine),
+            },
+            "torch": torch.__version__,
+            "model": Path(bench.model).name if arguments.model else arguments.shape,
+            "rank": arguments.rank,
+            "prompt_tokens": arguments.prompt_tokens,
+            "answer_tokens": arguments.answer_tokens,
+            "rounds": arguments.rounds,
+            **results,
+        }
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    if arguments.output is None:
+        print(text)
+    else:
+        arguments.output.write_text(text + "\n")
+
+
+def commit() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip() or "unknown"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure the engine alone.")
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, help="folder of a checkpoint")
+    which.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="auto")
+    add("--max-model-len", type=int, default=1024)
+    add("--batch", type=int, nargs="+", default=[8, 32])
+    add("--rank", type=int, default=16)
+    add("--most-adapters", type=int, default=128)
+    add("--prompt-tokens", type=int, default=64)
+    add("--answer-tokens", type=int, default=32)
+    add("--rounds", type=int, default=7)
+    add("--checks", type=int, default=4, help="answers per mix that are compared with lone ones")
+    add("--slots", type=int, default=8)
+    add("--concurrency", type=int, default=8)
+    add("--zipf-adapters", type=int, default=500)
+    add("--jobs", type=int, default=48, help="requests of one round of a working set")
+    add("--starts", type=int, default=36)
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--seed", type=int, default=0)
+    add("--output", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
