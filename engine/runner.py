@@ -32,7 +32,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        """[num_sampled, vocab_size] float32: the logits of the batch's `logit_rows`.
+        """[num_logits, vocab_size] float32: the logits of the batch's `logit_rows`.
 
         `cache` takes the place of the runner's own, for batches that are nobody's sequences.
         """
