@@ -59,19 +59,20 @@ class _RepetitionPenalty:
         own, self._rows = _select(sequences, _has_repetition_penalty, device=device)
         if own:
             counts = _counts([s.token_ids for s in own], vocab_size=vocab_size, device=device)
-            # [num_own, vocab_size] bool, in the prompt or generated
-            self._is_seen = counts > 0
-            self._penalties = _column([s.sampling.repetition_penalty for s in own], device=device)
+            self._penalty = _column([s.sampling.repetition_penalty for s in own], device=device)
+            # [num_own, vocab_size] float32, 1 for a token that was not there
+            self._penalties = torch.where(counts > 0, self._penalty, 1.0)
 
     def apply_(self, logits: Tensor) -> None:
         if len(self._rows):
-            own = logits[self._rows]
-            changed = torch.where(own > 0, own / self._penalties, own * self._penalties)
-            logits[self._rows] = torch.where(self._is_seen, changed, own)
+            own = logits.index_select(0, self._rows)
+            divided, is_positive = own / self._penalties, own > 0
+            own = torch.where(is_positive, divided, own.mul_(self._penalties))
+            logits.index_copy_(0, self._rows, own)
 
     def count(self, token_ids: Tensor) -> None:
         if len(self._rows):
-            self._is_seen.scatter_(1, token_ids[self._rows, None], value=True)
+            self._penalties.scatter_(1, token_ids[self._rows, None], self._penalty)
 
 
 class _CountPenalties:
@@ -81,21 +82,25 @@ class _CountPenalties:
         own, self._rows = _select(sequences, _has_count_penalty, device=device)
         if own:
             generated = [s.token_ids[s.num_prompt_tokens :] for s in own]
-            # [num_own, vocab_size] float32
-            self._counts = _counts(generated, vocab_size=vocab_size, device=device).float()
-            self._one = torch.ones((len(own), 1), device=device)
             self._frequency = _column([s.sampling.frequency_penalty for s in own], device=device)
             self._presence = _column([s.sampling.presence_penalty for s in own], device=device)
+            self._one = torch.ones_like(self._presence)
+            # Both [num_own, vocab_size] float32
+            self._counts = _counts(generated, vocab_size=vocab_size, device=device).float()
+            self._penalties = self._of_counts(self._counts)
 
     def apply_(self, logits: Tensor) -> None:
         if len(self._rows):
-            penalties = self._counts * self._frequency
-            penalties += self._counts.clamp(max=1) * self._presence
-            logits[self._rows] = logits[self._rows].sub_(penalties)
+            logits.index_add_(0, self._rows, self._penalties, alpha=-1)
 
     def count(self, token_ids: Tensor) -> None:
         if len(self._rows):
-            self._counts.scatter_add_(1, token_ids[self._rows, None], self._one)
+            tokens = token_ids[self._rows, None]
+            self._counts.scatter_add_(1, tokens, self._one)
+            self._penalties.scatter_(1, tokens, self._of_counts(self._counts.gather(1, tokens)))
+
+    def _of_counts(self, counts: Tensor) -> Tensor:
+        return counts * self._frequency + counts.clamp(max=1) * self._presence
 
 
 class _Additions:

@@ -14,15 +14,24 @@ from engine.protocol import SamplingParams
 from engine.sampling.logprobs import likeliest
 from engine.sampling.noise import gumbel_noise
 
-# Candidates that are sorted for a row's limits; the whole vocabulary where they don't do.
-MIN_CANDIDATES = 1024
+# Candidates that are sorted for a row's limits at first, and how many times more where they don't
+# do. Sorting 256 of 49,152 takes a third of the time of 1,024, and few rows need more.
+MIN_CANDIDATES = 256
+MORE_CANDIDATES = 8
+# Tokens whose noise is computed at once: little enough to stay in a CPU's cache, which halves the
+# time; a GPU rather wants few launches.
+TILE_TOKENS = {"cpu": 4096, "cuda": 65_536}
 
 
 def num_candidates(params: SamplingParams, vocab_size: int) -> int:
     """How many tokens to sort first; 0 for no limits. A matter of the row alone, not its batch."""
     if not params.top_k and params.top_p == 1 and not params.min_p:
         return 0
-    return vocab_size if params.top_k >= MIN_CANDIDATES else min(MIN_CANDIDATES, vocab_size)
+    num = MIN_CANDIDATES
+    # One more than top_k, or a tie at its end could not be seen.
+    while num <= params.top_k:
+        num *= MORE_CANDIDATES
+    return min(num, vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +60,43 @@ class Limits:
         return Limits(self.top_k[rows], self.top_p[rows], self.floor[rows])
 
 
-def draw(scaled: Tensor, streams: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """How logits become what is drawn from: (logit - peak) / temperature."""
+
+    # [num_rows, 1] float32, the largest logit; without it a temperature near zero would overflow
+    peaks: Tensor
+    # [num_rows, 1] float32
+    temperature: Tensor
+
+    def apply(self, logits: Tensor) -> Tensor:
+        return (logits - self.peaks).div_(self.temperature)
+
+
+def draw(logits: Tensor, streams: Tensor, *, rows: Tensor, scaling: Scaling) -> Tensor:
     """[num_rows] int64, from the whole vocabulary.
 
-    scaled: [num_rows, vocab_size] float32, 0 for the likeliest; streams: [num_rows] of the noise.
+    logits: [any number, vocab_size] float32, of which `rows` [num_rows] are drawn from; streams:
+    [num_rows], where their noise starts.
     """
-    token_ids = torch.arange(scaled.shape[1], device=scaled.device)
-    return gumbel_noise(streams, token_ids[None]).add_(scaled).argmax(dim=-1)
+    best = torch.full_like(scaling.peaks[:, 0], -math.inf)
+    chosen = torch.zeros_like(rows)
+    token_ids = torch.arange(logits.shape[1], device=logits.device)
+    width = TILE_TOKENS[logits.device.type]
+    for start in range(0, logits.shape[1], width):
+        scaled = scaling.apply(logits[:, start : start + width].index_select(0, rows))
+        noise = gumbel_noise(streams, token_ids[None, start : start + width])
+        values, places = noise.add_(scaled).max(dim=-1)
+        chosen = torch.where(values > best, places + start, chosen)
+        best = torch.maximum(best, values)
+    return chosen
 
 
 def draw_limited(scaled: Tensor, streams: Tensor, limits: Limits, *, num_candidates: int) -> Tensor:
-    """As `draw`, from what the limits leave; they apply in the order of `reference.kept_tokens`."""
+    """[num_rows] int64, from what the limits leave, in the order of `reference.kept_tokens`.
+
+    scaled: [num_rows, vocab_size] float32, 0 for the likeliest; streams: [num_rows] of the noise.
+    """
     values, token_ids, cut = likeliest(scaled, num_candidates)
     is_out, is_enough = _left_out(scaled, values, token_ids, cut=cut, limits=limits)
     values.masked_fill_(is_out, -math.inf)
@@ -69,8 +104,9 @@ def draw_limited(scaled: Tensor, streams: Tensor, limits: Limits, *, num_candida
     chosen = token_ids.gather(1, winner)[:, 0]
     if not bool(is_enough.all()):
         rows = (~is_enough).nonzero()[:, 0]
+        num_more = min(MORE_CANDIDATES * num_candidates, scaled.shape[1])
         chosen[rows] = draw_limited(
-            scaled[rows], streams[rows], limits.of_rows(rows), num_candidates=scaled.shape[1]
+            scaled[rows], streams[rows], limits.of_rows(rows), num_candidates=num_more
         )
     return chosen
 

@@ -16,7 +16,7 @@ from engine.errors import InvalidLogits, NoTokenLeft, SequenceError
 from engine.protocol import SamplingParams, TokenLogprob
 from engine.sampling import adjustments, draws, logprobs
 from engine.sampling.adjustments import Adjustments
-from engine.sampling.draws import Limits
+from engine.sampling.draws import Limits, Scaling
 from engine.sampling.noise import mixed_seeds, streams
 from engine.scheduler import SampledToken
 from engine.sequence import Sequence
@@ -37,11 +37,14 @@ class Rows:
         """`logits` shows the vocabulary's size and the device."""
         self._sequences = sequences
         self._positions = positions
+        kinds = _grouped(sequences, logits.shape[1])
         self._groups = [
             _Group(sequences, rows, is_adjusted=is_adjusted, is_drawn=is_drawn, logits=logits)
-            for (is_drawn, _, is_adjusted), rows in _grouped(sequences, logits.shape[1]).items()
+            for (is_drawn, _, is_adjusted), rows in kinds.items()
             if is_drawn or is_adjusted
         ]
+        # Whether a row's likeliest token is taken as it is.
+        self._has_plain = (False, 0, False) in kinds
         self._asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         self._nums_top = [sequences[row].sampling.logprobs or 0 for row in self._asking]
         self._asking_index = torch.tensor(self._asking, dtype=torch.int64, device=logits.device)
@@ -59,10 +62,10 @@ class Rows:
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids and faults, both [num_rows] int64."""
-        chosen = logits.argmax(dim=-1)
-        # NaN counts as the largest of all, so the largest tells of the whole row.
-        peaks = logits.gather(1, chosen[:, None])
+        # The largest tells of the whole row: NaN counts as such.
+        peaks = logits.amax(dim=-1, keepdim=True)
         faults = torch.where(torch.isfinite(peaks[:, 0]), _FINE, _INVALID)
+        chosen = logits.argmax(dim=-1) if self._has_plain else torch.zeros_like(faults)
         if self._groups:
             positions = torch.from_numpy(self._positions).to(logits.device)
             for group in self._groups:
@@ -117,6 +120,7 @@ class _Group:
     ) -> None:
         own, vocab_size, device = [sequences[row] for row in rows], logits.shape[1], logits.device
         self._rows = torch.tensor(rows, device=device)
+        self._order = torch.arange(len(rows), device=device)
         self._adjustments = (
             Adjustments(own, vocab_size=vocab_size, device=device) if is_adjusted else None
         )
@@ -127,19 +131,21 @@ class _Group:
         self, chosen: Tensor, faults: Tensor, *, logits: Tensor, peaks: Tensor, positions: Tensor
     ) -> None:
         """Set this group's rows of `chosen` and, where nothing is left, of `faults`."""
-        rows = self._rows
-        own, own_peaks, own_positions = logits[rows], peaks[rows], positions[rows]
-        tokens = chosen[rows]
-        if self._adjustments:
-            self._adjustments.apply_(own, own_positions)
+        rows, places = self._rows, positions[self._rows]
+        if self._adjustments is None:
+            assert self._draw is not None, "rows that are taken as they are have no group"
+            chosen[rows] = self._draw.choose(logits, rows, peaks=peaks[rows], positions=places)
+            return
+        own = logits.index_select(0, rows)
+        self._adjustments.apply_(own, places)
+        own_peaks = own.amax(dim=-1, keepdim=True)
+        is_empty = ~torch.isfinite(own_peaks[:, 0]) & (faults[rows] == _FINE)
+        faults[rows] = faults[rows].masked_fill(is_empty, _NOTHING_LEFT)
+        if self._draw is None:
             tokens = own.argmax(dim=-1)
-            own_peaks = own.gather(1, tokens[:, None])
-            is_empty = ~torch.isfinite(own_peaks[:, 0]) & (faults[rows] == _FINE)
-            faults[rows] = faults[rows].masked_fill(is_empty, _NOTHING_LEFT)
-        if self._draw:
-            tokens = self._draw.choose(own.sub_(own_peaks), own_positions)
-        if self._adjustments:
-            self._adjustments.count(tokens)
+        else:
+            tokens = self._draw.choose(own, self._order, peaks=own_peaks, positions=places)
+        self._adjustments.count(tokens)
         chosen[rows] = tokens
 
 
@@ -165,10 +171,15 @@ class _Draw:
             num_candidates=draws.num_candidates(params[0], vocab_size),
         )
 
-    def choose(self, distances: Tensor, positions: Tensor) -> Tensor:
-        """[num_rows] int64. `distances` [num_rows, vocab_size], to the likeliest, is changed."""
-        scaled = distances.div_(self.temperature)
+    def choose(self, logits: Tensor, rows: Tensor, *, peaks: Tensor, positions: Tensor) -> Tensor:
+        """[num_rows] int64, from `rows` of `logits`."""
+        scaling = Scaling(peaks, self.temperature)
         starts = streams(self.seeds, positions)
         if not self.num_candidates:
-            return draws.draw(scaled, starts)
-        return draws.draw_limited(scaled, starts, self.limits, num_candidates=self.num_candidates)
+            return draws.draw(logits, starts, rows=rows, scaling=scaling)
+        return draws.draw_limited(
+            scaling.apply(logits.index_select(0, rows)),
+            starts,
+            self.limits,
+            num_candidates=self.num_candidates,
+        )

@@ -29,7 +29,7 @@ from engine.sampling.sampler import Sampler
 from engine.scheduler import SampledToken, ScheduledSequence
 from engine.sequence import Sequence
 
-VOCAB_SIZE = 3 * MIN_CANDIDATES
+VOCAB_SIZE = 12 * MIN_CANDIDATES
 CPU = torch.device("cpu")
 
 
@@ -258,6 +258,7 @@ def test_of_equal_logits_the_lowest_id_is_taken(bias: dict[int, float]) -> None:
         {"min_p": 0.1, "top_k": 20, "top_p": 0.8},
         # These need more candidates than are sorted at first.
         {"top_k": MIN_CANDIDATES + 10},
+        {"top_k": 10 * MIN_CANDIDATES, "top_p": 0.999},
         {"temperature": 8.0, "top_p": 0.9},
         {"temperature": 20.0, "min_p": 0.3},
     ],
@@ -268,7 +269,7 @@ def test_nothing_outside_of_the_limits_is_drawn(limits: dict[str, Any]) -> None:
     allowed = set(reference.kept_tokens((logits[0] / params.temperature).tolist(), params))
     tokens = draw(logits, num_draws=300, **limits)
     assert set(tokens) <= allowed
-    assert len(set(tokens)) > min(len(allowed) / 2, 50)
+    assert len(set(tokens)) > min(len(allowed) / 2, 30)
 
 
 def transformers_scores(logits: Tensor, params: SamplingParams, token_ids: list[int]) -> Tensor:
@@ -484,6 +485,6 @@ def test_an_all_greedy_batch_computes_little_more_than_its_argmax() -> None:
     whole = [list(logits.shape)]
     readers = [e.name for e in profile.events() if e.input_shapes and e.input_shapes[:1] == whole]
     assert [name for name in readers if name not in ("aten::slice", "aten::as_strided")] == [
+        "aten::amax",
         "aten::argmax",
-        "aten::gather",
     ]
