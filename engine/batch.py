@@ -38,7 +38,8 @@ class Batch:
     block_tables: Tensor
     # [num_seqs] int64, tokens of each sequence after this step
     context_lens: Tensor
-    # [num_sampled] int64, rows whose logits are wanted
+    # [num_logits] int64, rows whose logits are wanted: the last one of each sequence that is
+    # sampled, then those of the `scored_positions`, both in the order of the sequences
     logit_rows: Tensor
     # Of each sequence, on the host: first row of its tokens, with num_tokens at the end
     query_starts: tuple[int, ...]
@@ -67,9 +68,6 @@ def build(scheduled: list[ScheduledSequence], *, block_size: int, device: torch.
     owners = np.repeat(np.arange(len(scheduled)), lengths)
     cache_rows = tables[owners, positions // block_size] * block_size + positions % block_size
     ids = np.concatenate([_new_tokens(item) for item in scheduled])
-    logit_rows = [
-        end - 1 for end, item in zip(starts[1:], scheduled, strict=True) if item.is_sampled
-    ]
 
     def on_device(values: object) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device, non_blocking=True)
@@ -80,7 +78,7 @@ def build(scheduled: list[ScheduledSequence], *, block_size: int, device: torch.
         cache_rows=on_device(cache_rows),
         block_tables=on_device(tables),
         context_lens=on_device(contexts),
-        logit_rows=on_device(logit_rows),
+        logit_rows=on_device(_logit_rows(scheduled, starts)),
         query_starts=starts,
         host_context_lens=tuple(contexts),
         num_decodes=sum(n == 1 for n in lengths),
@@ -92,6 +90,15 @@ def build(scheduled: list[ScheduledSequence], *, block_size: int, device: torch.
 def _new_tokens(item: ScheduledSequence) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     first = item.sequence.num_computed_tokens
     return np.asarray(item.sequence.token_ids[first : first + item.num_tokens], dtype=np.int64)
+
+
+def _logit_rows(scheduled: list[ScheduledSequence], starts: tuple[int, ...]) -> list[int]:
+    rows = [end - 1 for end, item in zip(starts[1:], scheduled, strict=True) if item.is_sampled]
+    for start, item in zip(starts[:-1], scheduled, strict=True):
+        if item.sequence.prompt_logprobs is not None:
+            first = item.sequence.num_computed_tokens
+            rows += [start + position - first for position in item.scored_positions]
+    return rows
 
 
 def _block_tables(

@@ -185,8 +185,8 @@ class BlockManager:
         return num_missing - sum(self._num_references[block] > 0 for block in shared)
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """The longest known beginning. The last token is left out: its logits are wanted."""
-        num_full = (sequence.num_tokens - 1) // self.block_size
+        """The longest known beginning, without the tokens whose logits are wanted."""
+        num_full = sequence.num_skippable_tokens // self.block_size
         found = []
         for name in extend_hashes(sequence, num_full, block_size=self.block_size):
             block = self._block_of.get(name)

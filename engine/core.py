@@ -18,7 +18,7 @@ import torch
 
 from adapters.errors import AdapterError, StoreUnavailable
 from engine import batch as batches
-from engine import probe, runner, sampler
+from engine import probe, runner
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.errors import (
@@ -35,6 +35,7 @@ from engine.model.lora import PreparedAdapter
 from engine.model.memory import DeviceMemory
 from engine.protocol import ProbeReport, SamplingParams
 from engine.runner import Runner
+from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceKey, StepEvent
 from engine.slots import AdapterLoader, SlotPool
@@ -108,6 +109,7 @@ class EngineCore:
             max_num_tokens=_step_tokens(config, loaded.device),
         )
         self._runner = Runner(loaded, memory)
+        self._sampler = Sampler()
         # A step found nothing to run, and nothing has changed since.
         self._is_stalled = False
 
@@ -160,11 +162,7 @@ class EngineCore:
         batch = batches.build(
             scheduled, block_size=self._blocks.block_size, device=self._loaded.device
         )
-        logits = self._runner.run(batch)
-        ending = [item.sequence for item in scheduled if item.is_sampled]
-        sampled = sampler.sample(
-            logits, [s.sampling for s in ending], [s.num_tokens for s in ending]
-        )
+        sampled = self._sampler.sample(self._runner.run(batch), scheduled)
         elapsed_ns = time.perf_counter_ns() - started_ns
         self._scheduler.commit(scheduled, sampled, elapsed_ns=elapsed_ns)
         return self._scheduler.take_events()
@@ -264,7 +262,21 @@ def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
         "temperature must be finite and at least 0.": 0 <= params.temperature < math.inf,
         "top_p must be above 0 and at most 1.": 0 < params.top_p <= 1,
         "top_k must be at least 0.": params.top_k >= 0,
+        "min_p must be from 0 to 1.": 0 <= params.min_p <= 1,
+        "presence_penalty must be from -2 to 2.": -2 <= params.presence_penalty <= 2,
+        "frequency_penalty must be from -2 to 2.": -2 <= params.frequency_penalty <= 2,
+        "repetition_penalty must be finite and above 0.": 0 < params.repetition_penalty < math.inf,
+        f"logit_bias must name token ids from 0 to {vocab_size - 1}.": all(
+            0 <= token_id < vocab_size for token_id in params.logit_bias
+        ),
+        "logit_bias must have values from -100 to 100.": all(
+            -100 <= bias <= 100 for bias in params.logit_bias.values()
+        ),
+        "min_tokens must be from 0 to max_tokens.": 0 <= params.min_tokens <= params.max_tokens,
         f"logprobs must be from 0 to {vocab_size}.": 0 <= (params.logprobs or 0) <= vocab_size,
+        f"prompt_logprobs must be from 0 to {vocab_size}.": (
+            0 <= (params.prompt_logprobs or 0) <= vocab_size
+        ),
     }
     for problem, is_absent in problems.items():
         if not is_absent:

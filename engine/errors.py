@@ -8,7 +8,8 @@ EngineError
 │   ├── ContextLengthExceeded
 │   ├── AdapterUnavailable     may come back
 │   ├── AdapterMissing         will not come back by itself
-│   └── InvalidLogits
+│   ├── InvalidLogits
+│   └── NoTokenLeft
 ├── ProbeError                 a probe could not be run; says nothing about the adapter
 ├── LinkRefused                the engine refuses a worker's call as a whole, with an HTTP status
 │   ├── MalformedCall
@@ -81,6 +82,12 @@ class InvalidLogits(SequenceError):
     """The model gave NaN or infinite logits for this sequence."""
 
     code = "nan_logits"
+
+
+class NoTokenLeft(SequenceError):
+    """Penalties, logit_bias and min_tokens together leave no token to choose: relax them."""
+
+    code = "no_token_left"
 
 
 class ProbeError(EngineError):

@@ -42,8 +42,14 @@ def bearer(secret: str) -> str:
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How the tokens of one sequence are chosen.
 
-    The noise of the token at position p depends on (seed, p) alone, so batch, preemption and
-    replica change nothing. EOS ids are in `stop_token_ids` unless the caller wants them ignored.
+    On the model's logits, in this order: repetition_penalty, frequency_penalty and
+    presence_penalty, logit_bias, the ban on stop tokens before min_tokens; then temperature; then
+    top_k, top_p within what top_k leaves, and min_p. With temperature 0 the likeliest is taken, of
+    equals the lowest id. The noise of the token at position p depends on (seed, p) alone, so batch,
+    preemption and replica change nothing.
+
+    EOS ids are in `stop_token_ids` unless the caller wants them ignored: leaving them out is
+    ignoring them. Several answers to one prompt are as many submits, each with a seed of its own.
     """
 
     # Most tokens to generate, those of an earlier attempt (`generated_token_ids`) included.
@@ -55,10 +61,24 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     top_p: float = 1.0
     # 0 means no limit.
     top_k: int = 0
+    # Only tokens with at least this share of the likeliest one's probability; 0 means no limit.
+    min_p: float = 0.0
+    # Taken off the logit of a token that was generated before, once, and once for each time.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    # Divides the logit of a token of the prompt or the answer, or multiplies a negative one.
+    repetition_penalty: float = 1.0
+    # Token id -> what is added to its logit.
+    logit_bias: dict[int, float] = {}
+    # No stop token is chosen before this many generated, those of an earlier attempt included.
+    min_tokens: int = 0
     # Generation ends with the first of these; it is delivered and counted like any other token.
     stop_token_ids: tuple[int, ...] = ()
     # How many alternatives to report beside each token's own log-probability; None reports neither.
     logprobs: int | None = None
+    # As `logprobs` for each prompt token but the first, told with the first token that is
+    # generated; an attempt that goes on after an earlier one's tokens does not tell them again.
+    prompt_logprobs: int | None = None
 
 
 class Submit(
@@ -119,9 +139,9 @@ class SequenceState(enum.StrEnum):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Natural log-probability of a chosen token and of the likeliest alternatives at its place.
+    """Natural log-probability of a token and of the likeliest alternatives at its place.
 
-    Taken from the model's own distribution, before temperature, top_k and top_p.
+    Taken from the model's own distribution, before all that `SamplingParams` does to it.
     """
 
     logprob: float
@@ -156,6 +176,8 @@ class SequenceEvent(msgspec.Struct, frozen=True, array_like=True):
     # One for each of `token_ids`, where asked for.
     logprobs: list[TokenLogprob] | None = None
     fault: SequenceFault | None = None
+    # Of the prompt tokens but the first, where asked for; in one event only.
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):

@@ -33,7 +33,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch, *, memory: DeviceMemory | None = None) -> Tensor:
-        """[num_sampled, vocab_size] float32: the logits of the batch's `logit_rows`.
+        """[num_logits, vocab_size] float32: the logits of the batch's `logit_rows`.
 
         `memory` takes the place of the runner's own, for batches that are nobody's sequences.
         """

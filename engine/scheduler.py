@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from engine.block_manager import BlockManager
 from engine.errors import InvalidLogits, SequenceError
 from engine.fairness import WaitingLine
@@ -27,13 +29,22 @@ class ScheduledSequence:
     # Whether the step reaches the last token, so that the next one can be sampled.
     is_sampled: bool
 
+    @property
+    def scored_positions(self) -> range:
+        """Positions of this step whose logits tell of a prompt token that is asked about."""
+        found, first = self.sequence.prompt_logprobs, self.sequence.num_computed_tokens
+        if found is None:
+            return range(0)
+        last = min(first + self.num_tokens, self.sequence.num_prompt_tokens - 1)
+        return range(max(first, len(found)), last)
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+
+# A struct, because many are made in every step and a dataclass runs Python for each.
+class SampledToken(msgspec.Struct, frozen=True):
     token_id: int
-    # False where the model's logits were NaN or infinite; token_id then means nothing.
-    is_valid: bool
-    logprob: TokenLogprob | None
+    # Why there is none; token_id then means nothing.
+    error: SequenceError | None = None
+    logprob: TokenLogprob | None = None
 
 
 class Scheduler:
@@ -225,9 +236,10 @@ class Scheduler:
             tokens_before = tokens_after
 
     def _take_token(self, sequence: Sequence, sample: SampledToken) -> None:
-        if not sample.is_valid:
-            self._blocks.disown(sequence)
-            self._finish(sequence, SequenceState.FAILED, error=InvalidLogits())
+        if sample.error is not None:
+            if isinstance(sample.error, InvalidLogits):
+                self._blocks.disown(sequence)
+            self._finish(sequence, SequenceState.FAILED, error=sample.error)
             return
         sequence.token_ids.append(sample.token_id)
         self._waiting.charge_output(sequence)
@@ -264,6 +276,9 @@ class Scheduler:
         error: SequenceError | None = None,
     ) -> None:
         logprobs = [sample.logprob] if sample is not None and sample.logprob is not None else None
+        prompt_logprobs = None
+        if sample is not None:
+            prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
         self._events.append(
             StepEvent(
                 key=sequence.key,
@@ -275,6 +290,7 @@ class Scheduler:
                 engine_ns=sequence.engine_ns,
                 logprobs=logprobs,
                 fault=None if error is None else error.fault(),
+                prompt_logprobs=prompt_logprobs,
             )
         )
 

@@ -44,6 +44,9 @@ class Sequence:
     # Filled by the scheduler when the slot is pinned; kept until the sequence ends.
     slot: int = NO_ADAPTER
     is_pinned: bool = False
+    # Of the prompt tokens but the first, as far as they are computed; None where nobody asked, or
+    # once they are reported. Filled by the sampler, taken by the scheduler with the first token.
+    prompt_logprobs: list[TokenLogprob] | None = None
     state: SequenceState = SequenceState.RUNNING
     engine_ns: int = 0
 
@@ -58,6 +61,12 @@ class Sequence:
             weight=submit.weight,
             num_prompt_tokens=len(submit.prompt_token_ids),
             token_ids=[*submit.prompt_token_ids, *submit.generated_token_ids],
+            # Whoever has generated tokens was told of the prompt together with the first of them.
+            prompt_logprobs=(
+                None
+                if submit.sampling.prompt_logprobs is None or submit.generated_token_ids
+                else []
+            ),
         )
 
     @classmethod
@@ -95,6 +104,17 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
 
+    @property
+    def num_skippable_tokens(self) -> int:
+        """How many of the first tokens need no computing where their keys and values are at hand.
+
+        The last token's logits are always wanted, and those before a prompt token that is asked
+        about.
+        """
+        if self.prompt_logprobs is not None:
+            return len(self.prompt_logprobs)
+        return len(self.token_ids) - 1
+
     def ending(self) -> SequenceState:
         """How the last token leaves the sequence: finished, or RUNNING."""
         if self.num_generated_tokens and self.token_ids[-1] in self.sampling.stop_token_ids:
@@ -117,3 +137,4 @@ class StepEvent:
     engine_ns: int
     logprobs: list[TokenLogprob] | None = None
     fault: SequenceFault | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None

@@ -68,6 +68,13 @@ class GenerationRequest:
     temperature: float | None
     top_p: float | None
     top_k: int | None
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    # By token id.
+    logit_bias: Mapping[int, float]
+    min_tokens: int
     seed: int | None
     stops: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -205,13 +212,14 @@ class Inference:
     async def start(self, principal: Principal, request: GenerationRequest) -> Generation:
         """Admit a request and hand it to an engine.
 
-        Raises ModelNotFound, TemplateFault, ContextLengthExceeded, LimitReached or Unavailable;
-        nothing is held or billed then.
+        Raises ModelNotFound, TemplateFault, InvalidRequest, LimitReached or Unavailable; nothing
+        is held or billed then.
         """
         target = await self._registry.resolve(principal, request.model)
         codec = await self._texts.get(target.text_bundle_digest)
         prompt_ids = await _encode(codec, request.prompt)
         max_tokens = _fit(request, len(prompt_ids), target.context_length)
+        _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
         request_id = new_id()
@@ -283,6 +291,20 @@ def _fit(request: GenerationRequest, num_prompt_tokens: int, context_length: int
     return request.max_tokens or room
 
 
+def _check_tokens(request: GenerationRequest, *, max_tokens: int, vocab_size: int) -> None:
+    if request.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"'min_tokens' is {request.min_tokens}, above the {max_tokens} that may come at most:"
+            " lower it, or raise max_tokens.",
+            param="min_tokens",
+        )
+    if max(request.logit_bias, default=0) >= vocab_size:
+        raise InvalidRequest(
+            f"'logit_bias' names a token that the model does not have: ids go to {vocab_size - 1}.",
+            param="logit_bias",
+        )
+
+
 def _sampling(request: GenerationRequest, codec: TextCodec, max_tokens: int) -> SamplingParams:
     defaults = codec.generation_defaults
     eos = () if request.ignore_eos else codec.eos_token_ids
@@ -296,6 +318,12 @@ def _sampling(request: GenerationRequest, codec: TextCodec, max_tokens: int) -> 
         temperature=choose(request.temperature, "temperature", 1.0),
         top_p=choose(request.top_p, "top_p", 1.0),
         top_k=int(choose(request.top_k, "top_k", 0)),
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=dict(request.logit_bias),
+        min_tokens=request.min_tokens,
         stop_token_ids=(*eos, *request.stop_token_ids),
         logprobs=request.logprobs,
     )
@@ -307,6 +335,8 @@ def _translate(fault: SequenceFault | None) -> GatewayError:
         return Unavailable(f"The answer was cut off; ask again: {reason}")
     if fault.code == ContextLengthExceeded.code:
         return ContextLengthExceeded(fault.message)
+    if fault.code == "no_token_left":
+        return InvalidRequest(fault.message)
     if fault.code == "invalid_sequence":
         return InvalidRequest(fault.message, param="prompt")
     return EngineFailed(fault.message)

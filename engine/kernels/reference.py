@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from engine.protocol import SamplingParams
 from engine.sequence import NO_ADAPTER
 
 
@@ -88,6 +89,64 @@ def lora(x: Tensor, adapters: dict[int, tuple[Tensor, Tensor]], token_slots: Ten
             lora_A, lora_B = adapters[slot]
             out[row] = lora_B.float() @ (lora_A.float() @ x[row].float())
     return out
+
+
+def sampled_token(
+    logits: Tensor, params: SamplingParams, *, prompt: list[int], generated: list[int]
+) -> int:
+    """The likeliest token, or with a temperature the Gumbel-max draw from those that are kept.
+
+    logits: [vocab_size]. Of equals the lower id is taken.
+    """
+    adjusted = adjusted_logits(logits, params, prompt=prompt, generated=generated)
+    if params.temperature == 0:
+        return max(range(len(adjusted)), key=lambda i: (adjusted[i], -i))
+    scaled = [logit / params.temperature for logit in adjusted]
+    position = len(prompt) + len(generated)
+    return max(
+        kept_tokens(scaled, params),
+        key=lambda i: (scaled[i] + gumbel_noise(params.seed, position, i), -i),
+    )
+
+
+def adjusted_logits(
+    logits: Tensor, params: SamplingParams, *, prompt: list[int], generated: list[int]
+) -> list[float]:
+    """Repetition penalty, frequency and presence penalties, biases, then the ban on stop tokens.
+
+    Repetition: Keskar et al., "CTRL" (2019), over prompt and answer, with its sign mended for
+    negative logits. The other two count generated tokens alone.
+    """
+    adjusted = logits.tolist()
+    for i in {*prompt, *generated}:
+        factor = params.repetition_penalty
+        adjusted[i] = adjusted[i] / factor if adjusted[i] > 0 else adjusted[i] * factor
+    for i in set(generated):
+        adjusted[i] -= params.frequency_penalty * generated.count(i) + params.presence_penalty
+    for i, bias in params.logit_bias.items():
+        adjusted[i] += bias
+    for i in params.stop_token_ids:
+        if len(generated) < params.min_tokens and i < len(adjusted):
+            adjusted[i] = -math.inf
+    return adjusted
+
+
+def kept_tokens(scaled: list[float], params: SamplingParams) -> list[int]:
+    """The `top_k` likeliest; of those the likeliest that make up `top_p`; of those by `min_p`.
+
+    top_p: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020). min_p: Nguyen et
+    al., "Turning Up the Heat" (2024). The likeliest first; of equals the lower id.
+    """
+    order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))[: params.top_k or None]
+    probabilities = torch.softmax(torch.tensor(scaled, dtype=torch.float64)[order], dim=0).tolist()
+    kept: list[int] = []
+    mass = 0.0
+    for token_id, probability in zip(order, probabilities, strict=True):
+        is_wanted = mass < params.top_p or params.top_p == 1
+        if not kept or (is_wanted and probability >= params.min_p * probabilities[0]):
+            kept.append(token_id)
+        mass += probability
+    return kept
 
 
 def gumbel_noise(seed: int, position: int, token_id: int) -> float:

@@ -146,7 +146,7 @@ class PagedStep:
 def forward(
     model: PreTrainedModel, batch: Batch, *, memory: DeviceMemory, plan: AttentionPlan
 ) -> Tensor:
-    """[num_sampled, vocab_size] float32: the logits of the batch's `logit_rows`."""
+    """[num_logits, vocab_size] float32: the logits of the batch's `logit_rows`."""
     logits: Tensor = model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],

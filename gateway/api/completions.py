@@ -11,7 +11,12 @@ from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer, answer_headers, collect
 from gateway.api.fields import (
+    LogitBias,
+    MinP,
+    MinTokens,
     NumTokens,
+    Penalty,
+    RepetitionPenalty,
     Seed,
     StopString,
     StopStrings,
@@ -43,6 +48,12 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | None = None
+    min_tokens: MinTokens | None = None
     seed: Seed | None = None
     stop: StopString | StopStrings | None = None
     stop_token_ids: TokenIds | None = None
@@ -55,13 +66,7 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
     best_of: int | None = None
     echo: bool | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    min_p: float | None = None
-    min_tokens: int | None = None
     n: int | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
     suffix: str | None = None
 
 
@@ -135,6 +140,12 @@ def _read(data: CompletionRequest) -> GenerationRequest:
         temperature=data.temperature,
         top_p=data.top_p,
         top_k=None if data.top_k is None else max(data.top_k, 0),
+        min_p=data.min_p or 0.0,
+        presence_penalty=data.presence_penalty or 0.0,
+        frequency_penalty=data.frequency_penalty or 0.0,
+        repetition_penalty=data.repetition_penalty or 1.0,
+        logit_bias=data.logit_bias or {},
+        min_tokens=data.min_tokens or 0,
         seed=data.seed,
         stops=stop_strings(data.stop),
         stop_token_ids=tuple(data.stop_token_ids or ()),

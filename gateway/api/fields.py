@@ -14,6 +14,13 @@ from gateway.prices import Bill
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
 TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
 TopK = Annotated[int, msgspec.Meta(ge=-1)]
+MinP = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, msgspec.Meta(gt=0)]
+Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
+# By token id.
+LogitBias = Annotated[dict[Annotated[int, msgspec.Meta(ge=0)], Bias], msgspec.Meta(max_length=1024)]
+MinTokens = Annotated[int, msgspec.Meta(ge=0)]
 NumTokens = Annotated[int, msgspec.Meta(ge=1)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], msgspec.Meta(max_length=16)]
@@ -25,19 +32,13 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
     "echo": (None, False),
-    "frequency_penalty": (None, 0),
     "function_call": (None,),
     "functions": (None, []),
-    "logit_bias": (None, {}),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
     "modalities": (None, ["text"]),
     "n": (None, 1),
     "parallel_tool_calls": (None, True),
     "prediction": (None,),
-    "presence_penalty": (None, 0),
     "reasoning_effort": (None,),
-    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),

@@ -124,7 +124,8 @@ def _translate_validation(error: ValidationException) -> InvalidRequest:
     if not entries:
         return InvalidRequest(error.detail)
     message, place = str(entries[0].get("message", "")), str(entries[0].get("key", ""))
-    place = "" if place == "data" else place
+    # Which key of an object is meant is not told.
+    place = "" if place == "data" else place.removesuffix("[...]")
     if found := _FIELD_IN_MESSAGE.search(message):
         param = f"{place}.{found[2]}" if place else found[2]
         if found[1] == "unknown":

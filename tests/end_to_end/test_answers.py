@@ -1,6 +1,7 @@
 """What tenants get is what their adapters say, to the token."""
 
 import asyncio
+import functools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -139,3 +140,70 @@ async def _score(server: Any, task: Task, *, model: str, num_questions: int) -> 
 
         asked = read_held_out(task)[:num_questions]
         return 100 * sum(await asyncio.gather(*map(ask, asked))) / len(asked)
+
+
+BODY = {"temperature": 0.9, "top_p": 1, "max_tokens": 70, "seed": 7, "ignore_eos": True}
+CHANGES = [
+    {"seed": 8},
+    {"logit_bias": {"28": -100, "30": -100, "198": -100}},
+    {"presence_penalty": 2},
+    {"frequency_penalty": 2},
+    {"repetition_penalty": 1.8},
+    {"min_p": 0.3},
+    {"top_k": 2},
+]
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+async def test_each_sampling_parameter_changes_the_answer_and_a_seed_repeats_it(server, endpoint):
+    model = server.facts["base_model"]
+    bodies = [BODY, BODY | {"ignore_eos": False}, *(BODY | change for change in CHANGES)]
+    async with server.client("acme") as client:
+        first = await asyncio.gather(*(_answer(client, endpoint, model, body) for body in bodies))
+        again = await asyncio.gather(*(_answer(client, endpoint, model, body) for body in bodies))
+    assert first == again
+    plain, stopped, *others = first
+    assert plain not in others
+    assert plain.startswith(stopped)
+
+
+async def _answer(client: Any, endpoint: str, model: str, body: dict[str, Any]) -> str:
+    question = "Tell me a long story about a river."
+    if endpoint == "completions":
+        made = await client.completions.create(model=model, prompt=question, extra_body=body)
+        return made.choices[0].text
+    messages = [{"role": "user", "content": question}]
+    made = await client.chat.completions.create(model=model, messages=messages, extra_body=body)
+    return made.choices[0].message.content
+
+
+async def test_an_answer_has_at_least_min_tokens(server):
+    async with server.client("acme") as client:
+        ask = functools.partial(
+            client.chat.completions.create,
+            model="acme-sql",
+            messages=[{"role": "user", "content": "Say hi."}],
+            temperature=0,
+            max_tokens=60,
+        )
+        free = (await ask()).usage.completion_tokens
+        assert free < 50
+        longer = (await ask(extra_body={"min_tokens": free + 5})).usage.completion_tokens
+    assert longer >= free + 5
+
+
+async def test_a_bias_decides_and_a_logprob_still_tells_what_the_model_thought(server):
+    async with server.client("acme") as client:
+        made = await client.chat.completions.create(
+            model="acme-sql",
+            messages=[{"role": "user", "content": "Say hi."}],
+            max_tokens=3,
+            temperature=0,
+            logit_bias={"28": 100},
+            logprobs=True,
+            top_logprobs=1,
+        )
+    told = made.choices[0].logprobs.content
+    assert len({found.token for found in told}) == 1
+    assert all(found.top_logprobs[0].logprob >= found.logprob for found in told)
+    assert told[0].top_logprobs[0].token != told[0].token

@@ -62,12 +62,13 @@ def test_tokens_do_not_depend_on_chunks_batches_or_preemption(
         {"prompt": PROMPTS[2], "max_tokens": 30, "temperature": 1.0, "seed": 3},
         {"prompt": PROMPTS[3], "max_tokens": 30, "adapter": "patterned", "seed": 4, "top_p": 0.9},
         {"prompt": PROMPTS[0], "max_tokens": 30, "adapter": "one-layer", "temperature": 2.0},
+        {"prompt": PROMPTS[1], "max_tokens": 30, "frequency_penalty": 1.5, "min_p": 0.02},
     ]
     for job in jobs[3:]:
         job.setdefault("temperature", 1.0)
     with open_lab(model, adapters) as lab:
         alone = [lab.generate(**job) for job in jobs]
-    # Blocks for less than two of the five sequences at full length, chunks of at most 8 tokens.
+    # Blocks for less than two of the six sequences at full length, chunks of at most 8 tokens.
     with open_lab(model, adapters, num_blocks=20, max_num_batched_tokens=8, max_num_seqs=8) as lab:
         keys = [lab.submit(**job) for job in jobs]
         num_running = []
@@ -163,6 +164,27 @@ def test_a_stop_token_ends_the_answer_and_is_delivered(lab: Lab) -> None:
     assert answer.state is SequenceState.STOPPED
 
 
+def test_a_stop_token_does_not_come_before_min_tokens(lab: Lab) -> None:
+    free = lab.generate(PROMPTS[0], max_tokens=8)
+    key = lab.submit(PROMPTS[0], max_tokens=8, stop_token_ids=tuple(free), min_tokens=5)
+    lab.run()
+    found = lab.answers[key].token_ids
+    assert len(found) >= 5
+    assert not set(found[:5]) & set(free)
+
+
+def test_an_answer_of_which_every_token_is_banned_fails_alone(lab: Lab) -> None:
+    expected = lab.generate(PROMPTS[1])
+    banned = lab.submit(PROMPTS[0], stop_token_ids=tuple(range(257)), min_tokens=1)
+    fine = lab.submit(PROMPTS[1])
+    lab.run()
+    fault = lab.answers[banned].last.fault
+    assert fault is not None
+    assert (fault.code, fault.is_retryable) == ("no_token_left", False)
+    assert "min_tokens" in fault.message
+    assert lab.answers[fine].token_ids == expected
+
+
 def test_max_tokens_ends_the_answer(lab: Lab) -> None:
     key = lab.submit(PROMPTS[0], max_tokens=3)
     lab.run()
@@ -218,7 +240,15 @@ def test_the_time_of_all_steps_is_shared_among_their_sequences(lab: Lab) -> None
         ({"top_k": -1}, InvalidSequence),
         ({"temperature": float("nan")}, InvalidSequence),
         ({"seed": 2**64}, InvalidSequence),
+        ({"min_p": 1.01}, InvalidSequence),
+        ({"presence_penalty": 2.1}, InvalidSequence),
+        ({"frequency_penalty": float("nan")}, InvalidSequence),
+        ({"repetition_penalty": 0.0}, InvalidSequence),
+        ({"logit_bias": {257: 1.0}}, InvalidSequence),
+        ({"logit_bias": {3: float("inf")}}, InvalidSequence),
+        ({"min_tokens": 9, "max_tokens": 8}, InvalidSequence),
         ({"logprobs": -1}, InvalidSequence),
+        ({"prompt_logprobs": 258}, InvalidSequence),
         ({"max_tokens": 252}, ContextLengthExceeded),
     ],
 )
