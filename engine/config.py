@@ -44,17 +44,28 @@ class EngineConfig:
     # Most adapters on the device at once, and the largest rank of any module of one.
     max_loras: int = 8
     max_lora_rank: int = 64
+    # Adapters that are kept ready in host memory, beside the device.
+    host_memory_bytes: int = 2 * 1024**3
+    # Most that adapters' loads may move, all together; None for no limit.
+    max_load_bytes_per_s: int | None = None
     # CPU threads of the computation; None takes all cores.
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "block_size", "max_loras", "max_lora_rank"):
+        for name in (
+            "max_num_seqs",
+            "block_size",
+            "max_loras",
+            "max_lora_rank",
+            "host_memory_bytes",
+        ):
             _require_positive(name, getattr(self, name))
         for name in (
             "max_model_len",
             "max_num_batched_tokens",
             "num_blocks",
             "kv_memory_bytes",
+            "max_load_bytes_per_s",
             "num_threads",
         ):
             if getattr(self, name) is not None:

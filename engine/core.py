@@ -16,28 +16,28 @@ from typing import Protocol
 
 import torch
 
-from adapters.errors import AdapterError, StoreUnavailable
 from engine import batch as batches
 from engine import probe, runner, sampler
+from engine.adapter_loader import AdapterLoader, Pace, unavailable
 from engine.block_manager import BlockManager
+from engine.breaker import Breaker
 from engine.config import EngineConfig
 from engine.errors import (
-    AdapterMissing,
-    AdapterUnavailable,
     ConfigurationError,
     ContextLengthExceeded,
     InvalidSequence,
     ProbeError,
 )
+from engine.host_tier import HostTier
 from engine.model import loader, lora
 from engine.model.attention import KVCache
 from engine.model.loader import LoadedModel
-from engine.model.lora import PreparedAdapter
-from engine.protocol import ProbeReport, SamplingParams
+from engine.model.lora import LoraBank, PreparedAdapter
+from engine.protocol import ProbeReport, SamplingParams, TierReport
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceKey, StepEvent
-from engine.slots import AdapterLoader, SlotPool
+from engine.slots import SlotPool
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,40 @@ class AdapterSource(Protocol):
     def fetch(self, weights_digest: str) -> AbstractContextManager[Path]:
         """A folder with adapter_config.json and adapter_model.safetensors, pinned while inside."""
 
+    @property
+    def size_bytes(self) -> int:
+        """What it keeps near, on the local disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostedAdapter:
+    modules: PreparedAdapter
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(m.lora_A.nbytes + m.lora_B.nbytes for m in self.modules.values())
+
+
+class _OwnPools:
+    """A bank whose pools grow by themselves: every slot has its window, of one block."""
+
+    def __init__(self, bank: LoraBank) -> None:
+        self._bank = bank
+
+    def window_blocks(self, size_bytes: int) -> int:
+        return 1
+
+    def take_window(self, size_bytes: int) -> tuple[()] | None:
+        return ()
+
+    def return_window(self, window: tuple[()]) -> None: ...
+
+    def install(self, slot: int, adapter: HostedAdapter, window: tuple[()]) -> None:
+        self._bank.install(slot, adapter.modules)
+
+    def clear(self, slot: int) -> None:
+        self._bank.clear(slot)
+
 
 @dataclass(frozen=True, slots=True)
 class CoreStatus:
@@ -61,6 +95,9 @@ class CoreStatus:
     num_free_blocks: int
     # Weights digests, least recently used first.
     resident_adapters: tuple[str, ...]
+    hosted_adapters: tuple[str, ...]
+    quarantined_adapters: tuple[str, ...]
+    tiers: TierReport
 
 
 class EngineCore:
@@ -85,11 +122,23 @@ class EngineCore:
         self._max_lora_rank = config.max_lora_rank
         # One slot more than the pool has: probes wait for nobody.
         self._probe_slot = config.max_loras
-        self._adapter_loader: AdapterLoader[PreparedAdapter] = AdapterLoader(
-            self._read_adapter, on_result=lambda: self.wake()
+        self._adapter_loader: AdapterLoader[HostedAdapter, tuple[()]] = AdapterLoader(
+            self._read_adapter,
+            lambda adapter, window, start, end: None,
+            max_bytes_per_s=config.max_load_bytes_per_s,
+            on_result=lambda: self.wake(),
         )
+        self._breaker = Breaker()
         self._blocks = BlockManager(num_blocks, block_size=config.block_size)
-        self._slots = SlotPool(config.max_loras, start_load=self._adapter_loader.start)
+        pools = _OwnPools(loaded.bank)
+        self._slots: SlotPool[HostedAdapter, tuple[()]] = SlotPool(
+            config.max_loras,
+            memory=pools,
+            max_blocks=config.max_loras,
+            host=HostTier(config.host_memory_bytes),
+            loads=self._adapter_loader,
+            bank=pools,
+        )
         self._scheduler = Scheduler(
             self._blocks,
             self._slots,
@@ -107,7 +156,10 @@ class EngineCore:
         self._is_stalled = False
 
     def submit(self, sequence: Sequence) -> None:
-        """Raises InvalidSequence or ContextLengthExceeded; adapters fail later, in an event."""
+        """Raises InvalidSequence, ContextLengthExceeded or AdapterQuarantined.
+
+        Adapters that can't be loaded fail later, in an event.
+        """
         if sequence.key in self._scheduler:
             raise InvalidSequence(f"There is a sequence {sequence.key} already.")
         if not 0 < sequence.weight < math.inf:
@@ -123,6 +175,7 @@ class EngineCore:
                 f"{sequence.sampling.max_tokens}: together more than the {self.max_model_len} "
                 "of this engine."
             )
+        self._breaker.admit(sequence.adapter_digest, sequence.key)
         self._scheduler.add(sequence)
         self._is_stalled = False
 
@@ -151,7 +204,7 @@ class EngineCore:
         scheduled = self._scheduler.schedule()
         self._is_stalled = not scheduled
         if not scheduled:
-            return self._scheduler.take_events()
+            return self._take_events()
         batch = batches.build(
             scheduled, block_size=self._blocks.block_size, device=self._loaded.device
         )
@@ -162,7 +215,12 @@ class EngineCore:
         )
         elapsed_ns = time.perf_counter_ns() - started_ns
         self._scheduler.commit(scheduled, sampled, elapsed_ns=elapsed_ns)
-        return self._scheduler.take_events()
+        return self._take_events()
+
+    def _take_events(self) -> list[StepEvent]:
+        events = self._scheduler.take_events()
+        self._breaker.observe(events)
+        return events
 
     def status(self) -> CoreStatus:
         return CoreStatus(
@@ -171,6 +229,9 @@ class EngineCore:
             num_blocks=self._blocks.num_blocks,
             num_free_blocks=self._blocks.num_free_blocks,
             resident_adapters=self._slots.resident,
+            hosted_adapters=self._slots.hosted,
+            quarantined_adapters=self._breaker.quarantined,
+            tiers=self._slots.report(disk_bytes=self._adapter_source.size_bytes),
         )
 
     def prefetch(self, adapter_digest: str) -> None:
@@ -196,14 +257,12 @@ class EngineCore:
 
     # Adapters
 
-    def _read_adapter(self, digest: str) -> PreparedAdapter | AdapterUnavailable:
+    def _read_adapter(self, digest: str, pace: Pace) -> HostedAdapter:
         """Runs in a load thread."""
-        try:
-            with self._adapter_source.fetch(digest) as folder:
-                return self._prepare(folder)
-        except Exception as error:
-            logger.warning("adapter_load_failed", extra={"digest": digest}, exc_info=True)
-            return _unavailable(digest, error)
+        with self._adapter_source.fetch(digest) as folder:
+            adapter = HostedAdapter(self._prepare(folder))
+        pace.take(adapter.size_bytes)
+        return adapter
 
     def _prepare(self, folder: Path) -> PreparedAdapter:
         return lora.prepare(
@@ -212,12 +271,13 @@ class EngineCore:
 
     def _take_loaded_adapters(self) -> None:
         for result in self._adapter_loader.take_results():
-            if isinstance(result.outcome, AdapterUnavailable):
-                self._slots.drop(result.digest)
-                self._scheduler.fail_waiting_for(result.digest, result.outcome)
-            else:
-                slot = self._slots.set_resident(result.digest)
-                self._loaded.bank.install(slot, result.outcome)
+            fault = self._slots.take(result)
+            if fault is None:
+                continue
+            self._scheduler.fail_waiting_for(result.digest, fault)
+            if fault.is_retryable:
+                # What is missing is no fault of what serves it, and costs nobody else anything.
+                self._breaker.record_fault(result.digest)
 
     @contextmanager
     def _fetched(self, digest: str) -> Iterator[Path]:
@@ -226,7 +286,7 @@ class EngineCore:
                 yield folder
         except Exception as error:
             logger.warning("probe_failed", extra={"digest": digest}, exc_info=True)
-            reason = _unavailable(digest, error)
+            reason = unavailable(digest, error)
             raise ProbeError(str(reason), is_retryable=reason.is_retryable) from error
 
     def _examine(self, folder: Path, digest: str) -> ProbeReport:
@@ -238,16 +298,6 @@ class EngineCore:
             )
         finally:
             bank.clear(slot)
-
-
-def _unavailable(digest: str, error: Exception) -> AdapterUnavailable:
-    """Files that are missing or wrong stay so; whatever else failed may work the next time."""
-    if isinstance(error, AdapterUnavailable):
-        return error
-    is_lasting = isinstance(error, AdapterError | FileNotFoundError)
-    if is_lasting and not isinstance(error, StoreUnavailable):
-        return AdapterMissing(f"The adapter {digest} cannot be loaded: {error}")
-    return AdapterUnavailable(f"The adapter {digest} could not be loaded now.")
 
 
 def _check_sampling(params: SamplingParams, vocab_size: int) -> None:

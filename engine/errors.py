@@ -8,6 +8,7 @@ EngineError
 │   ├── ContextLengthExceeded
 │   ├── AdapterUnavailable     may come back
 │   ├── AdapterMissing         will not come back by itself
+│   ├── AdapterQuarantined     failed again and again; is tried again later
 │   └── InvalidLogits
 ├── ProbeError                 a probe could not be run; says nothing about the adapter
 ├── LinkRefused                the engine refuses a worker's call as a whole, with an HTTP status
@@ -75,6 +76,13 @@ class AdapterMissing(AdapterUnavailable):
     """The adapter's files are missing or unusable."""
 
     is_retryable = False
+
+
+class AdapterQuarantined(SequenceError):
+    """The adapter failed several times and is not used for a while."""
+
+    code = "adapter_quarantined"
+    is_retryable = True
 
 
 class InvalidLogits(SequenceError):

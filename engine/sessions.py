@@ -250,4 +250,5 @@ def _on_the_wire(event: StepEvent) -> SequenceEvent:
         engine_ns=event.engine_ns,
         logprobs=event.logprobs,
         fault=event.fault,
+        adapter_wait_ns=event.adapter_wait_ns,
     )

@@ -89,6 +89,10 @@ class FolderSource:
     # An adapter that is named here comes when its event is set.
     delays: dict[str, threading.Event] = field(default_factory=dict)
 
+    @property
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.root.rglob("*.safetensors"))
+
     @contextmanager
     def fetch(self, weights_digest: str) -> Iterator[Path]:
         if weights_digest in self.delays:

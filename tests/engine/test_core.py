@@ -272,7 +272,7 @@ def test_a_sequence_waiting_for_its_adapter_does_not_hold_up_the_others(
     slow_lab: Lab, cold_comes: threading.Event
 ) -> None:
     lab, has_come = slow_lab, threading.Event()
-    lab.core.wake = has_come.set
+    wake, lab.core.wake = lab.core.wake, has_come.set
     slow = lab.submit(PROMPTS[0], adapter=COLD)
     quick = lab.submit(PROMPTS[1])
     while not (lab.answers[quick].events and lab.answers[quick].state.is_final):
@@ -283,6 +283,7 @@ def test_a_sequence_waiting_for_its_adapter_does_not_hold_up_the_others(
     cold_comes.set()
     has_come.wait()
     assert lab.core.has_work()
+    lab.core.wake = wake
     lab.run()
     assert lab.answers[slow].state is SequenceState.LENGTH
 
@@ -298,7 +299,7 @@ def test_those_who_keep_coming_do_not_starve_an_adapter_that_waits(
         for _ in range(60):
             lab.submit(PROMPTS[3], adapter=WARM, max_tokens=20)
             lab.step()
-            lab.core._adapter_loader._threads.submit(int).result()
+            lab.core._adapter_loader._copier.submit(int).result()
         assert lab.answers[patient].events
         lab.run()
         lab.assert_nothing_is_left()
