@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,3 +140,14 @@ async def _score(server: Any, task: Task, *, model: str, num_questions: int) -> 
 
         asked = read_held_out(task)[:num_questions]
         return 100 * sum(await asyncio.gather(*map(ask, asked))) / len(asked)
+
+
+async def test_the_log_says_of_each_generation_how_long_it_waited_for_its_adapter(server):
+    task = next(iter(TASKS.values()))
+    async with server.client(task.tenant) as client:
+        answer = await client.chat.completions.create(
+            model=task.public_name, messages=[{"role": "user", "content": "Hi"}], max_tokens=3
+        )
+    lines = [line for line in server.log.read_text().splitlines() if "generation_ended" in line]
+    assert re.search(r" adapter_wait_ms=\d+ completion_tokens=\d+ engine_ms=\d+", lines[-1])
+    assert answer.usage.completion_tokens <= 3

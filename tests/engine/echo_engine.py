@@ -129,6 +129,7 @@ def _event(sequence: Sequence, state: SequenceState, token_ids: list[int]) -> St
         cached_tokens=0,
         generated_tokens=sequence.num_generated_tokens,
         engine_ns=1,
+        adapter_wait_ns=250_000_000,
     )
 
 
