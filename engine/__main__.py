@@ -38,6 +38,12 @@ from engine.sessions import LinkLimits
 
 PR_SET_PDEATHSIG = 1
 MEBIBYTE = 1024**2
+# Flags that the configuration counts in bytes.
+_MEBIBYTES = {
+    "memory_mib": "memory_bytes",
+    "host_memory_mib": "host_memory_bytes",
+    "max_load_mib_per_s": "max_load_bytes_per_s",
+}
 # What a log record has by itself; the rest are an event's fields.
 _OWN_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
@@ -129,11 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-num-seqs", type=int, help="most sequences in one step")
     add("--max-num-batched-tokens", type=int, help="most tokens in one step")
     add("--block-size", type=int, help="tokens in one block of the KV cache")
-    add("--num-blocks", type=int, help="blocks of the KV cache; overrides --kv-memory-mib")
-    add("--kv-memory-mib", type=int, help="size of the KV cache")
+    add("--num-blocks", type=int, help="blocks of KV cache and adapters; overrides --memory-mib")
+    add("--memory-mib", type=int, help="device memory that KV cache and adapters share")
     add("--gpu-memory-utilization", type=float, help="share of the device's memory to use")
     add("--max-loras", type=int, help="most adapters on the device at once")
     add("--max-lora-rank", type=int, help="largest rank of an adapter's module")
+    add("--host-memory-mib", type=int, help="adapters kept ready in host memory")
+    add("--max-load-mib-per-s", type=int, help="bandwidth of adapter loads (default: no limit)")
     add("--num-threads", type=int, help="CPU threads of the computation (default: all cores)")
     return parser
 
@@ -142,9 +150,9 @@ def _engine_config(flags: dict[str, object]) -> EngineConfig:
     values = {name: flags[name] for name in EngineConfig.__dataclass_fields__ if name in flags}
     values.setdefault("served_name", Path(str(flags["model"])).name)
     values.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-    kv_memory_mib = flags.get("kv_memory_mib")
-    if isinstance(kv_memory_mib, int):
-        values["kv_memory_bytes"] = kv_memory_mib * MEBIBYTE
+    for flag, name in _MEBIBYTES.items():
+        if isinstance(mebibytes := flags.get(flag), int):
+            values[name] = mebibytes * MEBIBYTE
     return EngineConfig(**values)  # type: ignore[arg-type]  # argparse has checked the types
 
 

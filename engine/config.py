@@ -36,20 +36,24 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     # Tokens whose keys and values share one block.
     block_size: int = 16
-    # Blocks of the KV cache; overrides kv_memory_bytes.
+    # Blocks of the device memory that KV cache and adapters share; overrides memory_bytes.
     num_blocks: int | None = None
-    kv_memory_bytes: int | None = None
-    # Share of the device's memory that model, adapters and KV cache may fill (CUDA only).
+    memory_bytes: int | None = None
+    # Share of the device's memory that model, KV cache and adapters may fill (CUDA only).
     gpu_memory_utilization: float = 0.9
     # Most adapters on the device at once, 0 for the base model alone, and the largest rank of any
     # module of one.
     max_loras: int = 8
     max_lora_rank: int = 64
+    # Adapters that are kept ready in host memory, beside the device.
+    host_memory_bytes: int = 2 * 1024**3
+    # Most that adapters' loads may move, all together; None for no limit.
+    max_load_bytes_per_s: int | None = None
     # CPU threads of the computation; None takes all cores.
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "block_size", "max_lora_rank"):
+        for name in ("max_num_seqs", "block_size", "max_lora_rank", "host_memory_bytes"):
             _require_positive(name, getattr(self, name))
         if self.max_loras < 0:
             raise ConfigurationError(f"max_loras must be at least 0: {self.max_loras}")
@@ -57,7 +61,8 @@ class EngineConfig:
             "max_model_len",
             "max_num_batched_tokens",
             "num_blocks",
-            "kv_memory_bytes",
+            "memory_bytes",
+            "max_load_bytes_per_s",
             "num_threads",
         ):
             if getattr(self, name) is not None:

@@ -14,31 +14,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from adapters.errors import AdapterError, StoreUnavailable
 from engine import batch as batches
 from engine import probe, runner
-from engine.block_manager import BlockManager
+from engine.adapter_loader import AdapterLoader, Pace, unavailable
+from engine.block_manager import BlockManager, Window
+from engine.breaker import Breaker
 from engine.config import EngineConfig
 from engine.errors import (
-    AdapterMissing,
-    AdapterUnavailable,
     ConfigurationError,
     ContextLengthExceeded,
     InvalidSequence,
     ProbeError,
 )
+from engine.host_tier import HostTier
+from engine.kernels.threads import compute_alone
 from engine.model import loader, lora
 from engine.model.loader import LoadedModel
 from engine.model.lora import PreparedAdapter
 from engine.model.memory import DeviceMemory
-from engine.protocol import ProbeReport, SamplingParams
+from engine.protocol import ProbeReport, SamplingParams, TierReport
 from engine.runner import Runner
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceKey, StepEvent
-from engine.slots import AdapterLoader, SlotPool
+from engine.slots import SlotPool
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,10 @@ class AdapterSource(Protocol):
     def fetch(self, weights_digest: str) -> AbstractContextManager[Path]:
         """A folder with adapter_config.json and adapter_model.safetensors, pinned while inside."""
 
+    @property
+    def size_bytes(self) -> int:
+        """What it keeps near, on the local disk."""
+
 
 @dataclass(frozen=True, slots=True)
 class CoreStatus:
@@ -60,8 +66,13 @@ class CoreStatus:
     num_waiting: int
     num_blocks: int
     num_free_blocks: int
+    # Those in which adapters lie.
+    num_adapter_blocks: int
     # Weights digests, least recently used first.
     resident_adapters: tuple[str, ...]
+    hosted_adapters: tuple[str, ...]
+    quarantined_adapters: tuple[str, ...]
+    tiers: TierReport
 
 
 class EngineCore:
@@ -75,7 +86,7 @@ class EngineCore:
         self.base_shape = loaded.base_shape
         self.base_digest = loaded.base_digest
         self.vocab_size = loaded.vocab_size
-        self.max_model_len = _fitting_length(config, loaded.max_model_len, num_blocks)
+        self.max_model_len = _fitting_length(config, loaded, num_blocks)
         self.device = str(loaded.device)
         self.dtype = str(loaded.dtype).removeprefix("torch.")
         # Called from a load thread when an adapter is ready or has failed.
@@ -86,35 +97,50 @@ class EngineCore:
         self._max_lora_rank = config.max_lora_rank
         # One slot more than the pool has: probes wait for nobody.
         self._probe_slot = config.max_loras
-        self._adapter_loader: AdapterLoader[PreparedAdapter] = AdapterLoader(
-            self._read_adapter, on_result=lambda: self.wake()
-        )
         memory = DeviceMemory(
             loaded.layers,
             num_blocks=num_blocks,
             block_size=config.block_size,
             device=loaded.device,
         )
+        self._runner = Runner(loaded, memory)
+        self._sampler = Sampler()
+        self._breaker = Breaker()
         self._blocks = BlockManager(
             num_blocks,
             block_size=config.block_size,
             block_bytes=memory.block_bytes,
             move_blocks=memory.move,
         )
-        self._slots = SlotPool(config.max_loras, start_load=self._adapter_loader.start)
+        self._adapter_loader: AdapterLoader[PreparedAdapter, Window] = AdapterLoader(
+            self._read_adapter,
+            self._runner.copy_slice,
+            max_bytes_per_s=config.max_load_bytes_per_s,
+            on_result=lambda: self.wake(),
+        )
+        self._slots: SlotPool[PreparedAdapter, Window] = SlotPool(
+            config.max_loras,
+            memory=self._blocks,
+            # Beside all adapters the longest sequence has its place.
+            max_blocks=num_blocks - self._blocks.num_blocks_for(self.max_model_len),
+            host=HostTier(config.host_memory_bytes),
+            loads=self._adapter_loader,
+            bank=self._runner,
+        )
         self._scheduler = Scheduler(
             self._blocks,
             self._slots,
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=_step_tokens(config, loaded.device),
         )
-        self._runner = Runner(loaded, memory)
-        self._sampler = Sampler()
         # A step found nothing to run, and nothing has changed since.
         self._is_stalled = False
 
     def submit(self, sequence: Sequence) -> None:
-        """Raises InvalidSequence or ContextLengthExceeded; adapters fail later, in an event."""
+        """Raises InvalidSequence, ContextLengthExceeded or AdapterQuarantined.
+
+        Adapters that can't be loaded fail later, in an event.
+        """
         if sequence.key in self._scheduler:
             raise InvalidSequence(f"There is a sequence {sequence.key} already.")
         if not 0 < sequence.weight < math.inf:
@@ -130,6 +156,7 @@ class EngineCore:
                 f"{sequence.sampling.max_tokens}: together more than the {self.max_model_len} "
                 "of this engine."
             )
+        self._breaker.admit(sequence.adapter_digest, sequence.key)
         self._scheduler.add(sequence)
         self._is_stalled = False
 
@@ -158,14 +185,19 @@ class EngineCore:
         scheduled = self._scheduler.schedule()
         self._is_stalled = not scheduled
         if not scheduled:
-            return self._scheduler.take_events()
+            return self._take_events()
         batch = batches.build(
             scheduled, block_size=self._blocks.block_size, device=self._loaded.device
         )
         sampled = self._sampler.sample(self._runner.run(batch), scheduled)
         elapsed_ns = time.perf_counter_ns() - started_ns
         self._scheduler.commit(scheduled, sampled, elapsed_ns=elapsed_ns)
-        return self._scheduler.take_events()
+        return self._take_events()
+
+    def _take_events(self) -> list[StepEvent]:
+        events = self._scheduler.take_events()
+        self._breaker.observe(events)
+        return events
 
     def status(self) -> CoreStatus:
         return CoreStatus(
@@ -173,7 +205,11 @@ class EngineCore:
             num_waiting=self._scheduler.num_waiting,
             num_blocks=self._blocks.num_blocks,
             num_free_blocks=self._blocks.num_free_blocks,
+            num_adapter_blocks=self._blocks.num_window_blocks,
             resident_adapters=self._slots.resident,
+            hosted_adapters=self._slots.hosted,
+            quarantined_adapters=self._breaker.quarantined,
+            tiers=self._slots.report(disk_bytes=self._adapter_source.size_bytes),
         )
 
     def prefetch(self, adapter_digest: str) -> None:
@@ -199,28 +235,33 @@ class EngineCore:
 
     # Adapters
 
-    def _read_adapter(self, digest: str) -> PreparedAdapter | AdapterUnavailable:
+    def _read_adapter(self, digest: str, pace: Pace) -> PreparedAdapter:
         """Runs in a load thread."""
-        try:
-            with self._adapter_source.fetch(digest) as folder:
-                return self._prepare(folder)
-        except Exception as error:
-            logger.warning("adapter_load_failed", extra={"digest": digest}, exc_info=True)
-            return _unavailable(digest, error)
+        compute_alone()
+        with self._adapter_source.fetch(digest) as folder:
+            return self._prepare(folder, before_bytes=pace.take)
 
-    def _prepare(self, folder: Path) -> PreparedAdapter:
+    def _prepare(
+        self, folder: Path, *, before_bytes: Callable[[int], None] = lambda num_bytes: None
+    ) -> PreparedAdapter:
         return lora.prepare(
-            folder, self.base_shape, dtype=self._loaded.dtype, max_rank=self._max_lora_rank
+            folder,
+            self.base_shape,
+            dtype=self._loaded.dtype,
+            max_rank=self._max_lora_rank,
+            is_pinned=self._loaded.device.type == "cuda",
+            before_bytes=before_bytes,
         )
 
     def _take_loaded_adapters(self) -> None:
         for result in self._adapter_loader.take_results():
-            if isinstance(result.outcome, AdapterUnavailable):
-                self._slots.drop(result.digest)
-                self._scheduler.fail_waiting_for(result.digest, result.outcome)
-            else:
-                slot = self._slots.set_resident(result.digest)
-                self._loaded.bank.install(slot, result.outcome, memory=result.outcome.values)
+            fault = self._slots.take(result)
+            if fault is None:
+                continue
+            self._scheduler.fail_waiting_for(result.digest, fault)
+            if fault.is_retryable:
+                # What is missing is no fault of what serves it, and costs nobody else anything.
+                self._breaker.record_fault(result.digest)
 
     @contextmanager
     def _fetched(self, digest: str) -> Iterator[Path]:
@@ -229,7 +270,7 @@ class EngineCore:
                 yield folder
         except Exception as error:
             logger.warning("probe_failed", extra={"digest": digest}, exc_info=True)
-            reason = _unavailable(digest, error)
+            reason = unavailable(digest, error)
             raise ProbeError(str(reason), is_retryable=reason.is_retryable) from error
 
     def _examine(self, folder: Path, digest: str) -> ProbeReport:
@@ -242,16 +283,6 @@ class EngineCore:
             )
         finally:
             bank.clear(slot)
-
-
-def _unavailable(digest: str, error: Exception) -> AdapterUnavailable:
-    """Files that are missing or wrong stay so; whatever else failed may work the next time."""
-    if isinstance(error, AdapterUnavailable):
-        return error
-    is_lasting = isinstance(error, AdapterError | FileNotFoundError)
-    if is_lasting and not isinstance(error, StoreUnavailable):
-        return AdapterMissing(f"The adapter {digest} cannot be loaded: {error}")
-    return AdapterUnavailable(f"The adapter {digest} could not be loaded now.")
 
 
 def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
@@ -296,29 +327,36 @@ def _num_blocks(config: EngineConfig, loaded: LoadedModel) -> int:
         loaded,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
-        kv_memory_bytes=config.kv_memory_bytes,
+        memory_bytes=config.memory_bytes,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        lora_bytes=config.max_loras * _largest_adapter_bytes(config, loaded),
+        adapter_bytes=config.max_loras * _largest_adapter_bytes(config, loaded),
     )
     if num_blocks < 1:
         raise ConfigurationError(
-            "No memory is left for the KV cache: raise kv_memory_bytes or gpu_memory_utilization, "
-            "or lower max_loras or max_lora_rank."
+            "No memory is left for the KV cache and adapters: raise memory_bytes or "
+            "gpu_memory_utilization."
         )
     return num_blocks
 
 
 def _largest_adapter_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
-    num_features = sum(map(sum, loaded.base_shape.modules.values()))
-    return num_features * config.max_lora_rank * loaded.dtype.itemsize
+    num_elements = lora.num_elements(
+        np.array(list(loaded.base_shape.modules.values())), config.max_lora_rank
+    )
+    return num_elements * loaded.dtype.itemsize
 
 
-def _fitting_length(config: EngineConfig, max_model_len: int, num_blocks: int) -> int:
-    """The longest sequence that the cache holds; one that was asked for must fit."""
-    fitting = num_blocks * config.block_size
-    if config.max_model_len is not None and fitting < max_model_len:
+def _fitting_length(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> int:
+    """The longest sequence: one that was asked for, or what fits beside the largest adapter."""
+    num_left = num_blocks
+    if config.max_loras:
+        block_bytes = runner.block_bytes(loaded, block_size=config.block_size)
+        is_asked_for = config.max_model_len is not None
+        num_left -= 1 if is_asked_for else -(-_largest_adapter_bytes(config, loaded) // block_bytes)
+    fitting = num_left * config.block_size
+    if fitting < 1 or (config.max_model_len is not None and fitting < loaded.max_model_len):
         raise ConfigurationError(
-            f"The KV cache holds {fitting} tokens, max_model_len is {max_model_len}: lower it, or "
-            "give the cache more memory."
+            f"The memory holds {max(0, fitting)} tokens beside adapters, max_model_len is "
+            f"{loaded.max_model_len}: lower it or max_lora_rank, or raise memory_bytes."
         )
-    return min(max_model_len, fitting)
+    return min(loaded.max_model_len, fitting)

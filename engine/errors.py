@@ -8,6 +8,7 @@ EngineError
 │   ├── ContextLengthExceeded
 │   ├── AdapterUnavailable     may come back
 │   ├── AdapterMissing         will not come back by itself
+│   ├── AdapterQuarantined     failed again and again; is tried again later
 │   ├── InvalidLogits
 │   └── NoTokenLeft
 ├── ProbeError                 a probe could not be run; says nothing about the adapter
@@ -76,6 +77,13 @@ class AdapterMissing(AdapterUnavailable):
     """The adapter's files are missing or unusable."""
 
     is_retryable = False
+
+
+class AdapterQuarantined(SequenceError):
+    """The adapter failed several times and is not used for a while."""
+
+    code = "adapter_quarantined"
+    is_retryable = True
 
 
 class InvalidLogits(SequenceError):

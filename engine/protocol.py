@@ -23,7 +23,7 @@ import msgspec
 
 from adapters.validate import BaseShape
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 FRAME_LENGTH = struct.Struct("<I")
 MSGPACK = "application/msgpack"
 # Largest body that an engine reads: a batch of a few million token ids.
@@ -152,7 +152,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class SequenceFault(msgspec.Struct, frozen=True, array_like=True):
     """Why a sequence ended with `FAILED`."""
 
-    # e.g. "adapter_unavailable", "context_length_exceeded", "engine_overloaded", "nan_logits"
+    # e.g. "adapter_unavailable", "adapter_quarantined", "context_length_exceeded", "nan_logits"
     code: str
     message: str
     # Whether the same submit may succeed later or elsewhere.
@@ -178,6 +178,8 @@ class SequenceEvent(msgspec.Struct, frozen=True, array_like=True):
     fault: SequenceFault | None = None
     # Of the prompt tokens but the first, where asked for; in one event only.
     prompt_logprobs: list[TokenLogprob] | None = None
+    # From the submit until the adapter sat in a slot; 0 where it did at once, or none is used.
+    adapter_wait_ns: int = 0
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
@@ -215,6 +217,24 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base_shape: BaseShape
 
 
+class TierReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the adapter tiers hold, and what has moved through them since the engine's start."""
+
+    # From disk into host memory.
+    num_reads: int
+    num_read_bytes: int
+    # From host memory into slots.
+    num_copies: int
+    num_copied_bytes: int
+    # Reads and copies that came to nothing.
+    num_load_failures: int
+    num_slot_evictions: int
+    num_host_evictions: int
+    disk_bytes: int
+    host_bytes: int
+    device_bytes: int
+
+
 class EngineStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How an engine is doing now."""
 
@@ -224,8 +244,16 @@ class EngineStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_waiting: int
     num_blocks: int
     num_free_blocks: int
-    # Weights digests of the adapters that sit in a slot.
+    # Those in which adapters lie.
+    num_adapter_blocks: int
+    # Weights digests of the adapters that sit in a slot, and of those in host memory.
     resident_adapters: list[str]
+    hosted_adapters: list[str]
+    # Those that failed several times and are refused for a while.
+    quarantined_adapters: list[str]
+    tiers: TierReport
+    # How long all sequences that have ended waited for their adapters, together.
+    adapter_wait_ms: int
 
 
 class EngineProblem(msgspec.Struct, frozen=True):

@@ -7,29 +7,35 @@ their logits.
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.block_manager import Window
 from engine.kernels.dense import adapted_runs
 from engine.model.attention import forward
 from engine.model.loader import LoadedModel
+from engine.model.lora import PreparedAdapter
 from engine.model.memory import DeviceMemory, block_elements
 
 MEMINFO = Path("/proc/meminfo")
-# On CPU the cache shares memory with everything else on the machine.
+# A CPU's memory is shared with everything else on the machine.
 MAX_CPU_MEMORY_SHARE = 0.25
-MAX_CPU_CACHE_BYTES = 4 * 1024**3
+MAX_CPU_MEMORY_BYTES = 4 * 1024**3
 # For activations and the allocator's own losses.
 CUDA_RESERVE_BYTES = 1024**3
 
 
 class Runner:
-    """Runs steps over one piece of device memory."""
+    """Runs steps over one piece of device memory, in which the adapters lie as well."""
 
     def __init__(self, loaded: LoadedModel, memory: DeviceMemory) -> None:
         self._loaded = loaded
         self._memory = memory
+        # Adapters are copied beside what computes.
+        is_cuda = loaded.device.type == "cuda"
+        self._copies = torch.Stream(loaded.device) if is_cuda else None
 
     @torch.inference_mode()
     def run(self, batch: Batch, *, memory: DeviceMemory | None = None) -> Tensor:
@@ -47,30 +53,61 @@ class Runner:
         finally:
             bank.plan = None
 
+    # Adapters
+
+    def copy_slice(self, adapter: PreparedAdapter, window: Window, start: int, end: int) -> None:
+        """Bytes start .. end of an adapter into its window; called in a load thread."""
+        source = adapter.values.view(torch.uint8)[start:end]
+        target = self._window(window).view(torch.uint8)[start:end]
+        if self._copies is None:
+            # torch would start threads of its own for it.
+            np.copyto(target.numpy(), source.numpy())
+            return
+        with self._copies:
+            target.copy_(source, non_blocking=True)
+        self._copies.synchronize()
+
+    def install(self, slot: int, adapter: PreparedAdapter, window: Window) -> None:
+        """`window` holds the adapter now: rows of this slot take it from there."""
+        self._loaded.bank.install(slot, adapter, memory=self._window(window))
+
+    def clear(self, slot: int) -> None:
+        self._loaded.bank.clear(slot)
+
+    def _window(self, window: Window) -> Tensor:
+        return self._memory.window(window.first, window.num_blocks)
+
+
+def block_bytes(loaded: LoadedModel, *, block_size: int) -> int:
+    return block_elements(loaded.layers, block_size=block_size) * loaded.dtype.itemsize
+
 
 def num_blocks_that_fit(
     loaded: LoadedModel,
     *,
     block_size: int,
     max_num_seqs: int,
-    kv_memory_bytes: int | None,
+    memory_bytes: int | None,
     gpu_memory_utilization: float,
-    lora_bytes: int,
+    adapter_bytes: int,
 ) -> int:
-    """As many blocks as the memory allows, and not more than all sequences at full length need."""
-    if kv_memory_bytes is None:
-        kv_memory_bytes = _memory_for_cache(loaded.device, gpu_memory_utilization, lora_bytes)
-    block_bytes = block_elements(loaded.layers, block_size=block_size) * loaded.dtype.itemsize
+    """As many blocks as the memory allows, and not more than could ever be used.
+
+    That is what all sequences at full length need, and `adapter_bytes` for all adapters.
+    """
+    if memory_bytes is None:
+        memory_bytes = _free_memory_bytes(loaded.device, gpu_memory_utilization)
+    size_bytes = block_bytes(loaded, block_size=block_size)
     num_useful = max_num_seqs * -(-loaded.max_model_len // block_size)
-    return min(kv_memory_bytes // block_bytes, num_useful)
+    return min(memory_bytes // size_bytes, num_useful + -(-adapter_bytes // size_bytes))
 
 
-def _memory_for_cache(device: torch.device, utilization: float, lora_bytes: int) -> int:
+def _free_memory_bytes(device: torch.device, utilization: float) -> int:
     if device.type == "cpu":
         share = int(_available_memory_bytes() * MAX_CPU_MEMORY_SHARE)
-        return min(share, MAX_CPU_CACHE_BYTES)
+        return min(share, MAX_CPU_MEMORY_BYTES)
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free - total * (1 - utilization)) - CUDA_RESERVE_BYTES - lora_bytes)
+    return max(0, int(free - total * (1 - utilization)) - CUDA_RESERVE_BYTES)
 
 
 def _available_memory_bytes() -> int:

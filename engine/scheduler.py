@@ -9,6 +9,7 @@ blocks, so neither few slots nor few blocks can lock the engine up.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -51,7 +52,12 @@ class Scheduler:
     """Owns every change of every sequence. Mutable; one thread."""
 
     def __init__(
-        self, blocks: BlockManager, slots: SlotPool, *, max_num_seqs: int, max_num_tokens: int
+        self,
+        blocks: BlockManager,
+        slots: SlotPool[Any, Any],
+        *,
+        max_num_seqs: int,
+        max_num_tokens: int,
     ) -> None:
         self._blocks = blocks
         self._slots = slots
@@ -209,6 +215,9 @@ class Scheduler:
         if slot is None:
             return False
         sequence.slot, sequence.is_pinned = slot, True
+        sequence.adapter_wait_ns = self._slots.wait_ns(
+            sequence.adapter_digest, since_ns=sequence.submitted_ns
+        )
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -291,6 +300,8 @@ class Scheduler:
                 logprobs=logprobs,
                 fault=None if error is None else error.fault(),
                 prompt_logprobs=prompt_logprobs,
+                adapter_wait_ns=sequence.adapter_wait_ns,
+                adapter_digest=sequence.adapter_digest,
             )
         )
 

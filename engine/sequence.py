@@ -3,6 +3,7 @@
 Mutable on purpose: the scheduler owns every change after construction. Knows nothing of tensors.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -49,6 +50,9 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] | None = None
     state: SequenceState = SequenceState.RUNNING
     engine_ns: int = 0
+    submitted_ns: int = field(default_factory=time.perf_counter_ns)
+    # Filled by the scheduler when the slot is pinned: how long the adapter was not resident.
+    adapter_wait_ns: int = 0
 
     @classmethod
     def from_submit(cls, submit: Submit, *, worker_id: str, worker_epoch: int) -> Self:
@@ -138,3 +142,6 @@ class StepEvent:
     logprobs: list[TokenLogprob] | None = None
     fault: SequenceFault | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    adapter_wait_ns: int = 0
+    # For the breaker; stays in the engine.
+    adapter_digest: str | None = None

@@ -153,7 +153,12 @@ async def _status(desk: Desk) -> EngineStatus:
         num_waiting=core.num_waiting,
         num_blocks=core.num_blocks,
         num_free_blocks=core.num_free_blocks,
+        num_adapter_blocks=core.num_adapter_blocks,
         resident_adapters=list(core.resident_adapters),
+        hosted_adapters=list(core.hosted_adapters),
+        quarantined_adapters=list(core.quarantined_adapters),
+        tiers=core.tiers,
+        adapter_wait_ms=desk.metrics.adapter_wait_ns // 1_000_000,
     )
 
 

@@ -251,4 +251,5 @@ def _on_the_wire(event: StepEvent) -> SequenceEvent:
         logprobs=event.logprobs,
         fault=event.fault,
         prompt_logprobs=event.prompt_logprobs,
+        adapter_wait_ns=event.adapter_wait_ns,
     )

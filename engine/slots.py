@@ -1,150 +1,426 @@
 """Decide which adapters sit on the device, and bring them there without stopping anyone.
 
-A slot is a place for one adapter. It is pinned while a sequence uses it, and a pinned or loading
-slot is never given away. Knows digests and counts; what a loaded adapter is, only its loader knows.
+An adapter is absent, being read into host memory, hosted there, being copied into a window of the
+device's memory, or resident in a slot. Its slot is pinned while a sequence uses it; what is pinned
+or being copied is never given away. Knows digests, sizes and counts. What an adapter is, and how
+windows and blocks lie in memory, it leaves to others.
 """
 
-import queue
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from engine.errors import AdapterUnavailable
+from engine.adapter_loader import NUM_READERS, CopyResult, ReadResult, Window
+from engine.errors import AdapterMissing, AdapterUnavailable
+from engine.host_tier import Adapter, HostTier
+from engine.protocol import TierReport
 
-# Reading from a store is mostly waiting; more threads would only share its bandwidth.
-NUM_LOAD_THREADS = 4
+AdapterIn = TypeVar("AdapterIn", contravariant=True)
+WindowIn = TypeVar("WindowIn", contravariant=True)
 
-Adapter = TypeVar("Adapter")
+
+class AdapterMemory(Protocol[Window]):
+    """The device memory that adapters share with the KV cache, in blocks."""
+
+    def window_blocks(self, size_bytes: int) -> int:
+        """How many consecutive blocks hold so many bytes."""
+
+    def take_window(self, size_bytes: int) -> Window | None:
+        """None where too few blocks are free now."""
+
+    def return_window(self, window: Window) -> None: ...
+
+
+class Loads(Protocol[AdapterIn, WindowIn]):
+    """What brings adapters nearer: `engine.adapter_loader.AdapterLoader`."""
+
+    def read(self, digest: str) -> None: ...
+    def copy(self, digest: str, adapter: AdapterIn, window: WindowIn) -> None: ...
+
+
+class SlotBank(Protocol[AdapterIn, WindowIn]):
+    """What computes with the adapters in the slots."""
+
+    def install(self, slot: int, adapter: AdapterIn, window: WindowIn) -> None:
+        """`window` holds the adapter now: rows of this slot take it from there."""
+
+    def clear(self, slot: int) -> None:
+        """The slot is empty, and its window somebody else's."""
 
 
 @dataclass(slots=True)
-class _Slot:
+class _Slot(Generic[Adapter, Window]):
     index: int
+    window: Window
+    num_blocks: int
+    size_bytes: int
+    # The copy's source; None once the adapter is resident.
+    copying: Adapter | None
+    resident_since_ns: int = 0
     num_pins: int = 0
-    is_resident: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        return self.copying is None and self.num_pins == 0
 
 
-class SlotPool:
-    """Which adapter is in which slot, least recently used first. Mutable; one thread."""
+@dataclass(slots=True)
+class _Counts:
+    """What moved since the start. Mutable."""
 
-    def __init__(self, num_slots: int, *, start_load: Callable[[str], None]) -> None:
-        self._start_load = start_load
+    reads: int = 0
+    read_bytes: int = 0
+    copies: int = 0
+    copied_bytes: int = 0
+    failures: int = 0
+    evictions: int = 0
+
+
+class SlotPool(Generic[Adapter, Window]):
+    """Adapters in the host tier and in slots, least recently used first to go.
+
+    Mutable; one thread. All wishes of a pass come between two calls of `begin_pass`, in order of
+    turn, and memory that is short goes to the first that asks.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        *,
+        memory: AdapterMemory[Window],
+        max_blocks: int,
+        host: HostTier[Adapter],
+        loads: Loads[Adapter, Window],
+        bank: SlotBank[Adapter, Window],
+        max_reads: int = NUM_READERS,
+        clock_ns: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
+        """`max_blocks`: what all adapters together may take of the memory.
+
+        The rest must hold the longest sequence: then one can always run beside the adapters that
+        other, waiting ones have pinned.
+        """
+        self._memory = memory
+        self._max_blocks = max_blocks
+        self._host = host
+        self._loads = loads
+        self._bank = bank
+        self._max_reads = max_reads
+        self._clock_ns = clock_ns
         self._num_slots = num_slots
         self._free = list(range(num_slots))
-        self._by_digest: dict[str, _Slot] = {}
-        self._draining: dict[str, str] = {}
+        # Least recently used first.
+        self._slots: dict[str, _Slot[Adapter, Window]] = {}
+        self._reading: set[str] = set()
+        # To be gone as soon as nobody uses them.
+        self._leaving: set[str] = set()
+        self._counts = _Counts()
+        # Of this pass: who was asked for; for whom the host tier has room, and how much of it is
+        # spoken for; who gets no further sequence, so that a waiting one can have its place.
+        self._wanted: set[str] = set()
+        self._kept: set[str] = set()
+        self._kept_bytes = 0
+        self._draining: set[str] = set()
+        self._is_memory_short = False
+        self.num_reserved_blocks = 0
+        # Of the pass before.
+        self._lately_wanted: set[str] = set()
 
     @property
     def resident(self) -> tuple[str, ...]:
-        return tuple(digest for digest, slot in self._by_digest.items() if slot.is_resident)
+        return tuple(digest for digest, slot in self._slots.items() if slot.copying is None)
+
+    @property
+    def hosted(self) -> tuple[str, ...]:
+        return self._host.digests
+
+    def report(self, *, disk_bytes: int) -> TierReport:
+        return TierReport(
+            num_reads=self._counts.reads,
+            num_read_bytes=self._counts.read_bytes,
+            num_copies=self._counts.copies,
+            num_copied_bytes=self._counts.copied_bytes,
+            num_load_failures=self._counts.failures,
+            num_slot_evictions=self._counts.evictions,
+            num_host_evictions=self._host.num_evictions,
+            disk_bytes=disk_bytes,
+            host_bytes=self._host.size_bytes,
+            device_bytes=sum(slot.size_bytes for slot in self._slots.values()),
+        )
+
+    # A pass
 
     def begin_pass(self) -> None:
-        """Forget who is to make room: the coming `acquire` calls, in order of turn, say it anew."""
+        """Forget who waits for what: the coming calls, in order of turn, say it anew."""
+        self._host.trim(keep=self._spoken_for())
+        self._lately_wanted = self._wanted
+        self._wanted, self._kept, self._kept_bytes = set(), set(), 0
         self._draining.clear()
+        self._is_memory_short = False
+        # Blocks that must stay free for the first adapter that waits for memory: admissions that
+        # come after it in this pass leave them alone, however few they need.
+        self.num_reserved_blocks = 0
 
     def acquire(self, digest: str) -> int | None:
         """Pin the adapter's slot, or see to it that one comes and give None.
 
-        Where every slot is pinned, the least pinned adapter drains: it gets no further sequence in
-        this pass, so those that keep coming for it cannot starve the one that waits.
+        Where all that could make room is pinned, the least pinned adapter drains: it gets no
+        further sequence in this pass, so those that keep coming for it cannot starve the one that
+        waits.
         """
-        slot = self._by_digest.get(digest)
+        slot = self._slots.get(digest)
         if slot is None:
-            self._make_room(digest)
+            self._bring(digest, max_reads=self._max_reads, place=self._place_at_all_costs)
             return None
-        if not slot.is_resident or digest in self._draining:
+        self._wanted.add(digest)
+        if slot.copying is not None or digest in self._draining or digest in self._leaving:
             return None
         slot.num_pins += 1
-        self._by_digest[digest] = self._by_digest.pop(digest)
+        self._slots[digest] = self._slots.pop(digest)
+        self._host.get(digest)
         return slot.index
+
+    def prefetch(self, digest: str) -> None:
+        """Bring an adapter near whose turn has not come: into what is free, or what idles unwanted.
+
+        Pins nothing and drains nobody. One reader is left to those whose turn it is.
+        """
+        if digest in self._slots:
+            self._wanted.add(digest)
+        else:
+            self._bring(digest, max_reads=self._max_reads - 1, place=self._place_if_easy)
 
     def release(self, digest: str) -> None:
-        slot = self._by_digest[digest]
+        slot = self._slots[digest]
         assert slot.num_pins > 0, "released more often than pinned"
         slot.num_pins -= 1
+        self._let_leave(digest)
 
-    def set_resident(self, digest: str) -> int:
-        """The loader has brought the adapter; gives the slot to put it into."""
-        slot = self._by_digest[digest]
-        slot.is_resident = True
-        return slot.index
+    def make_room(self, num_blocks: int) -> int:
+        """Evict what idles and nobody has asked for in this pass, until so many blocks came free.
 
-    def drop(self, digest: str) -> None:
-        """The load failed."""
-        slot = self._by_digest.pop(digest)
-        assert slot.num_pins == 0, "an adapter in use was dropped"
-        self._free.append(slot.index)
+        Gives how many did; fewer where there is no more to evict.
+        """
+        num_freed = 0
+        for digest in self._idle(but=self._wanted):
+            if num_freed >= num_blocks:
+                break
+            num_freed += self._evict(digest)
+        return num_freed
+
+    def wait_ns(self, digest: str, *, since_ns: int) -> int:
+        """How long an adapter that is resident now was not, from `since_ns` on."""
+        return max(0, self._slots[digest].resident_since_ns - since_ns)
+
+    # Between passes
+
+    def take(self, result: ReadResult[Adapter] | CopyResult) -> AdapterUnavailable | None:
+        """What a load thread has done; gives the fault of those who wait for this adapter."""
+        if isinstance(result, CopyResult):
+            fault = self._finish_copy(result)
+        else:
+            fault = self._finish_read(result)
+        self._counts.failures += fault is not None
+        return fault
+
+    def forget(self, digest: str) -> None:
+        """Unload: from the host at once, from the device as soon as no sequence uses it."""
+        self._host.forget(digest)
+        if digest in self._slots or digest in self._reading:
+            self._leaving.add(digest)
+            self._let_leave(digest)
 
     def check_integrity(self, num_pins: dict[str, int]) -> None:
         """`num_pins`: how many sequences say that they pin each adapter."""
-        pins = {digest: s.num_pins for digest, s in self._by_digest.items() if s.num_pins}
+        pins = {digest: s.num_pins for digest, s in self._slots.items() if s.num_pins}
         assert pins == num_pins, f"pins {pins} differ from the sequences' {num_pins}"
-        used = [slot.index for slot in self._by_digest.values()]
+        used = [slot.index for slot in self._slots.values()]
         assert sorted(used + self._free) == list(range(self._num_slots)), "leaked slots"
+        assert self._num_used_blocks <= self._max_blocks, "adapters took the sequences' memory"
+        assert not self._reading & self._slots.keys(), "read again while on the device"
+        assert self._leaving <= self._slots.keys() | self._reading, "nobody is left to leave"
+        assert not any(self._slots[digest].is_idle for digest in self._leaving & self._slots.keys())
+        assert self._draining <= self._slots.keys()
+        assert len(self._reading) <= self._max_reads
+        self._host.check_integrity()
 
-    def _make_room(self, digest: str) -> None:
-        index = self._free.pop() if self._free else self._evict()
-        if index is not None:
-            self._by_digest[digest] = _Slot(index)
-            self._start_load(digest)
-        elif digest not in self._draining.values():
-            self._drain_for(digest)
-
-    def _evict(self) -> int | None:
-        for digest, slot in self._by_digest.items():
-            if slot.is_resident and slot.num_pins == 0:
-                del self._by_digest[digest]
-                return slot.index
+    def _finish_read(self, result: ReadResult[Adapter]) -> AdapterUnavailable | None:
+        digest, outcome = result.digest, result.outcome
+        self._reading.remove(digest)
+        is_leaving = digest in self._leaving
+        self._leaving.discard(digest)
+        if isinstance(outcome, AdapterUnavailable):
+            return outcome
+        self._counts.reads += 1
+        self._counts.read_bytes += outcome.size_bytes
+        num_blocks = self._memory.window_blocks(outcome.size_bytes)
+        if num_blocks > self._max_blocks:
+            return AdapterMissing(
+                f"The adapter {digest} has {outcome.size_bytes} bytes and takes {num_blocks} "
+                f"blocks of the device's memory, where all adapters together may take "
+                f"{self._max_blocks}: give the engine more memory with memory_bytes."
+            )
+        if not is_leaving:
+            self._host.put(digest, outcome)
+            self._host.trim(keep=self._spoken_for())
         return None
 
-    def _drain_for(self, digest: str) -> None:
-        candidates = [
-            (slot.num_pins, name)
-            for name, slot in self._by_digest.items()
-            if slot.is_resident and name not in self._draining
+    def _finish_copy(self, result: CopyResult) -> AdapterUnavailable | None:
+        digest, slot = result.digest, self._slots[result.digest]
+        adapter, slot.copying = slot.copying, None
+        assert adapter is not None, "a copy that nobody began"
+        if result.fault is not None:
+            self._remove(digest)
+        else:
+            self._counts.copies += 1
+            self._counts.copied_bytes += slot.size_bytes
+            slot.resident_since_ns = self._clock_ns()
+            self._bank.install(slot.index, adapter, slot.window)
+            self._let_leave(digest)
+        self._kept.discard(digest)
+        self._host.trim(keep=self._spoken_for())
+        return result.fault
+
+    # Disk to host
+
+    def _bring(self, digest: str, *, max_reads: int, place: Callable[[str, Adapter], None]) -> None:
+        self._wanted.add(digest)
+        if digest in self._leaving:
+            return
+        # Those that come first in turn are kept in the host tier as long as it has room; others
+        # could only push each other out, and would be read again in each pass.
+        has_room = digest in self._kept or self._kept_bytes < self._host.max_bytes
+        adapter = self._host.get(digest)
+        if adapter is not None and digest not in self._kept:
+            self._kept_bytes += adapter.size_bytes
+        if has_room:
+            self._kept.add(digest)
+        if adapter is not None:
+            place(digest, adapter)
+        elif has_room and digest not in self._reading and len(self._reading) < max_reads:
+            self._reading.add(digest)
+            self._loads.read(digest)
+
+    def _spoken_for(self) -> set[str]:
+        """What the host tier keeps whatever it weighs: what is waited for or being copied."""
+        copying = {digest for digest, slot in self._slots.items() if slot.copying is not None}
+        return self._kept | copying
+
+    # Host to device
+
+    @property
+    def _num_used_blocks(self) -> int:
+        return sum(slot.num_blocks for slot in self._slots.values())
+
+    def _idle(self, *, but: set[str]) -> list[str]:
+        """What may be evicted: first what nobody asks for, then the longest unused."""
+        idle = [
+            digest
+            for digest, slot in self._slots.items()
+            if slot.is_idle and digest not in but and digest not in self._draining
         ]
-        if candidates:
-            _, victim = min(candidates, key=lambda candidate: candidate[0])
-            self._draining[victim] = digest
+        return sorted(idle, key=(self._wanted | self._lately_wanted).__contains__)
 
+    def _place_at_all_costs(self, digest: str, adapter: Adapter) -> None:
+        """Copy the adapter to the device, or let drain what is in its way."""
+        if self._is_memory_short:
+            return
+        num_blocks = self._memory.window_blocks(adapter.size_bytes)
+        idle = self._idle(but=set())
+        num_idle_blocks = sum(self._slots[each].num_blocks for each in idle)
+        excess = self._num_used_blocks + num_blocks - self._max_blocks
+        if excess > num_idle_blocks:
+            self._wait_for_memory(num_blocks, num_drained_blocks=self._drain_blocks(excess))
+            return
+        if not self._free and not idle:
+            self._drain_one()
+            return
+        num_freed = 0
+        while idle and (not self._free or num_freed < excess):
+            num_freed += self._evict(idle.pop(0))
+        window = self._memory.take_window(adapter.size_bytes)
+        while window is None and idle:
+            self._evict(idle.pop(0))
+            window = self._memory.take_window(adapter.size_bytes)
+        if window is None:
+            self._wait_for_memory(num_blocks, num_drained_blocks=0)
+        else:
+            self._begin_copy(digest, adapter, window)
 
-@dataclass(frozen=True, slots=True)
-class LoadResult(Generic[Adapter]):
-    digest: str
-    # The adapter, or why there is none.
-    outcome: Adapter | AdapterUnavailable
+    def _place_if_easy(self, digest: str, adapter: Adapter) -> None:
+        """Copy the adapter to the device where that takes no more than one eviction."""
+        if self._is_memory_short:
+            return
+        num_blocks = self._memory.window_blocks(adapter.size_bytes)
+        has_blocks = self._num_used_blocks + num_blocks <= self._max_blocks
+        window = self._memory.take_window(adapter.size_bytes) if has_blocks else None
+        if window is None or not self._free:
+            # Without a window of its own it takes the place of one that is not smaller.
+            least = num_blocks if window is None else 0
+            idle = self._idle(but=self._wanted)
+            victim = next((each for each in idle if self._slots[each].num_blocks >= least), None)
+            if victim is not None:
+                self._evict(victim)
+                if window is None:
+                    window = self._memory.take_window(adapter.size_bytes)
+        if window is not None and self._free:
+            self._begin_copy(digest, adapter, window)
+        elif window is not None:
+            self._memory.return_window(window)
 
+    def _begin_copy(self, digest: str, adapter: Adapter, window: Window) -> None:
+        num_blocks = self._memory.window_blocks(adapter.size_bytes)
+        self._slots[digest] = _Slot(
+            self._free.pop(), window, num_blocks, adapter.size_bytes, copying=adapter
+        )
+        self._loads.copy(digest, adapter, window)
 
-class AdapterLoader(Generic[Adapter]):
-    """Runs `read` in threads and keeps what it gives until it is asked for."""
+    def _wait_for_memory(self, num_blocks: int, *, num_drained_blocks: int) -> None:
+        """Nobody later in this pass gets memory; those who drain will give theirs in one go."""
+        self._is_memory_short = True
+        self.num_reserved_blocks = max(0, num_blocks - num_drained_blocks)
 
-    def __init__(
-        self,
-        read: Callable[[str], Adapter | AdapterUnavailable],
-        *,
-        on_result: Callable[[], None],
-    ) -> None:
-        self._read = read
-        self._on_result = on_result
-        self._results: queue.SimpleQueue[LoadResult[Adapter]] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(NUM_LOAD_THREADS, thread_name_prefix="adapter-load")
+    def _by_pins(self) -> list[str]:
+        """The least pinned first: it alone can only become less pinned while it drains."""
+        candidates = [
+            digest
+            for digest, slot in self._slots.items()
+            if slot.copying is None and digest not in self._draining
+        ]
+        return sorted(candidates, key=lambda digest: self._slots[digest].num_pins)
 
-    def start(self, digest: str) -> None:
-        self._threads.submit(self._load, digest)
+    def _drain_one(self) -> None:
+        self._draining.update(self._by_pins()[:1])
 
-    def has_results(self) -> bool:
-        return not self._results.empty()
+    def _drain_blocks(self, num_blocks: int) -> int:
+        """Let as many adapters drain as have so many blocks together; gives how many they have."""
+        num_drained = 0
+        for digest in self._by_pins():
+            if num_drained >= num_blocks:
+                break
+            self._draining.add(digest)
+            num_drained += self._slots[digest].num_blocks
+        return num_drained
 
-    def take_results(self) -> list[LoadResult[Adapter]]:
-        results = []
-        while not self._results.empty():
-            results.append(self._results.get())
-        return results
+    # Out of the device
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+    def _evict(self, digest: str) -> int:
+        """Gives how many blocks came free."""
+        self._counts.evictions += 1
+        return self._remove(digest)
 
-    def _load(self, digest: str) -> None:
-        self._results.put(LoadResult(digest, self._read(digest)))
-        self._on_result()
+    def _remove(self, digest: str) -> int:
+        slot = self._slots.pop(digest)
+        assert slot.is_idle, "an adapter in use was removed"
+        self._bank.clear(slot.index)
+        self._memory.return_window(slot.window)
+        self._free.append(slot.index)
+        self._draining.discard(digest)
+        self._leaving.discard(digest)
+        return slot.num_blocks
+
+    def _let_leave(self, digest: str) -> None:
+        slot = self._slots.get(digest)
+        if digest in self._leaving and slot is not None and slot.is_idle:
+            self._evict(digest)

@@ -5,6 +5,7 @@ it grows. Knows nothing of HTTP or of how an answer is spelled on the wire.
 """
 
 import datetime
+import logging
 import secrets
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from gateway.registry import Registry, Target
 from gateway.routing import Router
 from gateway.tables import new_id
 from gateway.text import TextCodec, TextCodecs
+
+logger = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length"]
 
@@ -119,6 +122,7 @@ class Generation:
         self._ledger = ledger
         self._text = codec.stream(stops)
         self._num_tokens = 0
+        self._adapter_wait_ns = 0
         self._outcome: FinishReason | None = None
         self._is_closed = False
 
@@ -145,6 +149,7 @@ class Generation:
         """Close a whole answer; call it just before its last byte is written."""
         assert self._outcome is not None, "an answer is finished after its last delta"
         self._is_closed = True
+        self._log_end(self._outcome)
         return self._ledger.close(self.request_id, self._outcome)
 
     def leave(self) -> None:
@@ -157,9 +162,23 @@ class Generation:
         self._is_closed = True
         self._meter.disconnect()
         self._stream.abort()
+        self._log_end(outcome)
         self._ledger.close(self.request_id, outcome, sent=False)
 
+    def _log_end(self, outcome: str) -> None:
+        logger.info(
+            "generation_ended",
+            extra={
+                "request_id": str(self.request_id),
+                "outcome": outcome,
+                "completion_tokens": self._num_tokens,
+                "engine_ms": self._meter.engine_ns // 1_000_000,
+                "adapter_wait_ms": self._adapter_wait_ns // 1_000_000,
+            },
+        )
+
     def _apply(self, event: SequenceEvent) -> Delta:
+        self._adapter_wait_ns = event.adapter_wait_ns
         if event.state in (SequenceState.FAILED, SequenceState.ABORTED):
             raise _translate(event.fault)
         text, token_ids = "", event.token_ids

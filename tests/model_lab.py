@@ -89,6 +89,10 @@ class FolderSource:
     # An adapter that is named here comes when its event is set.
     delays: dict[str, threading.Event] = field(default_factory=dict)
 
+    @property
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.root.rglob("*.safetensors"))
+
     @contextmanager
     def fetch(self, weights_digest: str) -> Iterator[Path]:
         if weights_digest in self.delays:
@@ -126,7 +130,12 @@ class Lab:
     """An engine, and the answers that came out of it so far."""
 
     def __init__(self, model: str, source: FolderSource, **settings: Any) -> None:
-        sizes: dict[str, Any] = {"block_size": 4, "num_blocks": 64, "num_threads": 1}
+        sizes: dict[str, Any] = {
+            "block_size": 4,
+            "num_blocks": 160,
+            "num_threads": 1,
+            "max_lora_rank": 9,
+        }
         config = EngineConfig(model=model, served_name="base", **(sizes | settings))
         self.core = EngineCore(config, adapter_source=source)
         self.answers: dict[SequenceKey, Answer] = {}
@@ -192,7 +201,7 @@ class Lab:
     def assert_nothing_is_left(self) -> None:
         status = self.core.status()
         assert (status.num_running, status.num_waiting) == (0, 0)
-        assert status.num_free_blocks == status.num_blocks
+        assert status.num_free_blocks + status.num_adapter_blocks == status.num_blocks
         self.core.check_integrity()
 
 

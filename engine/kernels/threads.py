@@ -5,6 +5,7 @@ the OpenMP runtime that torch has loaded. Knows nothing of what is computed.
 """
 
 import ctypes
+import functools
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 _SYMBOLS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
 
+@functools.cache
 def find_runtime() -> ctypes.CDLL | None:
     """The runtime, where it speaks GNU's interface, as those of torch's Linux builds do."""
     bundled = Path(torch.__file__).parent / "lib" / "libgomp.so.1"

@@ -4,7 +4,7 @@ An adapter is one flat piece of memory, as large as its ranks make it. Knows slo
 Knows nothing of digests or sequences.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from adapters.weights import LoraModule
 from engine.errors import AdapterMissing
 from engine.kernels.choice import LoraPlan
 from engine.kernels.slot_weights import AdapterLayout, SlotWeights
+
+Matrix = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 # Elements; each part of an adapter begins with a line of any device's cache.
 ALIGNMENT = 64
@@ -43,10 +45,12 @@ def prepare(
     dtype: torch.dtype,
     max_rank: int,
     is_pinned: bool = False,
+    before_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> PreparedAdapter:
     """Read an adapter for `LoraBank.install`. Raises AdapterMissing where it does not fit.
 
-    `is_pinned`: into memory that a GPU copies from while it computes.
+    `is_pinned`: into memory that a GPU copies from while it computes. `before_bytes` is called
+    before each piece of work with its size, and may wait.
     """
     loaded = weights.load(folder, base_model=base_shape.base_model, dtype=torch.float32)
     for module in loaded.values():
@@ -57,6 +61,7 @@ def prepare(
         loaded.values(), layout.starts_of_A.tolist(), layout.starts_of_B.tolist(), strict=True
     )
     for module, start_of_A, start_of_B in starts:
+        before_bytes(module.lora_A.nbytes + module.lora_B.nbytes)
         _put(values, start_of_A, module.lora_A)
         # Scaled in float32, then rounded once.
         _put(values, start_of_B, (module.lora_B.float() * module.scaling).T)
@@ -78,12 +83,21 @@ def _check(module: LoraModule, base_shape: BaseShape, *, max_rank: int) -> None:
         )
 
 
+def num_elements(features: Matrix, rank: int) -> int:
+    """Of an adapter that targets modules of `features` [num_modules, 2], all with one rank."""
+    return int(_part_sizes(features, rank).sum())
+
+
+def _part_sizes(features: Matrix, ranks: Matrix | int) -> Matrix:
+    """[num_modules, 2]: elements of lora_A and lora_B, each up to the next line."""
+    return -(-features * ranks // ALIGNMENT) * ALIGNMENT
+
+
 def _layout(loaded: Mapping[str, LoraModule], base_shape: BaseShape) -> AdapterLayout:
     index_of = {name: index for index, name in enumerate(base_shape.modules)}
     ranks = np.array([module.lora_A.shape[0] for module in loaded.values()], dtype=np.int64)
     features = np.array([base_shape.modules[name] for name in loaded], dtype=np.int64)
-    # [num_modules, 2]: elements of lora_A and lora_B, each up to the next line
-    sizes = -(-features * ranks[:, None] // ALIGNMENT) * ALIGNMENT
+    sizes = _part_sizes(features, ranks[:, None])
     ends = np.cumsum(sizes.flatten())
     starts = (ends - sizes.flatten()).reshape(-1, 2)
     return AdapterLayout(

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,3 +208,14 @@ async def test_a_bias_decides_and_a_logprob_still_tells_what_the_model_thought(s
     assert len({found.token for found in told}) == 1
     assert all(found.top_logprobs[0].logprob >= found.logprob for found in told)
     assert told[0].top_logprobs[0].token != told[0].token
+
+
+async def test_the_log_says_of_each_generation_how_long_it_waited_for_its_adapter(server):
+    task = next(iter(TASKS.values()))
+    async with server.client(task.tenant) as client:
+        answer = await client.chat.completions.create(
+            model=task.public_name, messages=[{"role": "user", "content": "Hi"}], max_tokens=3
+        )
+    lines = [line for line in server.log.read_text().splitlines() if "generation_ended" in line]
+    assert re.search(r" adapter_wait_ms=\d+ completion_tokens=\d+ engine_ms=\d+", lines[-1])
+    assert answer.usage.completion_tokens <= 3

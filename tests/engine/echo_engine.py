@@ -27,6 +27,7 @@ from engine.protocol import (
     SamplingParams,
     SequenceEvent,
     SequenceState,
+    TierReport,
 )
 from engine.sequence import Sequence, SequenceKey, StepEvent
 from engine.server import EngineServer, bind
@@ -84,7 +85,20 @@ class EchoCore:
         return events + [self._advance(sequence) for sequence in free]
 
     def status(self) -> CoreStatus:
-        return CoreStatus(len(self.running), 0, 100, 90, ("ab" * 32,))
+        tiers = TierReport(
+            num_reads=2,
+            num_read_bytes=2048,
+            num_copies=3,
+            num_copied_bytes=3072,
+            num_load_failures=1,
+            num_slot_evictions=4,
+            num_host_evictions=5,
+            disk_bytes=4096,
+            host_bytes=2048,
+            device_bytes=1024,
+        )
+        hosted = ("ab" * 32, "cd" * 32)
+        return CoreStatus(len(self.running), 0, 100, 90, hosted[:1], hosted, ("ef" * 32,), tiers)
 
     def prefetch(self, adapter_digest: str) -> None: ...
 
@@ -115,6 +129,7 @@ def _event(sequence: Sequence, state: SequenceState, token_ids: list[int]) -> St
         cached_tokens=0,
         generated_tokens=sequence.num_generated_tokens,
         engine_ns=1,
+        adapter_wait_ns=250_000_000,
     )
 
 

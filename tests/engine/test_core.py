@@ -68,8 +68,15 @@ def test_tokens_do_not_depend_on_chunks_batches_or_preemption(
         job.setdefault("temperature", 1.0)
     with open_lab(model, adapters) as lab:
         alone = [lab.generate(**job) for job in jobs]
-    # Blocks for less than two of the six sequences at full length, chunks of at most 8 tokens.
-    with open_lab(model, adapters, num_blocks=20, max_num_batched_tokens=8, max_num_seqs=8) as lab:
+    # Beside the adapters blocks for less than two of the six sequences at full length.
+    with open_lab(
+        model,
+        adapters,
+        num_blocks=43,
+        max_model_len=64,
+        max_num_batched_tokens=8,
+        max_num_seqs=8,
+    ) as lab:
         keys = [lab.submit(**job) for job in jobs]
         num_running = []
         while lab.core.has_work() or lab.core.status().num_waiting:
@@ -99,7 +106,7 @@ def test_a_resumed_sequence_that_was_complete_ends_at_once(lab: Lab) -> None:
 
 def test_blocks_are_scattered_in_the_cache(model: str, adapters: FolderSource) -> None:
     """Ends in another order than starts leave holes, which later sequences fill."""
-    with open_lab(model, adapters, num_blocks=24) as lab:
+    with open_lab(model, adapters, num_blocks=24, max_loras=0) as lab:
         expected = lab.generate(PROMPTS[2], max_tokens=20)
         for length, prompt in zip((3, 19, 7, 1), PROMPTS, strict=True):
             lab.submit(prompt, max_tokens=length)
@@ -147,7 +154,9 @@ def test_another_adapter_and_the_base_model_compute_for_themselves(lab: Lab) -> 
 
 
 def test_preemption_does_not_count_as_a_find(model: str, adapters: FolderSource) -> None:
-    with open_lab(model, adapters, num_blocks=20, max_num_batched_tokens=8, max_num_seqs=8) as lab:
+    with open_lab(
+        model, adapters, num_blocks=20, max_num_batched_tokens=8, max_num_seqs=8, max_loras=0
+    ) as lab:
         keys = [lab.submit(prompt, max_tokens=30) for prompt in PROMPTS]
         lab.run()
         assert [lab.answers[key].last.cached_tokens for key in keys] == [0] * len(PROMPTS)
@@ -273,7 +282,7 @@ def test_a_context_that_the_cache_cannot_hold_is_refused_at_start(
     config = EngineConfig(
         model=model, served_name="base", max_model_len=200, num_blocks=10, block_size=4
     )
-    with pytest.raises(ConfigurationError, match="holds 40 tokens"):
+    with pytest.raises(ConfigurationError, match="holds 36 tokens"):
         EngineCore(config, adapter_source=adapters)
 
 
@@ -302,7 +311,7 @@ def test_a_sequence_waiting_for_its_adapter_does_not_hold_up_the_others(
     slow_lab: Lab, cold_comes: threading.Event
 ) -> None:
     lab, has_come = slow_lab, threading.Event()
-    lab.core.wake = has_come.set
+    wake, lab.core.wake = lab.core.wake, has_come.set
     slow = lab.submit(PROMPTS[0], adapter=COLD)
     quick = lab.submit(PROMPTS[1])
     while not (lab.answers[quick].events and lab.answers[quick].state.is_final):
@@ -313,6 +322,7 @@ def test_a_sequence_waiting_for_its_adapter_does_not_hold_up_the_others(
     cold_comes.set()
     has_come.wait()
     assert lab.core.has_work()
+    lab.core.wake = wake
     lab.run()
     assert lab.answers[slow].state is SequenceState.LENGTH
 
@@ -328,7 +338,7 @@ def test_those_who_keep_coming_do_not_starve_an_adapter_that_waits(
         for _ in range(60):
             lab.submit(PROMPTS[3], adapter=WARM, max_tokens=20)
             lab.step()
-            lab.core._adapter_loader._threads.submit(int).result()
+            lab.core._adapter_loader._copier.submit(int).result()
         assert lab.answers[patient].events
         lab.run()
         lab.assert_nothing_is_left()
@@ -381,7 +391,7 @@ def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_behind
     shutil.copytree(tmp_path / COLD, huge)
     tensors = load_file(huge / "adapter_model.safetensors")
     save_file({k: v * 1e30 for k, v in tensors.items()}, huge / "adapter_model.safetensors")
-    with open_lab(model, FolderSource(tmp_path), num_blocks=24) as lab:
+    with open_lab(model, FolderSource(tmp_path), num_blocks=60) as lab:
         expected = [lab.generate(prompt, adapter=WARM) for prompt in PROMPTS]
         for name in ("huge", WARM):
             lab.generate(PROMPTS[0], adapter=name)
@@ -401,7 +411,7 @@ def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_behind
 
 
 def test_an_owner_that_is_held_back_stops_nobody_else(model: str, adapters: FolderSource) -> None:
-    with open_lab(model, adapters, num_blocks=12, max_num_seqs=2) as lab:
+    with open_lab(model, adapters, num_blocks=12, max_num_seqs=2, max_loras=0) as lab:
         expected = [lab.generate(prompt, max_tokens=10) for prompt in PROMPTS[:2]]
         held = [lab.submit(prompt, owner="slow", max_tokens=10) for prompt in PROMPTS[:2]]
         lab.step()

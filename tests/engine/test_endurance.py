@@ -44,7 +44,13 @@ def test_any_order_of_events_ends_well(model: str, adapters: FolderSource, seed:
     dice = random.Random(seed)
     jobs: dict[SequenceKey, dict[str, Any]] = {}
     with open_lab(
-        model, source, num_blocks=15, max_num_seqs=4, max_num_batched_tokens=10, max_loras=2
+        model,
+        source,
+        num_blocks=37,
+        max_model_len=48,
+        max_num_seqs=4,
+        max_num_batched_tokens=10,
+        max_loras=2,
     ) as lab:
         for _ in range(NUM_ACTIONS):
             act(lab, dice, jobs)

@@ -316,6 +316,9 @@ async def test_questions_are_answered(echo: Engine) -> None:
         assert await worker.info() == INFO
         status = await worker.status()
         assert (status.is_healthy, status.resident_adapters) == (True, ["ab" * 32])
+        assert status.hosted_adapters == ["ab" * 32, "cd" * 32]
+        assert status.quarantined_adapters == ["ef" * 32]
+        assert (status.tiers.num_reads, status.tiers.host_bytes) == (2, 2048)
         assert (await worker.probe("ab" * 32)).is_passed
         with pytest.raises(EngineRefused, match="No such adapter"):
             await worker.probe("cd" * 32)

@@ -100,7 +100,9 @@ def test_they_are_computed_although_the_prefix_is_cached(
 def test_preemption_neither_repeats_nor_shortens_them(
     model: str, adapters: FolderSource, expected: list[list[TokenLogprob]]
 ) -> None:
-    with open_lab(model, adapters, num_blocks=14, max_num_batched_tokens=8, max_num_seqs=8) as lab:
+    with open_lab(
+        model, adapters, num_blocks=14, max_num_batched_tokens=8, max_num_seqs=8, max_loras=0
+    ) as lab:
         keys = [lab.submit(p, prompt_logprobs=NUM_TOP, max_tokens=20) for p in PROMPTS]
         num_running = []
         while lab.core.has_work() or lab.core.status().num_waiting:

@@ -285,7 +285,23 @@ async def test_metrics_count_what_was_done(echo: Engine) -> None:
         lines = (await http.get("/metrics")).text.splitlines()
     assert "manylora_engine_generated_tokens_total 3" in lines
     assert 'manylora_engine_finished_sequences_total{state="length"} 1' in lines
-    assert "manylora_engine_resident_adapters 1" in lines
+    for line in (
+        "resident_adapters 1",
+        "hosted_adapters 2",
+        "quarantined_adapters 1",
+        "adapter_wait_seconds_total 0.25",
+        "adapter_reads_total 2",
+        "adapter_read_bytes_total 2048",
+        "adapter_copies_total 3",
+        "adapter_copied_bytes_total 3072",
+        "adapter_load_failures_total 1",
+        'adapter_evictions_total{tier="slot"} 4',
+        'adapter_evictions_total{tier="host"} 5',
+        'adapter_tier_bytes{tier="disk"} 4096',
+        'adapter_tier_bytes{tier="host"} 2048',
+        'adapter_tier_bytes{tier="device"} 1024',
+    ):
+        assert f"manylora_engine_{line}" in lines
 
 
 async def test_an_unknown_route_is_404(echo: Engine) -> None:

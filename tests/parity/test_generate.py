@@ -71,7 +71,8 @@ def answers(
         model,
         adapters,
         block_size=8,
-        num_blocks=sum(map(len, prompts)) // 8 + 6,
+        # Little more than the prompts take beside two adapters.
+        num_blocks=sum(map(len, prompts)) // 8 + 18,
         max_model_len=160,
         max_num_seqs=8,
         max_num_batched_tokens=20,
