@@ -9,7 +9,7 @@ counts. Knows nothing of tensors, slots or whose turn it is.
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from engine.prefix_cache import extend_hashes
+from engine.prefix_cache import block_name, extend_hashes
 from engine.sequence import Sequence
 
 # Always zero and never handed out: padding reads it, so that padding is never another's NaN.
@@ -39,6 +39,30 @@ class BlockManager:
         """How many free blocks `sequence` would take for all tokens that it has now."""
         shared = [] if sequence.block_table else self._cached_blocks(sequence)
         return self._num_missing(sequence, shared)
+
+    def num_freed_by(self, sequence: Sequence) -> int:
+        """How many blocks nobody would use if `sequence` gave its own back."""
+        return sum(self._num_references[block] == 1 for block in sequence.block_table)
+
+    def first_missing_name(self, sequence: Sequence) -> bytes | None:
+        """The first full block that a sequence without blocks would have to compute itself.
+
+        It looks on from where it ended the last time, so asking in each step costs little. None
+        where nothing is left to be found.
+        """
+        while sequence.num_found_blocks < self._num_findable(sequence):
+            name = block_name(sequence, sequence.num_found_blocks, block_size=self.block_size)
+            if name not in self._block_of:
+                return name
+            sequence.num_found_blocks += 1
+        return None
+
+    def name_under_way(self, sequence: Sequence) -> bytes | None:
+        """The full block that a running sequence computes next, if it has one."""
+        index = sequence.num_computed_tokens // self.block_size
+        if (index + 1) * self.block_size > sequence.num_tokens:
+            return None
+        return block_name(sequence, index, block_size=self.block_size)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a sequence without blocks all that it needs, or nothing at all and False.
@@ -99,6 +123,7 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)
         sequence.block_table.clear()
         sequence.num_computed_tokens = 0
+        sequence.num_found_blocks = 0
 
     def check_integrity(self, holders: Iterable[Sequence]) -> None:
         expected = [0] * (self.num_blocks + 1)
@@ -117,15 +142,18 @@ class BlockManager:
         return num_missing - sum(self._num_references[block] > 0 for block in shared)
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """The longest known beginning. The last token is left out: its logits are wanted."""
-        num_full = (sequence.num_tokens - 1) // self.block_size
-        found = []
-        for name in extend_hashes(sequence, num_full, block_size=self.block_size):
+        """The longest known beginning."""
+        num_findable, found = self._num_findable(sequence), []
+        for name in extend_hashes(sequence, num_findable, block_size=self.block_size):
             block = self._block_of.get(name)
             if block is None:
                 break
             found.append(block)
         return found
+
+    def _num_findable(self, sequence: Sequence) -> int:
+        """The last token is left out: its logits are wanted."""
+        return (sequence.num_tokens - 1) // self.block_size
 
     def _forget_content(self, block: int) -> None:
         name = self._hash_of.pop(block, None)

@@ -33,7 +33,7 @@ from engine.model import loader, lora
 from engine.model.attention import KVCache
 from engine.model.loader import LoadedModel
 from engine.model.lora import PreparedAdapter
-from engine.protocol import ProbeReport, SamplingParams
+from engine.protocol import MAX_PRIORITY, MIN_PRIORITY, ProbeReport, SamplingParams
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceKey, StepEvent
@@ -112,6 +112,8 @@ class EngineCore:
             raise InvalidSequence(f"There is a sequence {sequence.key} already.")
         if not 0 < sequence.weight < math.inf:
             raise InvalidSequence("weight must be above 0 and finite.")
+        if not MIN_PRIORITY <= sequence.priority <= MAX_PRIORITY:
+            raise InvalidSequence(f"priority must be from {MIN_PRIORITY} to {MAX_PRIORITY}.")
         _check_sampling(sequence.sampling, self.vocab_size)
         if not sequence.num_prompt_tokens:
             raise InvalidSequence("prompt_token_ids is empty.")

@@ -8,7 +8,8 @@ EngineError
 │   ├── ContextLengthExceeded
 │   ├── AdapterUnavailable     may come back
 │   ├── AdapterMissing         will not come back by itself
-│   └── InvalidLogits
+│   ├── InvalidLogits
+│   └── OutOfMemory            may go through when less runs beside it
 ├── ProbeError                 a probe could not be run; says nothing about the adapter
 ├── LinkRefused                the engine refuses a worker's call as a whole, with an HTTP status
 │   ├── MalformedCall
@@ -81,6 +82,13 @@ class InvalidLogits(SequenceError):
     """The model gave NaN or infinite logits for this sequence."""
 
     code = "nan_logits"
+
+
+class OutOfMemory(SequenceError):
+    """The device had not enough memory left for even the smallest step of this sequence."""
+
+    code = "engine_out_of_memory"
+    is_retryable = True
 
 
 class ProbeError(EngineError):

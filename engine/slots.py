@@ -59,6 +59,11 @@ class SlotPool:
         self._by_digest[digest] = self._by_digest.pop(digest)
         return slot.index
 
+    def prefetch(self, digest: str) -> None:
+        """Bring the adapter near where nothing has to make room for it. Pins nothing."""
+        if digest not in self._by_digest and self._free:
+            self._load_into(self._free.pop(), digest)
+
     def release(self, digest: str) -> None:
         slot = self._by_digest[digest]
         assert slot.num_pins > 0, "released more often than pinned"
@@ -86,10 +91,13 @@ class SlotPool:
     def _make_room(self, digest: str) -> None:
         index = self._free.pop() if self._free else self._evict()
         if index is not None:
-            self._by_digest[digest] = _Slot(index)
-            self._start_load(digest)
+            self._load_into(index, digest)
         elif digest not in self._draining.values():
             self._drain_for(digest)
+
+    def _load_into(self, index: int, digest: str) -> None:
+        self._by_digest[digest] = _Slot(index)
+        self._start_load(digest)
 
     def _evict(self) -> int | None:
         for digest, slot in self._by_digest.items():
