@@ -203,7 +203,7 @@ class Turns:
         first = [*account.prefilling, *waiting[:NUM_COMPARED]]
         if shortest_first:
             # One that is shorter does not take the slot that another has waited for.
-            first.sort(key=lambda s: (not s.awaits_adapter, s.num_uncomputed_tokens))
+            first.sort(key=lambda s: 0 if s.awaits_adapter else s.num_uncomputed_tokens)
         for sequence in first:
             if sequence in account.prefilling or admits(account):
                 yield sequence
