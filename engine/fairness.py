@@ -5,7 +5,9 @@ Weighted virtual token counters (Sheng et al., "Fairness in Serving Large Langua
 takes them up, so that long prompts take turns by the chunk; what the prefix cache gives, and what
 is computed again after a preemption, costs nothing. Priority classes are strict. Each class counts
 for itself: what a key was served as urgent is no debt in its other class, and the paper's bound
-holds in every class for what the more urgent ones leave to it.
+holds in every class for what the more urgent ones leave to it. Other than in the paper, a key that
+comes back may have saved up a burst: one that asks for little then waits for nobody, and none is
+served more than a burst beyond what the paper allows.
 
 Knows keys, weights and token counts. Knows nothing of tenants, slots or where blocks lie.
 """
@@ -23,6 +25,9 @@ INPUT_COST = 1.0
 OUTPUT_COST = 2.0
 # Idle keys whose counters are kept. Beyond, those that lose least by it are forgotten.
 MAX_REMEMBERED = 4096
+# So long a key that always has some waiting lets others keep their seats before it claims one:
+# answers of usual length end meanwhile, and counters that swing about each other claim nothing.
+PATIENCE_STEPS = 64
 # So many of a key's sequences are compared for the shortest.
 NUM_COMPARED = 16
 
@@ -39,8 +44,9 @@ class Account:
     served: float
     # That of its sequence which came last.
     weight: float = 1.0
-    # The pass in which it last got tokens.
+    # The pass in which it last got tokens, and the one in which it began to want some.
     last_turn: int = 0
+    active_since: int = 0
     # Of its sequences that have not ended.
     num_sequences: int = 0
     # Those that run and have prompt left to compute, in order of admission.
@@ -61,12 +67,15 @@ class Account:
 class Turns:
     """Sequences that want more than their next token, by account. Mutable; one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, burst: float) -> None:
+        """`burst`: of what a key was served less while it was idle, so much counts."""
+        self._burst = burst
         self._accounts: dict[tuple[int, str], Account] = {}
         # What idle keys had been served.
         self._remembered: dict[tuple[int, str], float] = {}
-        # Of each class: the account that was last to want something.
+        # Of each class: the account that was last to want something, and the highest floor so far.
         self._last_active: dict[int, Account] = {}
+        self._floors: dict[int, float] = {}
         self._num_accounts = 0
         self._num_passes = 0
 
@@ -84,6 +93,10 @@ class Turns:
 
     def account_of(self, sequence: Sequence) -> Account:
         return self._accounts[sequence.priority, sequence.fairness_key]
+
+    def is_newcomer(self, account: Account) -> bool:
+        """Whether it wants something for a short while only."""
+        return self._num_passes - account.active_since <= PATIENCE_STEPS
 
     def total_weight(self, priority: int) -> float:
         """Of all accounts of a class that have sequences."""
@@ -218,22 +231,28 @@ class Turns:
         name = (sequence.priority, sequence.fairness_key)
         if name not in self._accounts:
             self._num_accounts += 1
-            served = self._remembered.pop(name, 0.0)
+            served = self._remembered.pop(name, None)
+            if served is None:
+                # Nobody gains by coming under ever new names.
+                served = self._floor(sequence.priority)
             self._accounts[name] = Account(*name, number=self._num_accounts, served=served)
         return self._accounts[name]
 
     def _activate(self, account: Account) -> None:
-        """An idle key saves nothing up: it starts level with the least served of its class."""
+        """An idle key saves up a burst at most: beyond, it is lifted to the least served."""
         if not account.is_active:
-            account.served = max(account.served, self._floor(account.priority))
+            floor = self._floor(account.priority)
+            account.served = max(account.served, floor - self._burst)
+            account.active_since = self._num_passes
 
     def _floor(self, priority: int) -> float:
-        """Never sinks: whoever becomes active is lifted to it, and counters only grow."""
+        """What the least served of those who want something was served. Never sinks."""
         active = [a for a in self._accounts.values() if a.is_active and a.priority == priority]
-        if active:
-            return min(account.served for account in active)
         last = self._last_active.get(priority)
-        return last.served if last is not None else 0.0
+        holders = active or ([last] if last is not None else [])
+        floor = min((account.served for account in holders), default=0.0)
+        self._floors[priority] = max(floor, self._floors.get(priority, 0.0))
+        return self._floors[priority]
 
     def _note_idleness(self, account: Account) -> None:
         """The one that is last to want something holds the floor for its class."""
@@ -259,9 +278,8 @@ class Turns:
 class Shares:
     """How much of something each account of a class holds, and how much of it is fair.
 
-    A claim is for those that are kept out, not for evening out: whoever holds some already gets
-    the second half of its share as it comes free, and nobody is brought below its own. So neither
-    side of a claim can claim anything back, and a steady backlog makes none.
+    A claim brings the one who makes it to its share at most, and nobody below its own. So neither
+    side of a claim can claim anything back.
     """
 
     # What the class can have.
@@ -274,7 +292,7 @@ class Shares:
     def may_claim(self, account: Account, num_wanted: int) -> bool:
         num_held = self.held.get(account, 0)
         share = self._share(account)
-        return num_held + num_wanted <= (share / 2 if num_held else share)
+        return num_held + num_wanted <= share
 
     def may_lose(self, account: Account, num_lost: int) -> bool:
         return self.held[account] - num_lost >= self._share(account)

@@ -3,21 +3,43 @@
 Whoever is held back goes first, then the least urgent class; among equals the account that holds
 most for its weight, and of its sequences the one that was admitted last. For one that waits in the
 same class, only those who hold more than their share make room (`Shares`), and only while it is
-not their turn before its own. What a preempted sequence has computed stays in the prefix cache
+not their turn before its own; for a backlog only after some patience, so that a steady one sends
+nobody away. What a preempted sequence has computed stays in the prefix cache
 until it is needed for something else, so that coming back is mostly cheap.
 
 Knows classes, accounts and how much each holds. Preempts nobody itself.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
 
 from engine.block_manager import BlockManager
-from engine.fairness import Account, Shares, Turns
+from engine.fairness import OUTPUT_COST, PATIENCE_STEPS, Account, Shares, Turns
 from engine.sequence import Sequence
 
 Size = Callable[[Sequence], int]
+
+
+@dataclass(frozen=True, slots=True)
+class SeatClaims:
+    """Which accounts of a class may have a seat that another holds."""
+
+    shares: Shares
+    # An account that was served more has no claim, as its turn comes later than the holders'.
+    most_served: float
+    # The same for an account that has waited for long: with patience taken off.
+    most_served_for_long: float
+
+    @property
+    def are_any(self) -> bool:
+        return self.most_served > -math.inf
+
+    def allow(self, account: Account, *, is_newcomer: bool) -> bool:
+        most_served = self.most_served if is_newcomer else self.most_served_for_long
+        return account.served <= most_served and self.shares.may_claim(account, 1)
 
 
 class Preemption:
@@ -35,9 +57,19 @@ class Preemption:
         held = [s for s in candidates if self._is_held(s)]
         return held[-1] if held else self._first_to_go(candidates, _num_blocks)
 
-    def seat_shares(self, priority: int, running: Iterable[Sequence], *, num_seats: int) -> Shares:
+    def seat_claims(
+        self, priority: int, running: Iterable[Sequence], *, num_seats: int
+    ) -> SeatClaims:
         ready = [s for s in running if not self._is_held(s)]
-        return self._shares(priority, ready, _one_seat, capacity=num_seats)
+        shares = self._shares(priority, ready, _one_seat, capacity=num_seats)
+        losers = [account for account in shares.held if shares.may_lose(account, 1)]
+        return SeatClaims(
+            shares,
+            most_served=max((a.served for a in losers), default=-math.inf),
+            most_served_for_long=max(
+                (a.served - _patience(a, shares.held[a]) for a in losers), default=-math.inf
+            ),
+        )
 
     def victims_for(
         self,
@@ -82,13 +114,17 @@ class Preemption:
         shares = self._shares(newcomer.priority, ready, size, capacity=capacity)
         if not shares.may_claim(account, num_wanted):
             return []
+        equals = [s for s in ready if s.priority == newcomer.priority]
+        seats = self._holdings(equals, _one_seat)
+        is_new = self._turns.is_newcomer(account)
 
         def may_go(sequence: Sequence) -> bool:
             other = self._turns.account_of(sequence)
-            is_ahead = other is account or other.served < account.served
-            return not is_ahead and shares.may_lose(other, size(sequence))
+            patience = 0.0 if is_new else _patience(other, seats[other])
+            is_later = other is not account and other.served - patience >= account.served
+            return is_later and shares.may_lose(other, size(sequence))
 
-        return [s for s in ready if s.priority == newcomer.priority and may_go(s)]
+        return [s for s in equals if may_go(s)]
 
     def _shares(
         self, priority: int, ready: list[Sequence], size: Size, *, capacity: int | None
@@ -120,6 +156,11 @@ class Preemption:
 
     def _is_held(self, sequence: Sequence) -> bool:
         return sequence.owner in self._held_owners
+
+
+def _patience(account: Account, num_seats: int) -> float:
+    """What its seats alone serve it while another is patient."""
+    return PATIENCE_STEPS * OUTPUT_COST * num_seats / account.weight
 
 
 def _one_seat(sequence: Sequence) -> int:

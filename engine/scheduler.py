@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 
 from engine.block_manager import BlockManager
 from engine.errors import InvalidLogits, SequenceError
-from engine.fairness import Account, Shares, Turns
-from engine.preemption import Preemption
+from engine.fairness import INPUT_COST, Account, Turns
+from engine.preemption import Preemption, SeatClaims
 from engine.protocol import SequenceState, TokenLogprob
 from engine.sequence import NO_ADAPTER, Sequence, SequenceKey, StepEvent
 from engine.slots import SlotPool
 
 # Those who will be admitted within the next few steps. More would only fill the way to the device.
 NUM_PREFETCHES = 8
+# A tenant that asks for little has its prompts computed at once, up to so many steps of them.
+NUM_BURST_STEPS = 8
 # After a step that ran out of memory the budget is whole again in at most so many steps.
 NUM_RECOVERY_STEPS = 32
 
@@ -63,7 +65,7 @@ class _Plan:
     # No seat is free, and these may not claim one.
     refused: set[Account] = field(default_factory=set)
     # Of each class; forgotten when somebody comes or goes.
-    seat_shares: dict[int, Shares] = field(default_factory=dict)
+    seat_claims: dict[int, SeatClaims] = field(default_factory=dict)
     is_short_of_blocks: bool = False
     is_short_of_seats: bool = False
 
@@ -91,7 +93,7 @@ class Scheduler:
         # In order of admission; these hold blocks.
         self._running: dict[Sequence, None] = {}
         self._held_owners: set[str] = set()
-        self._turns = Turns()
+        self._turns = Turns(burst=NUM_BURST_STEPS * max_num_tokens * INPUT_COST)
         self._preemption = Preemption(blocks, self._turns, held_owners=self._held_owners)
         self._prefers_short = False
         self._events: list[StepEvent] = []
@@ -239,17 +241,17 @@ class Scheduler:
         for sequence in turns:
             if not plan.budget:
                 break
-            if self._may_be_chosen(sequence, plan) and (
-                sequence.block_table or self._admit(sequence, plan)
-            ):
+            if self._is_set_aside(sequence, plan):
+                continue
+            has_blocks = bool(sequence.block_table) or self._admit(sequence, plan)
+            if has_blocks and len(plan.chosen) < plan.num_seats:
                 self._take(sequence, plan)
         # Where blocks are short nobody overtakes: a long prompt would never find enough.
         self._prefers_short = not self._prefers_short and not plan.is_short_of_blocks
 
-    def _may_be_chosen(self, sequence: Sequence, plan: _Plan) -> bool:
-        is_set_aside = sequence in plan.chosen or sequence in plan.preempted
+    def _is_set_aside(self, sequence: Sequence, plan: _Plan) -> bool:
         is_held = sequence.owner in self._held_owners
-        return not is_set_aside and not is_held and len(plan.chosen) < plan.num_seats
+        return is_held or sequence in plan.chosen or sequence in plan.preempted
 
     def _note_under_way(self, plan: _Plan) -> None:
         for sequence in self._turns.prefilling():
@@ -273,7 +275,6 @@ class Scheduler:
     def _admit(self, sequence: Sequence, plan: _Plan) -> bool:
         """Whether `sequence` has a seat, its slot and its blocks now."""
         if not self._may_have_seat(sequence, plan):
-            plan.refused.add(self._turns.account_of(sequence))
             return False
         if self._is_under_way(sequence, plan) or not self._pin(sequence, plan):
             return False
@@ -285,20 +286,26 @@ class Scheduler:
         self._turns.admit(sequence)
         self._running[sequence] = None
         plan.num_ready += 1
-        plan.seat_shares.clear()
+        plan.seat_claims.clear()
         self._offer(sequence, plan)
         return True
 
     def _may_have_seat(self, sequence: Sequence, plan: _Plan) -> bool:
         if plan.num_ready < plan.num_seats or plan.least_urgent > sequence.priority:
             return True
-        shares = plan.seat_shares.get(sequence.priority)
-        if shares is None:
-            shares = self._preemption.seat_shares(
+        claims = plan.seat_claims.get(sequence.priority)
+        if claims is None:
+            claims = self._preemption.seat_claims(
                 sequence.priority, self._running, num_seats=plan.num_seats
             )
-            plan.seat_shares[sequence.priority] = shares
-        return shares.may_claim(self._turns.account_of(sequence), 1)
+            plan.seat_claims[sequence.priority] = claims
+        account = self._turns.account_of(sequence)
+        may_claim = claims.allow(account, is_newcomer=self._turns.is_newcomer(account))
+        if not claims.are_any:
+            plan.is_short_of_seats = True
+        elif not may_claim:
+            plan.refused.add(account)
+        return may_claim
 
     def _is_under_way(self, sequence: Sequence, plan: _Plan) -> bool:
         """Whether one that is no less urgent computes what `sequence` lacks first.
@@ -338,9 +345,7 @@ class Scheduler:
             self._preempt(victim, plan)
         if victims is not None and self._blocks.admit(sequence):
             return True
-        # The others of its class have less right to preempt, and nobody takes the blocks it needs.
-        plan.is_short_of_seats = plan.num_ready >= plan.num_seats
-        plan.is_short_of_blocks = not plan.is_short_of_seats
+        plan.is_short_of_blocks = True
         return False
 
     def _prefetch(self, plan: _Plan) -> None:
@@ -359,7 +364,7 @@ class Scheduler:
         if sequence.owner not in self._held_owners:
             plan.num_ready -= 1
         plan.preempted.add(sequence)
-        plan.seat_shares.clear()
+        plan.seat_claims.clear()
         self._send_back(sequence)
 
     def _send_back(self, sequence: Sequence) -> None:
