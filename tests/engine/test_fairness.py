@@ -9,7 +9,6 @@ from engine.fairness import INPUT_COST, MAX_REMEMBERED, OUTPUT_COST, Turns
 from engine.sequence import Sequence
 from tests.engine.steps_lab import StepsLab, Story
 
-
 BURST = 30 * INPUT_COST
 
 
