@@ -16,7 +16,8 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice, zip_longest
+from operator import attrgetter
 
 from engine.sequence import Sequence
 
@@ -177,27 +178,31 @@ class Turns:
         """
         self._num_passes += 1
         heap = [
-            (account.rank, account, self._members(account, admits, shortest_first))
+            (account.rank, account)
             for account in self._accounts.values()
             if account.prefilling or (account.waiting and admits(account))
         ]
         heapq.heapify(heap)
+        members: dict[Account, Iterator[Sequence]] = {}
         while heap:
-            rank, account, members = heapq.heappop(heap)
-            for sequence in members:
+            rank, account = heapq.heappop(heap)
+            if not account.prefilling and not admits(account):
+                continue
+            if account not in members:
+                members[account] = self._members(account, admits, shortest_first)
+            for sequence in members[account]:
                 yield sequence
                 if account.rank != rank:
-                    heapq.heappush(heap, (account.rank, account, members))
+                    heapq.heappush(heap, (account.rank, account))
                     break
 
     def next_waiting(self, num_wanted: int) -> list[Sequence]:
         """Some that will have their turn soon: the first of each account, then the second."""
-        candidates = (
-            (place, account.rank, sequence)
-            for account in self._accounts.values()
-            for place, sequence in enumerate(islice(account.waiting, num_wanted))
+        accounts = heapq.nsmallest(
+            num_wanted, (a for a in self._accounts.values() if a.waiting), key=attrgetter("rank")
         )
-        return [sequence for _, _, sequence in heapq.nsmallest(num_wanted, candidates)]
+        rows = zip_longest(*(islice(account.waiting, num_wanted) for account in accounts))
+        return [s for s in chain.from_iterable(rows) if s is not None][:num_wanted]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """`sequences`: all that have not ended."""

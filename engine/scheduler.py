@@ -61,7 +61,8 @@ class _Plan:
     preempted: set[Sequence] = field(default_factory=set)
     # By name: who computes a block that others may want.
     under_way: dict[bytes, Sequence] = field(default_factory=dict)
-    absent_adapters: set[str] = field(default_factory=set)
+    # Asked for in this step, and not to be had.
+    absent_adapters: set[str | None] = field(default_factory=set)
     # No seat is free, and these may not claim one.
     refused: set[Account] = field(default_factory=set)
     # Of each class; forgotten when somebody comes or goes.
@@ -251,7 +252,8 @@ class Scheduler:
 
     def _is_set_aside(self, sequence: Sequence, plan: _Plan) -> bool:
         is_held = sequence.owner in self._held_owners
-        return is_held or sequence in plan.chosen or sequence in plan.preempted
+        is_absent = not sequence.is_pinned and sequence.adapter_digest in plan.absent_adapters
+        return is_held or is_absent or sequence in plan.chosen or sequence in plan.preempted
 
     def _note_under_way(self, plan: _Plan) -> None:
         for sequence in self._turns.prefilling():
@@ -320,7 +322,7 @@ class Scheduler:
         digest = sequence.adapter_digest
         if digest is None or sequence.is_pinned:
             return True
-        slot = self._slots.acquire(digest) if digest not in plan.absent_adapters else None
+        slot = self._slots.acquire(digest)
         sequence.awaits_adapter = slot is None
         if slot is None:
             plan.absent_adapters.add(digest)

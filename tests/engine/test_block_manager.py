@@ -156,6 +156,28 @@ def test_what_is_shared_is_counted_once_when_room_is_short() -> None:
     assert shared_only.block_table == []
 
 
+def test_what_one_lacks_first_is_what_the_other_computes_next() -> None:
+    blocks = BlockManager(16, block_size=4)
+    first, second = asking([*range(12), 50]), asking([*range(12), 60, 61])
+    assert blocks.admit(first)
+    for num_computed in (0, 4, 8):
+        first.num_computed_tokens = num_computed
+        blocks.name_full_blocks(first, num_computed_before=max(0, num_computed - 4))
+        assert blocks.first_missing_name(second) == blocks.name_under_way(first) is not None
+    first.num_computed_tokens = 12
+    blocks.name_full_blocks(first, num_computed_before=8)
+    assert blocks.first_missing_name(second) is None
+    assert blocks.name_under_way(first) is None
+
+
+def test_only_blocks_that_nobody_shares_come_free() -> None:
+    blocks = BlockManager(16, block_size=4)
+    first, second = (compute(blocks, asking([*range(8), token])) for token in (50, 60))
+    assert blocks.num_freed_by(first) == 1
+    blocks.release(second)
+    assert blocks.num_freed_by(first) == 3
+
+
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 14), st.booleans()), max_size=40))
 def test_no_history_of_admissions_and_releases_loses_or_doubles_a_block(

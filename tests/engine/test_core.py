@@ -219,6 +219,8 @@ def test_the_time_of_all_steps_is_shared_among_their_sequences(lab: Lab) -> None
         ({"temperature": float("nan")}, InvalidSequence),
         ({"seed": 2**64}, InvalidSequence),
         ({"logprobs": -1}, InvalidSequence),
+        ({"priority": 101}, InvalidSequence),
+        ({"weight": 0.0}, InvalidSequence),
         ({"max_tokens": 252}, ContextLengthExceeded),
     ],
 )

@@ -35,7 +35,7 @@ def compute(turns: Turns, sequence: Sequence) -> None:
 
 def order(turns: Turns, count: int, *, shortest_first: bool = False) -> list[str]:
     """Whose prompts are computed, one after another."""
-    keys = []
+    keys: list[str] = []
     for sequence in turns.in_turn(admits=lambda account: True, shortest_first=shortest_first):
         if len(keys) == count:
             break
@@ -233,6 +233,10 @@ def p99(numbers: list[int]) -> int:
     return sorted(numbers)[len(numbers) * 99 // 100]
 
 
+def submit_any(lab: StepsLab, key: str, dice: random.Random) -> Sequence:
+    return lab.submit(dice.randint(20, 400), max_tokens=dice.randint(5, 50), key=key)
+
+
 def quiet_waits(*, num_steps: int, num_blocks: int, has_noise: bool, seed: int) -> list[int]:
     """Steps to first tokens of one tenant, beside one at ten times its load or alone.
 
@@ -243,11 +247,9 @@ def quiet_waits(*, num_steps: int, num_blocks: int, has_noise: bool, seed: int) 
     stories: list[Story] = []
     for _ in range(num_steps):
         if quiet_dice.random() < 0.08:
-            shape = {"prompt": quiet_dice.randint(20, 400), "max_tokens": quiet_dice.randint(5, 50)}
-            stories.append(lab.story(lab.submit(key="quiet", **shape)))
+            stories.append(lab.story(submit_any(lab, "quiet", quiet_dice)))
         if has_noise and noise_dice.random() < 0.8:
-            shape = {"prompt": noise_dice.randint(20, 400), "max_tokens": noise_dice.randint(5, 50)}
-            lab.submit(key="noisy", **shape)
+            submit_any(lab, "noisy", noise_dice)
         lab.step()
     return [s.num_steps_to_first_token for s in stories if s.came_in_step < num_steps - 200]
 

@@ -350,7 +350,7 @@ def test_nobody_learns_from_the_clock_what_another_tenant_asked(
             lab.submit(200, key="third", max_tokens=20)
         lab.submit(asked_by_the_other, key="a", cache_salt=b"a", max_tokens=3)
         lab.run(num_steps_before)
-        seen = []
+        seen: list[object] = []
         for _ in range(2):
             sequence = lab.submit(ANY_PROMPT, key="b", cache_salt=b"b", max_tokens=5)
             while not lab.story(sequence).has_ended:
