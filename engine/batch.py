@@ -26,7 +26,7 @@ class SlotRun:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences with a single token come first, by growing context."""
+    """Sequences with a single token come first; neighbours use one slot."""
 
     # [num_tokens] int64, sequences laid end to end
     input_ids: Tensor

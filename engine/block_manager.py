@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.prefix_cache import extend_hashes
+from engine.prefix_cache import block_name, extend_hashes
 from engine.sequence import Sequence
 
 # Always zero and never handed out: padding reads it, so that padding is never another's NaN.
@@ -72,6 +72,30 @@ class BlockManager:
         """How many free blocks `sequence` would take for all tokens that it has now."""
         shared = [] if sequence.block_table else self._cached_blocks(sequence)
         return self._num_missing(sequence, shared)
+
+    def num_freed_by(self, sequence: Sequence) -> int:
+        """How many blocks nobody would use if `sequence` gave its own back."""
+        return sum(self._num_references[block] == 1 for block in sequence.block_table)
+
+    def first_missing_name(self, sequence: Sequence) -> bytes | None:
+        """The first full block that a sequence without blocks would have to compute itself.
+
+        It looks on from where it ended the last time, so asking in each step costs little. None
+        where nothing is left to be found.
+        """
+        while sequence.num_found_blocks < self._num_findable(sequence):
+            name = block_name(sequence, sequence.num_found_blocks, block_size=self.block_size)
+            if name not in self._block_of:
+                return name
+            sequence.num_found_blocks += 1
+        return None
+
+    def name_under_way(self, sequence: Sequence) -> bytes | None:
+        """The full block that a running sequence computes next, if it has one."""
+        index = sequence.num_computed_tokens // self.block_size
+        if (index + 1) * self.block_size > sequence.num_tokens:
+            return None
+        return block_name(sequence, index, block_size=self.block_size)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a sequence without blocks all that it needs, or nothing at all and False.
@@ -134,6 +158,7 @@ class BlockManager:
         self._holders.pop(sequence, None)
         sequence.block_table.clear()
         sequence.num_computed_tokens = 0
+        sequence.num_found_blocks = 0
 
     # Windows
 
@@ -155,6 +180,23 @@ class BlockManager:
             self._move_away(window)
             self._windows.add(window)
         return window
+
+    def gather(self, movable: Iterable[Window]) -> dict[Window, Window]:
+        """Move these windows together, towards the last block; gives where each of them went.
+
+        What is free lies in one piece then, but for windows that may not move.
+        """
+        moving, moved = set(movable), {}
+        end = self.num_blocks + 1
+        for window in sorted(self._windows, key=lambda w: w.first, reverse=True):
+            if window in moving:
+                target = Window(end - window.num_blocks, window.num_blocks)
+                if target != window:
+                    self._shift(window, target)
+                    moved[window] = target
+                window = target
+            end = window.first
+        return moved
 
     def return_window(self, window: Window) -> None:
         self._windows.remove(window)
@@ -185,15 +227,18 @@ class BlockManager:
         return num_missing - sum(self._num_references[block] > 0 for block in shared)
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """The longest known beginning, without the tokens whose logits are wanted."""
-        num_full = sequence.num_skippable_tokens // self.block_size
-        found = []
-        for name in extend_hashes(sequence, num_full, block_size=self.block_size):
+        """The longest known beginning."""
+        num_findable, found = self._num_findable(sequence), []
+        for name in extend_hashes(sequence, num_findable, block_size=self.block_size):
             block = self._block_of.get(name)
             if block is None:
                 break
             found.append(block)
         return found
+
+    def _num_findable(self, sequence: Sequence) -> int:
+        """Tokens whose logits are wanted are left out: those must be computed."""
+        return sequence.num_skippable_tokens // self.block_size
 
     def _forget_content(self, block: int) -> None:
         name = self._hash_of.pop(block, None)
@@ -228,6 +273,23 @@ class BlockManager:
         if moves:
             self._move_blocks(moves)
             self._follow(dict(moves))
+
+    def _shift(self, window: Window, target: Window) -> None:
+        """Whatever lies in the way changes places with the window."""
+        entered = [block for block in target.blocks if block not in window.blocks]
+        left = [block for block in window.blocks if block not in target.blocks]
+        place_of = dict(zip(entered, left, strict=True))
+        displaced = [b for b in entered if self._num_references[b] or b in self._hash_of]
+        self._move_blocks(
+            [
+                *zip(window.blocks, target.blocks, strict=True),
+                *((block, place_of[block]) for block in displaced),
+            ]
+        )
+        self._free = OrderedDict.fromkeys(place_of.get(block, block) for block in self._free)
+        self._follow(place_of)
+        self._windows.remove(window)
+        self._windows.add(target)
 
     def _follow(self, target_of: dict[int, int]) -> None:
         """All that points to a block points to where it has moved."""

@@ -198,6 +198,7 @@ class EngineLink:
         cache_salt: bytes = b"",
         fairness_key: str = "",
         weight: float = 1.0,
+        priority: int = 0,
     ) -> SequenceStream:
         """Queue a sequence for the POST of this tick. Its id is known at once."""
         self._last_sequence_id += 1
@@ -210,6 +211,7 @@ class EngineLink:
             cache_salt=cache_salt,
             fairness_key=fairness_key,
             weight=weight,
+            priority=priority,
         )
         stream = SequenceStream(self, command.sequence_id, max_events=self._max_queued_events)
         if self._can_resume:

@@ -27,6 +27,7 @@ from engine.errors import (
     ConfigurationError,
     ContextLengthExceeded,
     InvalidSequence,
+    OutOfMemory,
     ProbeError,
 )
 from engine.host_tier import HostTier
@@ -35,10 +36,16 @@ from engine.model import loader, lora
 from engine.model.loader import LoadedModel
 from engine.model.lora import PreparedAdapter
 from engine.model.memory import DeviceMemory
-from engine.protocol import ProbeReport, SamplingParams, TierReport
+from engine.protocol import (
+    MAX_PRIORITY,
+    MIN_PRIORITY,
+    ProbeReport,
+    SamplingParams,
+    TierReport,
+)
 from engine.runner import Runner
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Scheduler
+from engine.scheduler import SampledToken, ScheduledSequence, Scheduler
 from engine.sequence import Sequence, SequenceKey, StepEvent
 from engine.slots import SlotPool
 
@@ -47,6 +54,10 @@ logger = logging.getLogger(__name__)
 # Tokens of one step: enough to fill the device, few enough that those who decode beside a long
 # prompt don't notice. A CPU's GEMMs gain nothing beyond some hundred rows.
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
+
+
+# How torch says that the host has no memory left; a device has an error of its own.
+NO_HOST_MEMORY = "can't allocate memory"
 
 
 class AdapterSource(Protocol):
@@ -145,6 +156,8 @@ class EngineCore:
             raise InvalidSequence(f"There is a sequence {sequence.key} already.")
         if not 0 < sequence.weight < math.inf:
             raise InvalidSequence("weight must be above 0 and finite.")
+        if not MIN_PRIORITY <= sequence.priority <= MAX_PRIORITY:
+            raise InvalidSequence(f"priority must be from {MIN_PRIORITY} to {MAX_PRIORITY}.")
         _check_sampling(sequence.sampling, self.vocab_size)
         if not sequence.num_prompt_tokens:
             raise InvalidSequence("prompt_token_ids is empty.")
@@ -186,13 +199,32 @@ class EngineCore:
         self._is_stalled = not scheduled
         if not scheduled:
             return self._take_events()
+        try:
+            sampled = self._compute(scheduled)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            # The error's frames hold the step's tensors.
+            error.__traceback__ = None
+            self._retreat(scheduled)
+        else:
+            elapsed_ns = time.perf_counter_ns() - started_ns
+            self._scheduler.commit(scheduled, sampled, elapsed_ns=elapsed_ns)
+        return self._take_events()
+
+    def _compute(self, scheduled: list[ScheduledSequence]) -> list[SampledToken]:
         batch = batches.build(
             scheduled, block_size=self._blocks.block_size, device=self._loaded.device
         )
-        sampled = self._sampler.sample(self._runner.run(batch), scheduled)
-        elapsed_ns = time.perf_counter_ns() - started_ns
-        self._scheduler.commit(scheduled, sampled, elapsed_ns=elapsed_ns)
-        return self._take_events()
+        return self._sampler.sample(self._runner.run(batch), scheduled)
+
+    def _retreat(self, scheduled: list[ScheduledSequence]) -> None:
+        """Nothing of the step counts: do less in the next one."""
+        logger.warning("step_out_of_memory", extra={"num_sequences": len(scheduled)})
+        if self._loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self._scheduler.retreat(scheduled):
+            self._scheduler.fail(scheduled[0].sequence.key, OutOfMemory())
 
     def _take_events(self) -> list[StepEvent]:
         events = self._scheduler.take_events()
@@ -283,6 +315,11 @@ class EngineCore:
             )
         finally:
             bank.clear(slot)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_named or NO_HOST_MEMORY in str(error)
 
 
 def _check_sampling(params: SamplingParams, vocab_size: int) -> None:

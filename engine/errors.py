@@ -10,7 +10,8 @@ EngineError
 │   ├── AdapterMissing         will not come back by itself
 │   ├── AdapterQuarantined     failed again and again; is tried again later
 │   ├── InvalidLogits
-│   └── NoTokenLeft
+│   ├── NoTokenLeft
+│   └── OutOfMemory            may go through when less runs beside it
 ├── ProbeError                 a probe could not be run; says nothing about the adapter
 ├── LinkRefused                the engine refuses a worker's call as a whole, with an HTTP status
 │   ├── MalformedCall
@@ -96,6 +97,13 @@ class NoTokenLeft(SequenceError):
     """Penalties, logit_bias and min_tokens together leave no token to choose: relax them."""
 
     code = "no_token_left"
+
+
+class OutOfMemory(SequenceError):
+    """The device had not enough memory left for even the smallest step of this sequence."""
+
+    code = "engine_out_of_memory"
+    is_retryable = True
 
 
 class ProbeError(EngineError):

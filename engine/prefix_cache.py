@@ -16,6 +16,17 @@ HASH_BYTES = 32
 
 def extend_hashes(sequence: Sequence, num_blocks: int, *, block_size: int) -> list[bytes]:
     """The names of the sequence's first `num_blocks` blocks, all full; computed once and kept."""
+    _extend(sequence, num_blocks, block_size=block_size)
+    return sequence.block_hashes[:num_blocks]
+
+
+def block_name(sequence: Sequence, index: int, *, block_size: int) -> bytes:
+    """The name of one full block of the sequence."""
+    _extend(sequence, index + 1, block_size=block_size)
+    return sequence.block_hashes[index]
+
+
+def _extend(sequence: Sequence, num_blocks: int, *, block_size: int) -> None:
     hashes = sequence.block_hashes
     while len(hashes) < num_blocks:
         parent = hashes[-1] if hashes else _root(sequence)
@@ -23,7 +34,6 @@ def extend_hashes(sequence: Sequence, num_blocks: int, *, block_size: int) -> li
         tokens = array("I", sequence.token_ids[start : start + block_size])
         assert len(tokens) == block_size, "a block that is not full has no name"
         hashes.append(_hash(parent + tokens.tobytes()))
-    return hashes[:num_blocks]
 
 
 def _root(sequence: Sequence) -> bytes:

@@ -30,6 +30,8 @@ MSGPACK = "application/msgpack"
 MAX_BODY_BYTES = 32 * 1024**2
 # An address is this followed by the path of a socket, or http://host:port.
 UNIX_PREFIX = "unix:"
+# The most urgent class and the least.
+MIN_PRIORITY, MAX_PRIORITY = -100, 100
 
 
 def bearer(secret: str) -> str:
@@ -100,6 +102,9 @@ class Submit(
     # Whose turn it is: opaque here, the tenant in the gateway.
     fairness_key: str = ""
     weight: float = 1.0
+    # Of what waits, the least goes first, as in vLLM and in Unix: -1 is more urgent than 0. Strict,
+    # so what is less urgent may wait for as long as more urgent work keeps coming.
+    priority: int = 0
 
 
 class Abort(
@@ -152,7 +157,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class SequenceFault(msgspec.Struct, frozen=True, array_like=True):
     """Why a sequence ended with `FAILED`."""
 
-    # e.g. "adapter_unavailable", "adapter_quarantined", "context_length_exceeded", "nan_logits"
+    # e.g. "adapter_unavailable", "adapter_quarantined", "context_length_exceeded", "nan_logits",
+    # "engine_out_of_memory"
     code: str
     message: str
     # Whether the same submit may succeed later or elsewhere.

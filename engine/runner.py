@@ -71,6 +71,10 @@ class Runner:
         """`window` holds the adapter now: rows of this slot take it from there."""
         self._loaded.bank.install(slot, adapter, memory=self._window(window))
 
+    def move(self, slot: int, window: Window) -> None:
+        """What the slot holds lies in `window` now."""
+        self._loaded.bank.move(slot, memory=self._window(window))
+
     def clear(self, slot: int) -> None:
         self._loaded.bank.clear(slot)
 

@@ -34,20 +34,28 @@ class Sequence:
     num_prompt_tokens: int
     # Prompt, then all that was generated, earlier attempts included.
     token_ids: list[int]
+    # The class: the least goes first.
+    priority: int = 0
     # How many of token_ids have their keys and values in the cache.
     num_computed_tokens: int = 0
     # Prompt tokens that were found in the prefix cache. Filled by the scheduler at first admission.
     num_cached_tokens: int | None = None
+    # How many of token_ids cost their fairness key nothing more. Filled by the turns.
+    num_paid_tokens: int = 0
     # Filled by the block manager, in order of position; not contiguous in general.
     block_table: list[int] = field(default_factory=list)
     # Names of the first full blocks. Filled by the prefix cache when it is asked for them.
     block_hashes: list[bytes] = field(default_factory=list)
+    # How many of these were found when the block manager last looked for a missing one.
+    num_found_blocks: int = 0
     # Filled by the scheduler when the slot is pinned; kept until the sequence ends.
     slot: int = NO_ADAPTER
     is_pinned: bool = False
     # Of the prompt tokens but the first, as far as they are computed; None where nobody asked, or
     # once they are reported. Filled by the sampler, taken by the scheduler with the first token.
     prompt_logprobs: list[TokenLogprob] | None = None
+    # Whether the scheduler asked for the slot and it was not to be had.
+    awaits_adapter: bool = False
     state: SequenceState = SequenceState.RUNNING
     engine_ns: int = 0
     submitted_ns: int = field(default_factory=time.perf_counter_ns)
@@ -63,6 +71,7 @@ class Sequence:
             cache_salt=submit.cache_salt,
             fairness_key=submit.fairness_key,
             weight=submit.weight,
+            priority=submit.priority,
             num_prompt_tokens=len(submit.prompt_token_ids),
             token_ids=[*submit.prompt_token_ids, *submit.generated_token_ids],
             # Whoever has generated tokens was told of the prompt together with the first of them.

@@ -7,7 +7,7 @@ windows and blocks lie in memory, it leaves to others.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -23,11 +23,17 @@ WindowIn = TypeVar("WindowIn", contravariant=True)
 class AdapterMemory(Protocol[Window]):
     """The device memory that adapters share with the KV cache, in blocks."""
 
+    @property
+    def num_free_blocks(self) -> int: ...
+
     def window_blocks(self, size_bytes: int) -> int:
         """How many consecutive blocks hold so many bytes."""
 
     def take_window(self, size_bytes: int) -> Window | None:
-        """None where too few blocks are free now."""
+        """None where too few blocks are free now, or too few of them are neighbours."""
+
+    def gather(self, movable: Iterable[Window]) -> dict[Window, Window]:
+        """Move windows together, so that free blocks are neighbours; gives where they went."""
 
     def return_window(self, window: Window) -> None: ...
 
@@ -44,6 +50,9 @@ class SlotBank(Protocol[AdapterIn, WindowIn]):
 
     def install(self, slot: int, adapter: AdapterIn, window: WindowIn) -> None:
         """`window` holds the adapter now: rows of this slot take it from there."""
+
+    def move(self, slot: int, window: WindowIn) -> None:
+        """What the slot holds lies in `window` now."""
 
     def clear(self, slot: int) -> None:
         """The slot is empty, and its window somebody else's."""
@@ -339,14 +348,28 @@ class SlotPool(Generic[Adapter, Window]):
         num_freed = 0
         while idle and (not self._free or num_freed < excess):
             num_freed += self._evict(idle.pop(0))
-        window = self._memory.take_window(adapter.size_bytes)
+        window = self._take_window(adapter.size_bytes)
         while window is None and idle:
             self._evict(idle.pop(0))
-            window = self._memory.take_window(adapter.size_bytes)
+            window = self._take_window(adapter.size_bytes)
         if window is None:
             self._wait_for_memory(num_blocks, num_drained_blocks=0)
         else:
             self._begin_copy(digest, adapter, window)
+
+    def _take_window(self, size_bytes: int) -> Window | None:
+        """Free blocks that lie between other adapters are brought together."""
+        window = self._memory.take_window(size_bytes)
+        if window is not None or (
+            self._memory.num_free_blocks < self._memory.window_blocks(size_bytes)
+        ):
+            return window
+        moved = self._memory.gather([s.window for s in self._slots.values() if s.copying is None])
+        for slot in self._slots.values():
+            if slot.window in moved:
+                slot.window = moved[slot.window]
+                self._bank.move(slot.index, slot.window)
+        return self._memory.take_window(size_bytes)
 
     def _place_if_easy(self, digest: str, adapter: Adapter) -> None:
         """Copy the adapter to the device where that takes no more than one eviction."""

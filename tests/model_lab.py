@@ -152,6 +152,7 @@ class Lab:
         generated: list[int] | None = None,
         fairness_key: str = "",
         weight: float = 1.0,
+        priority: int = 0,
         salt: bytes = b"",
         **sampling: Any,
     ) -> SequenceKey:
@@ -165,6 +166,7 @@ class Lab:
             generated_token_ids=generated or [],
             fairness_key=fairness_key,
             weight=weight,
+            priority=priority,
             cache_salt=salt,
         )
         sequence = Sequence.from_submit(submit, worker_id=owner, worker_epoch=1)

@@ -36,6 +36,7 @@ class SlotWeights:
         # [num_modules, num_slots, 3] int64; rank 0 where a slot does not target a module
         self.table = np.zeros((len(features), num_slots, 3), dtype=np.int64)
         self._memory: dict[int, Tensor] = {}
+        self._layouts: dict[int, AdapterLayout] = {}
         # [num_modules, num_slots, 2] int64: as `AdapterLayout.starts_of_A` and `starts_of_B`
         self._starts = np.zeros((len(features), num_slots, 2), dtype=np.int64)
 
@@ -43,7 +44,7 @@ class SlotWeights:
         """`memory`: flat, at least `layout.num_elements`; it stays as it is until `clear`."""
         assert memory.is_contiguous(), "an adapter lies in one piece"
         self.clear(slot)
-        self._memory[slot] = memory
+        self._memory[slot], self._layouts[slot] = memory, layout
         self._starts[layout.modules, slot, 0] = layout.starts_of_A
         self._starts[layout.modules, slot, 1] = layout.starts_of_B
         address, size = memory.data_ptr(), memory.element_size()
@@ -51,9 +52,14 @@ class SlotWeights:
         self.table[layout.modules, slot, ADDRESS_OF_B] = address + size * layout.starts_of_B
         self.table[layout.modules, slot, RANK] = layout.ranks
 
+    def move(self, slot: int, memory: Tensor) -> None:
+        """What the slot holds lies in `memory` now."""
+        self.put(slot, memory, self._layouts[slot])
+
     def clear(self, slot: int) -> None:
         self.table[:, slot] = 0
         self._memory.pop(slot, None)
+        self._layouts.pop(slot, None)
 
     def max_rank(self, slot: int) -> int:
         return int(self.table[:, slot, RANK].max())

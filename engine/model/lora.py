@@ -157,6 +157,10 @@ class LoraBank:
         """Let a slot be `adapter`, whose values `memory` holds on the device until `clear`."""
         self.weights.put(slot, memory, adapter.layout)
 
+    def move(self, slot: int, *, memory: Tensor) -> None:
+        """What the slot holds lies in `memory` now."""
+        self.weights.move(slot, memory)
+
     def clear(self, slot: int) -> None:
         self.weights.clear(slot)
 

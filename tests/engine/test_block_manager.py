@@ -181,6 +181,28 @@ def test_what_is_shared_is_counted_once_when_room_is_short() -> None:
     assert shared_only.block_table == []
 
 
+def test_what_one_lacks_first_is_what_the_other_computes_next() -> None:
+    blocks = blocks_of(16, block_size=4)
+    first, second = asking([*range(12), 50]), asking([*range(12), 60, 61])
+    assert blocks.admit(first)
+    for num_computed in (0, 4, 8):
+        first.num_computed_tokens = num_computed
+        blocks.name_full_blocks(first, num_computed_before=max(0, num_computed - 4))
+        assert blocks.first_missing_name(second) == blocks.name_under_way(first) is not None
+    first.num_computed_tokens = 12
+    blocks.name_full_blocks(first, num_computed_before=8)
+    assert blocks.first_missing_name(second) is None
+    assert blocks.name_under_way(first) is None
+
+
+def test_only_blocks_that_nobody_shares_come_free() -> None:
+    blocks = blocks_of(16, block_size=4)
+    first, second = (compute(blocks, asking([*range(8), token])) for token in (50, 60))
+    assert blocks.num_freed_by(first) == 1
+    blocks.release(second)
+    assert blocks.num_freed_by(first) == 3
+
+
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 14), st.booleans()), max_size=40))
 def test_no_history_of_admissions_and_releases_loses_or_doubles_a_block(
@@ -275,7 +297,26 @@ def test_sequences_never_take_blocks_of_a_window() -> None:
     assert not blocks.admit(sequence_of(1))
 
 
-@given(st.lists(st.tuples(st.sampled_from("aaart"), st.integers(1, 30)), max_size=60))
+def test_windows_move_together_where_free_blocks_are_no_neighbours() -> None:
+    contents = Contents()
+    blocks = blocks_of(9, block_size=2, contents=contents)
+    last, middle, first = (take(blocks, 3) for _ in range(3))
+    contents.of_block |= dict.fromkeys(middle.blocks, "middle")
+    blocks.return_window(first)
+    blocks.return_window(last)
+    sequence = compute(blocks, asking([1] * 4))
+    contents.of_block |= dict.fromkeys(sequence.block_table, "sequence")
+    assert blocks.num_free_blocks == 4
+    assert blocks.take_window(4 * BLOCK_BYTES) is None
+    (moved,) = blocks.gather([middle]).values()
+    assert {contents.of_block[block] for block in moved.blocks} == {"middle"}
+    window = take(blocks, 4)
+    assert not set(window.blocks) & set(moved.blocks)
+    assert {contents.of_block[block] for block in sequence.block_table} == {"sequence"}
+    blocks.check_integrity([sequence])
+
+
+@given(st.lists(st.tuples(st.sampled_from("aaartg"), st.integers(1, 30)), max_size=60))
 @settings(max_examples=100, deadline=None)
 def test_any_order_of_windows_and_sequences_keeps_everybodys_content(
     actions: list[tuple[str, int]],
@@ -297,6 +338,16 @@ def test_any_order_of_windows_and_sequences_keeps_everybodys_content(
             if window is not None:
                 windows.append(window)
                 contents.of_block |= dict.fromkeys(window.blocks, window)
+        elif action == "g":
+            staying = windows[: size % 2]
+            moved = blocks.gather(window for window in windows if window not in staying)
+            for old, new in moved.items():
+                assert [contents.of_block[block] for block in new.blocks] == [old] * old.num_blocks
+                contents.of_block |= dict.fromkeys(new.blocks, new)
+            windows = [moved.get(window, window) for window in windows]
+            num_free = blocks.num_free_blocks
+            if num_free and not staying:
+                blocks.return_window(take(blocks, num_free))
         elif sequences and size % 2:
             blocks.release(sequences.pop(size % len(sequences)))
         elif windows:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.errors import ArtifactMissing
+from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import (
@@ -258,6 +259,8 @@ def test_the_time_of_all_steps_is_shared_among_their_sequences(lab: Lab) -> None
         ({"min_tokens": 9, "max_tokens": 8}, InvalidSequence),
         ({"logprobs": -1}, InvalidSequence),
         ({"prompt_logprobs": 258}, InvalidSequence),
+        ({"priority": 101}, InvalidSequence),
+        ({"weight": 0.0}, InvalidSequence),
         ({"max_tokens": 252}, ContextLengthExceeded),
     ],
 )
@@ -284,6 +287,61 @@ def test_a_context_that_the_cache_cannot_hold_is_refused_at_start(
     )
     with pytest.raises(ConfigurationError, match="holds 36 tokens"):
         EngineCore(config, adapter_source=adapters)
+
+
+# Memory that runs out in a step
+
+
+def fail_above(lab: Lab, num_tokens: int, error: Exception) -> list[int]:
+    """Let steps of more tokens fail; gives how many tokens each step had."""
+    run, sizes = lab.core._runner.run, []
+
+    def run_or_fail(batch: Batch) -> torch.Tensor:
+        sizes.append(batch.num_tokens)
+        if batch.num_tokens > num_tokens:
+            raise error
+        return run(batch)
+
+    lab.core._runner.run = run_or_fail  # type: ignore[method-assign, assignment] # the fault
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_parts(
+    lab: Lab, error: Exception
+) -> None:
+    expected = [lab.generate(prompt, adapter=WARM) for prompt in PROMPTS]
+    sizes = fail_above(lab, 3, error)
+    keys = [lab.submit(prompt, adapter=WARM, salt=b"again") for prompt in PROMPTS]
+    lab.run()
+    assert [lab.answers[key].token_ids for key in keys] == expected
+    assert max(sizes) > 3
+
+
+def test_a_sequence_for_which_no_step_is_small_enough_fails_alone(lab: Lab) -> None:
+    sizes = fail_above(lab, 0, MemoryError())
+    key = lab.submit(PROMPTS[0])
+    lab.run()
+    fault = lab.answers[key].last.fault
+    assert fault is not None
+    assert (fault.code, fault.is_retryable) == ("engine_out_of_memory", True)
+    assert sizes[-1] == 1
+
+
+def test_an_error_that_is_not_about_memory_is_not_taken_for_one(lab: Lab) -> None:
+    fail_above(lab, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    key = lab.submit(PROMPTS[0])
+    with pytest.raises(RuntimeError, match="illegal"):
+        lab.run()
+    lab.core.abort(key)
+    lab.step()
 
 
 # Adapters

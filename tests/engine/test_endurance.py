@@ -4,10 +4,15 @@ import random
 from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from engine.errors import AdapterQuarantined, OutOfMemory
 from engine.protocol import SequenceState
-from engine.sequence import SequenceKey
+from engine.sequence import Sequence, SequenceKey
 from tests.engine.conftest import ADAPTERS
+from tests.engine.steps_lab import StepsLab
 from tests.model_lab import FolderSource, Lab, open_lab
 
 NUM_ACTIONS = 150
@@ -30,7 +35,10 @@ def act(lab: Lab, dice: random.Random, jobs: dict[SequenceKey, dict[str, Any]]) 
     action = dice.choice(("submit", "submit", "abort", "hold", "release", "step", "step"))
     if action == "submit":
         job = random_job(dice)
-        jobs[lab.submit(owner=dice.choice(OWNERS), **job)] = job
+        try:
+            jobs[lab.submit(owner=dice.choice(OWNERS), **job)] = job
+        except AdapterQuarantined:
+            assert job["adapter"] == "broken"
     elif action == "abort" and jobs:
         lab.core.abort(dice.choice(list(jobs)))
     elif action in ("hold", "release"):
@@ -50,7 +58,7 @@ def test_any_order_of_events_ends_well(model: str, adapters: FolderSource, seed:
         max_model_len=48,
         max_num_seqs=4,
         max_num_batched_tokens=10,
-        max_loras=2,
+        max_loras=4,
     ) as lab:
         for _ in range(NUM_ACTIONS):
             act(lab, dice, jobs)
@@ -67,3 +75,130 @@ def test_any_order_of_events_ends_well(model: str, adapters: FolderSource, seed:
                 assert len(answer.token_ids) == answer.last.generated_tokens
             else:
                 assert job["adapter"] == "broken"
+
+
+# Without a model, thousands of steps
+
+ADAPTER_BLOCKS = {"a": 1, "b": 3, "c": 5, "d": 8}
+MAX_ADAPTER_BLOCKS = 9
+DIGESTS = tuple(ADAPTER_BLOCKS)
+# More steps than all that can wait at once would take one after another.
+MANY_STEPS = 3000
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Few seats, few blocks, fewer slots than adapters; any order of all that can happen.
+
+    The lab checks the integrity of scheduler, blocks, slots and turns after each step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lab = StepsLab(
+            # Beside all adapters that fit there is room for the longest sequence.
+            num_blocks=13 + MAX_ADAPTER_BLOCKS,
+            block_size=4,
+            num_slots=3,
+            max_num_seqs=4,
+            max_num_tokens=10,
+            adapter_blocks=ADAPTER_BLOCKS,
+            max_adapter_blocks=MAX_ADAPTER_BLOCKS,
+        )
+        self.lab.slow = set(DIGESTS)
+        self.sequences: list[Sequence] = []
+
+    def living(self) -> list[Sequence]:
+        return [s for s in self.sequences if not self.lab.story(s).has_ended]
+
+    @rule(
+        beginning=st.integers(0, 2),
+        length=st.integers(1, 30),
+        num_generated=st.sampled_from((0, 0, 0, 2)),
+        max_tokens=st.integers(2, 20),
+        key=st.sampled_from("xyz"),
+        owner=st.sampled_from(OWNERS),
+        digest=st.sampled_from((None, None, *DIGESTS)),
+        salt=st.sampled_from((b"", b"salt")),
+        weight=st.sampled_from((0.5, 1.0, 4.0)),
+        priority=st.sampled_from((-1, 0, 0, 0, 1)),
+    )
+    def submit(
+        self,
+        beginning: int,
+        length: int,
+        num_generated: int,
+        max_tokens: int,
+        key: str,
+        owner: str,
+        digest: str | None,
+        salt: bytes,
+        weight: float,
+        priority: int,
+    ) -> None:
+        sequence = self.lab.submit(
+            [beginning + place // 8 for place in range(length)],
+            max_tokens=max_tokens,
+            key=key,
+            owner=owner,
+            adapter_digest=digest,
+            cache_salt=salt,
+            weight=weight,
+            priority=priority,
+            generated_token_ids=[7] * num_generated,
+        )
+        self.sequences.append(sequence)
+        self.lab.scheduler.check_integrity()
+
+    @rule(which=st.integers(0, 99))
+    def abort(self, which: int) -> None:
+        if living := self.living():
+            self.lab.scheduler.abort(living[which % len(living)].key)
+            self.lab.scheduler.check_integrity()
+
+    @rule(num_steps=st.integers(1, 20))
+    def step(self, num_steps: int) -> None:
+        self.lab.run(num_steps)
+
+    @rule(which=st.integers(0, 99))
+    def step_with_invalid_logits(self, which: int) -> None:
+        scheduled = self.lab.schedule()
+        chosen = [item.sequence for item in scheduled][which % 4 :][:1]
+        self.lab.commit(scheduled, invalid=frozenset(chosen))
+
+    @rule(num_failures=st.integers(1, 6))
+    def run_out_of_memory(self, num_failures: int) -> None:
+        for _ in range(num_failures):
+            scheduled = self.lab.schedule()
+            if scheduled and not self.lab.scheduler.retreat(scheduled):
+                self.lab.scheduler.fail(scheduled[0].sequence.key, OutOfMemory())
+            self.lab.collect()
+
+    @precondition(lambda self: self.lab.loading)
+    @rule(which=st.integers(0, 99), succeeds=st.sampled_from((True, True, False)))
+    def end_a_load(self, which: int, succeeds: bool) -> None:
+        self.lab.finish_load(self.lab.loading[which % len(self.lab.loading)], succeeds=succeeds)
+        self.lab.scheduler.check_integrity()
+
+    @rule(owner=st.sampled_from(OWNERS), held=st.booleans())
+    def hold_or_release(self, owner: str, held: bool) -> None:
+        self.lab.scheduler.hold_back(owner, held=held)
+
+    def teardown(self) -> None:
+        for owner in OWNERS:
+            self.lab.scheduler.hold_back(owner, held=False)
+        self.lab.slow.clear()
+        for _ in range(MANY_STEPS):
+            if not self.living():
+                break
+            assert self.lab.step() or self.lab.loading or not self.living(), "nothing can run"
+        assert self.living() == [], "a sequence is stuck"
+        self.lab.assert_nothing_is_left()
+        for sequence in self.sequences:
+            ends = [event.state.is_final for event in self.lab.story(sequence).events]
+            assert ends.index(True) == len(ends) - 1, "it was told of after its end"
+
+
+TestNoOrderOfEventsLeaksOrSticks = SchedulerMachine.TestCase
+TestNoOrderOfEventsLeaksOrSticks.settings = settings(
+    max_examples=400, stateful_step_count=80, deadline=None
+)
