@@ -98,7 +98,7 @@ class EchoCore:
             device_bytes=1024,
         )
         hosted = ("ab" * 32, "cd" * 32)
-        return CoreStatus(len(self.running), 0, 100, 90, hosted[:1], hosted, ("ef" * 32,), tiers)
+        return CoreStatus(len(self.running), 0, 100, 90, 5, hosted[:1], hosted, ("ef" * 32,), tiers)
 
     def prefetch(self, adapter_digest: str) -> None: ...
 

@@ -51,7 +51,7 @@ class Process:
         return [
             *(sys.executable, "-m", "engine", "--model", str(MODEL), "--listen", self.address),
             *("--store-url", self.store_url, "--cache-dir", str(self.folder / "cache")),
-            *("--num-threads", "1", "--memory-mib", "64", *self.arguments),
+            *("--num-threads", "1", "--memory-mib", "160", *self.arguments),
         ]
 
     def start(self) -> subprocess.Popen[str]:

@@ -124,7 +124,7 @@ def test_a_prompt_that_is_preempted_half_way_goes_on_where_it_was(
         lab.step()
         (running,) = lab.core._scheduler._running
         assert 0 < len(running.prompt_logprobs or []) < len(PROMPTS[2]) - 1
-        lab.core._scheduler._preempt(running)
+        lab.core._scheduler._send_back(running)
         lab.run()
         assert_equal(told_once(lab.answers[key]), expected[2])
 

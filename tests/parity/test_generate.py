@@ -77,6 +77,7 @@ def answers(
         max_num_seqs=8,
         max_num_batched_tokens=20,
         max_loras=2,
+        max_lora_rank=16,
     ) as lab:
         keys = {
             name: lab.submit(prompt, adapter=name, max_tokens=NUM_TOKENS)
@@ -110,7 +111,7 @@ def test_a_mixed_batch_gives_each_the_tokens_that_it_would_get_alone(
 
 
 def test_every_adapter_passes_its_probe(model: str, adapters: FolderSource) -> None:
-    with open_lab(model, adapters, max_model_len=64) as lab:
+    with open_lab(model, adapters, max_model_len=64, max_lora_rank=16) as lab:
         for name in ADAPTERS:
             report = lab.core.probe(name)
             assert report.is_passed, report
