@@ -4,8 +4,8 @@
     python -m benchmarks.engine --shape llama-3.1-8b --device cuda --dtype bfloat16
 
 Needs torch, transformers, safetensors and numpy, so it runs on a machine that has a GPU and little
-else. What is compared runs in turns, round by round, in one process; a ratio is the median of the
-rounds' ratios. Prompts are of random tokens, answers greedy and of fixed length. Each adapter's
+else. What is compared runs in turns in one process: decode steps one by one, so that a ratio is of
+two neighbouring steps, everything else round by round. Prompts are of random tokens, answers greedy and of fixed length. Each adapter's
 tokens in a mixed batch are compared with those that it gives alone, in the same run. Beside every
 figure stands the floor of `benchmarks/roofline.py`, measured in the same run too.
 """
@@ -136,7 +136,9 @@ class Driver:
         self._timelines: dict[SequenceKey, Timeline] = {}
         self._open: set[SequenceKey] = set()
 
-    def submit(self, prompt: list[int], adapter: str | None, *, num_tokens: int) -> Timeline:
+    def submit(
+        self, prompt: list[int], adapter: str | None, *, num_tokens: int, owner: str = "bench"
+    ) -> Timeline:
         self._number += 1
         submit = Submit(
             sequence_id=self._number,
@@ -146,7 +148,7 @@ class Driver:
             # No two share a beginning: the prefix cache would hide what is measured.
             cache_salt=self._number.to_bytes(8, "little"),
         )
-        sequence = EngineSequence.from_submit(submit, worker_id="bench", worker_epoch=1)
+        sequence = EngineSequence.from_submit(submit, worker_id=owner, worker_epoch=1)
         timeline = self._timelines[sequence.key] = Timeline(time.perf_counter())
         self._open.add(sequence.key)
         self.core.submit(sequence)
@@ -175,44 +177,58 @@ class Driver:
             self.step()
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One batch of requests, from the first submit to the last token."""
+@dataclass(slots=True)
+class Mix:
+    """One batch of requests, an owner of its own, so that it can be held back for the others."""
 
-    tokens_per_s: float
-    # Of the steps in which every request decoded
-    decode_step_s: float
-    first_token_p50_s: float
-    first_token_p99_s: float
-    gap_p50_s: float
-    gap_p99_s: float
+    name: str
+    adapters: list[str | None]
+    first_token_s: list[float] = field(default_factory=list)
+    # Of each round: those of its decode steps.
+    step_s: list[list[float]] = field(default_factory=list)
+    token_ids: list[list[int]] = field(default_factory=list)
 
 
-def run_batch(
-    driver: Driver, prompts: list[list[int]], adapters: Sequence[str | None], *, num_tokens: int
-) -> tuple[Round, list[list[int]]]:
-    """All at once, each with its adapter."""
-    started_s = time.perf_counter()
-    timelines = [
-        driver.submit(prompt, adapter, num_tokens=num_tokens)
-        for prompt, adapter in zip(prompts, adapters, strict=True)
-    ]
+def run_in_turns(
+    driver: Driver, mixes: list[Mix], prompts: list[list[int]], *, num_tokens: int
+) -> None:
+    """All mixes at once, but each step is one mix's alone; they take turns, step by step."""
+    running: dict[str, list[Timeline]] = {}
+    for mix in mixes:
+        turn_to(driver, mixes, mix)
+        running[mix.name] = [
+            driver.submit(prompt, adapter, num_tokens=num_tokens, owner=mix.name)
+            for prompt, adapter in zip(prompts, mix.adapters, strict=True)
+        ]
+        while not all(timeline.token_ids for timeline in running[mix.name]):
+            driver.step()
+        mix.first_token_s += [timeline.first_token_s for timeline in running[mix.name]]
+        mix.step_s.append([])
+    while driver.num_open:
+        for mix in mixes:
+            is_full = all(len(t.token_ids) < num_tokens for t in running[mix.name])
+            if any(len(t.token_ids) < num_tokens for t in running[mix.name]):
+                turn_to(driver, mixes, mix)
+                started_s = time.perf_counter()
+                driver.step()
+                if is_full:
+                    mix.step_s[-1].append(time.perf_counter() - started_s)
+    for mix in mixes:
+        mix.token_ids = [timeline.token_ids for timeline in running[mix.name]]
+        driver.core.hold_back(mix.name, held=False)
+
+
+def turn_to(driver: Driver, mixes: list[Mix], chosen: Mix) -> None:
+    for mix in mixes:
+        driver.core.hold_back(mix.name, held=mix is not chosen)
+
+
+def answer(driver: Driver, prompt: list[int], adapter: str | None, *, num_tokens: int) -> Timeline:
+    """One request by itself, from the submit to the last token."""
+    timeline = driver.submit(prompt, adapter, num_tokens=num_tokens)
     driver.finish()
-    faults = {t.fault for t in timelines} - {None}
-    assert not faults, faults
-    elapsed_s = time.perf_counter() - started_s
-    last_start_s = max(t.token_times_s[0] for t in timelines)
-    shared = [t for t in timelines[0].token_times_s if t >= last_start_s]
-    firsts = [t.first_token_s for t in timelines]
-    gaps = [gap for t in timelines for gap in t.gaps_s]
-    return Round(
-        tokens_per_s=len(prompts) * num_tokens / elapsed_s,
-        decode_step_s=statistics.median(b - a for a, b in itertools.pairwise(shared)),
-        first_token_p50_s=quantile(firsts, 0.5),
-        first_token_p99_s=quantile(firsts, 0.99),
-        gap_p50_s=quantile(gaps, 0.5),
-        gap_p99_s=quantile(gaps, 0.99),
-    ), [t.token_ids for t in timelines]
+    assert timeline.fault is None, timeline.fault
+    return timeline
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -321,100 +337,91 @@ def names(rank: int, count: int, *, first: int = 0) -> list[str]:
 def decode_batches(bench: Bench) -> list[dict[str, Any]]:
     """N adapters ÷ base only, and mixed ranks ÷ uniform, at several batch sizes."""
     arguments = bench.arguments
-    driver = bench.open(max_loras=arguments.most_adapters + 2, max_num_seqs=max(arguments.batch))
+    # One mix decodes, all others are held back with what they have.
+    driver = bench.open(
+        max_loras=arguments.most_adapters + max(arguments.batch) + 1,
+        max_num_seqs=max(arguments.batch),
+    )
     rows = []
     for batch in arguments.batch:
-        mixes: dict[str, list[str | None]] = {"base only": [None] * batch}
+        mixes = [Mix("base only", [None] * batch)]
         for count in (1, 8, 32, 128):
             if count <= arguments.most_adapters:
                 pool = names(arguments.rank, count)
-                mixes[f"{count} adapters"] = [pool[i % count] for i in range(batch)]
-        mixes[f"{batch} x rank 8"] = list(names(8, batch))
-        mixes[f"{batch - 1} x rank 8, 1 x rank 64"] = [*names(8, batch - 1), "64-0"]
-        rows += compare_mixes(bench, driver, batch, mixes)
+                mixes.append(Mix(f"{count} adapters", [pool[i % count] for i in range(batch)]))
+        uniform = Mix(f"{batch} x rank 8", [*names(8, batch)])
+        mixed = Mix(f"{batch - 1} x rank 8, 1 x rank 64", [*names(8, batch - 1), "64-0"])
+        rows += compare_mixes(bench, driver, batch, [*mixes, uniform, mixed])
     driver.core.close()
     return rows
 
 
 def compare_mixes(
-    bench: Bench, driver: Driver, batch: int, mixes: dict[str, list[str | None]]
+    bench: Bench, driver: Driver, batch: int, mixes: list[Mix]
 ) -> list[dict[str, Any]]:
-    rounds: dict[str, list[Round]] = {name: [] for name in mixes}
-    prompts = bench.prompts(batch)
-    num_wrong = {}
-    for name, adapters in mixes.items():
-        # Also brings the adapters to the device.
-        _, together = run_batch(driver, prompts, adapters, num_tokens=bench.arguments.answer_tokens)
-        num_wrong[name] = count_differences(bench, driver, prompts, adapters, together)
+    num_tokens = bench.arguments.answer_tokens
+    for mix in mixes:
+        for adapter in sorted({a for a in mix.adapters if a is not None}):
+            answer(driver, bench.prompts(1)[0], adapter, num_tokens=1)
     for _ in range(bench.arguments.rounds):
         prompts = bench.prompts(batch)
-        for name, adapters in mixes.items():
-            result, _ = run_batch(
-                driver, prompts, adapters, num_tokens=bench.arguments.answer_tokens
-            )
-            rounds[name].append(result)
-    uniform = f"{batch} x rank 8"
+        run_in_turns(driver, mixes, prompts, num_tokens=num_tokens)
     rows = []
-    for name, results in rounds.items():
-        reference = uniform if "rank 64" in name else "base only"
-        pairs = list(zip(results, rounds[reference], strict=True))
-        ranks = sorted({a for a in mixes[name] if a is not None})
-        floor = bench.decode_floor_s(
-            driver, batch=batch, ranks=[int(a.split("-")[0]) for a in ranks]
+    for mix in mixes:
+        base = mixes[-2] if mix is mixes[-1] else mixes[0]
+        steps, base_steps = mix.step_s, base.step_s
+        ratios = [
+            theirs / ours
+            for own_round, base_round in zip(steps, base_steps, strict=True)
+            for ours, theirs in zip(own_round, base_round, strict=True)
+        ]
+        times = [step for each in steps for step in each]
+        ranks = [int(a.split("-")[0]) for a in {a for a in mix.adapters if a is not None}]
+        floor = bench.decode_floor_s(driver, batch=batch, ranks=ranks)
+        row = {
+            "batch": batch,
+            "mix": mix.name,
+            "measured_against": base.name,
+            # Each decode step beside the other mix's step that ran next to it
+            "ratio": interval(ratios),
+            "ratio_of_medians": statistics.median(t for each in base_steps for t in each)
+            / statistics.median(times),
+            "tokens_per_s": batch / statistics.median(times),
+            "inter_token_ms": {
+                "p50": 1e3 * quantile(times, 0.5),
+                "p99": 1e3 * quantile(times, 0.99),
+            },
+            "floor_ms": 1e3 * floor,
+            "share_of_floor": floor / statistics.median(times),
+            "first_token_ms": {
+                "p50": 1e3 * quantile(mix.first_token_s, 0.5),
+                "p99": 1e3 * quantile(mix.first_token_s, 0.99),
+            },
+            "answers_that_differ_from_lone_ones": count_differences(bench, driver, mix, prompts),
+            "answers_compared": len(compared(bench, batch)),
+        }
+        rows.append(row)
+        print(
+            f"batch {batch:>3}  {mix.name:<28} {row['tokens_per_s']:8.1f} tok/s  "
+            f"step {row['inter_token_ms']['p50']:7.1f} ms (floor {row['floor_ms']:6.1f})  "
+            f"÷ {base.name}: {row['ratio']['median']:.3f}  "
+            f"differing answers {row['answers_that_differ_from_lone_ones']}",
+            flush=True,
         )
-        step_s = statistics.median(r.decode_step_s for r in results)
-        rows.append(
-            {
-                "batch": batch,
-                "mix": name,
-                "measured_against": reference,
-                "tokens_per_s": interval([r.tokens_per_s for r in results]),
-                "throughput_ratio": interval([a.tokens_per_s / b.tokens_per_s for a, b in pairs]),
-                "decode_step_ms": interval([1e3 * r.decode_step_s for r in results]),
-                "decode_ratio": interval([b.decode_step_s / a.decode_step_s for a, b in pairs]),
-                "decode_floor_ms": 1e3 * floor,
-                "share_of_floor": floor / step_s,
-                "first_token_ms": {
-                    "p50": 1e3 * statistics.median(r.first_token_p50_s for r in results),
-                    "p99": 1e3 * statistics.median(r.first_token_p99_s for r in results),
-                },
-                "inter_token_ms": {
-                    "p50": 1e3 * statistics.median(r.gap_p50_s for r in results),
-                    "p99": 1e3 * statistics.median(r.gap_p99_s for r in results),
-                },
-                "answers_that_differ_from_lone_ones": num_wrong[name],
-            }
-        )
-        print(describe(rows[-1]), flush=True)
     return rows
 
 
-def count_differences(
-    bench: Bench,
-    driver: Driver,
-    prompts: list[list[int]],
-    adapters: list[str | None],
-    together: list[list[int]],
-) -> int:
-    """How many of a few answers from a mixed batch are not those that the adapter gives alone."""
-    num_wrong = 0
-    for index in range(0, len(prompts), max(1, len(prompts) // bench.arguments.checks)):
-        _, (alone,) = run_batch(
-            driver,
-            [prompts[index]],
-            [adapters[index]],
-            num_tokens=bench.arguments.answer_tokens,
-        )
-        num_wrong += alone != together[index]
-    return num_wrong
+def compared(bench: Bench, batch: int) -> range:
+    return range(0, batch, max(1, batch // bench.arguments.checks))
 
 
-def describe(row: dict[str, Any]) -> str:
-    return (
-        f"batch {row['batch']:>3}  {row['mix']:<28} {row['tokens_per_s']['median']:8.1f} tok/s  "
-        f"step {row['decode_step_ms']['median']:7.1f} ms (floor {row['decode_floor_ms']:6.1f})  "
-        f"decode ÷ {row['measured_against']}: {row['decode_ratio']['median']:.3f}  "
-        f"differing answers {row['answers_that_differ_from_lone_ones']}"
+def count_differences(bench: Bench, driver: Driver, mix: Mix, prompts: list[list[int]]) -> int:
+    """How many of a few answers of the last round are not those that the adapter gives alone."""
+    num_tokens = bench.arguments.answer_tokens
+    return sum(
+        answer(driver, prompts[i], mix.adapters[i], num_tokens=num_tokens).token_ids
+        != mix.token_ids[i]
+        for i in compared(bench, len(prompts))
     )
 
 
@@ -508,7 +515,7 @@ def cold_starts(bench: Bench) -> list[dict[str, Any]]:
     driver = bench.open(max_loras=4, max_num_seqs=8)
     hosted = names(arguments.rank, 12)
     for adapter in hosted:
-        run_batch(driver, bench.prompts(1), [adapter], num_tokens=2)
+        answer(driver, bench.prompts(1)[0], adapter, num_tokens=2)
     times: dict[str, list[float]] = {"device": [], "host": [], "disk": []}
     for number in range(arguments.starts):
         # Asked for longest ago: in the host tier alone. Asked for just now: on the device.
@@ -517,8 +524,7 @@ def cold_starts(bench: Bench) -> list[dict[str, Any]]:
         for place, name in (("host", adapter), ("device", adapter), ("disk", fresh)):
             is_resident = name in driver.core.status().resident_adapters
             assert is_resident == (place == "device"), f"{name} is not where it should be"
-            timeline = driver.submit(bench.prompts(1)[0], name, num_tokens=2)
-            driver.finish()
+            timeline = answer(driver, bench.prompts(1)[0], name, num_tokens=2)
             times[place].append(timeline.first_token_s)
     driver.core.close()
     rows = []
@@ -550,7 +556,7 @@ def loads_beside_streams(bench: Bench) -> dict[str, Any]:
     warm = names(arguments.rank, 1)[0]
     hosted = names(arguments.rank, 12, first=1)
     for adapter in (warm, *hosted):
-        run_batch(driver, bench.prompts(1), [adapter], num_tokens=2)
+        answer(driver, bench.prompts(1)[0], adapter, num_tokens=2)
     gaps: dict[str, list[float]] = {"warm": [], "cold": []}
     ratios = []
     for _ in range(arguments.rounds):

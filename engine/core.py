@@ -31,7 +31,7 @@ from engine.errors import (
     ProbeError,
 )
 from engine.host_tier import HostTier
-from engine.kernels.threads import compute_alone
+from engine.kernels.threads import compute_alone, dismiss_helpers
 from engine.model import loader, lora
 from engine.model.loader import LoadedModel
 from engine.model.lora import PreparedAdapter
@@ -146,6 +146,8 @@ class EngineCore:
         )
         # A step found nothing to run, and nothing has changed since.
         self._is_stalled = False
+        # Steps may run in another thread than this.
+        dismiss_helpers()
 
     def submit(self, sequence: Sequence) -> None:
         """Raises InvalidSequence, ContextLengthExceeded or AdapterQuarantined.

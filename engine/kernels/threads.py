@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+# omp_pause_soft of the OpenMP standard, 5.0.
+_SOFT_PAUSE = 1
 _SYMBOLS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
 
@@ -37,5 +39,19 @@ def compute_alone() -> None:
     """Let torch's operations in the calling thread start no further threads."""
     library = find_runtime()
     if library is not None:
+        # torch sets a thread's number when it first asks for it: that must not come later.
+        torch.get_num_threads()
         # The setting is each thread's own; torch.set_num_threads would slow the others down too.
         library.omp_set_num_threads(1)
+
+
+def dismiss_helpers() -> None:
+    """End the threads that help the calling one; when it computes again it gets new ones.
+
+    Each thread that computes has helpers of its own. Where all together are more than the cores,
+    the runtime lets them sleep at every barrier instead of waiting there for microseconds: 210 LoRA
+    loops of a decode step took 14 ms instead of 4.
+    """
+    library = find_runtime()
+    if library is not None and hasattr(library, "omp_pause_resource_all"):
+        library.omp_pause_resource_all(_SOFT_PAUSE)
