@@ -5,9 +5,10 @@
 
 Needs torch, transformers, safetensors and numpy, so it runs on a machine that has a GPU and little
 else. What is compared runs in turns in one process: decode steps one by one, so that a ratio is of
-two neighbouring steps, everything else round by round. Prompts are of random tokens, answers greedy and of fixed length. Each adapter's
-tokens in a mixed batch are compared with those that it gives alone, in the same run. Beside every
-figure stands the floor of `benchmarks/roofline.py`, measured in the same run too.
+two neighbouring steps, everything else round by round. Prompts are of random tokens, answers greedy
+and of fixed length. Each adapter's tokens in a mixed batch are compared with those that it gives
+alone, in the same run. Beside every figure stands the floor of `benchmarks/roofline.py`, measured
+in the same run too.
 """
 
 import argparse
@@ -264,6 +265,7 @@ class Bench:
             device=self.arguments.device,
             dtype=self.arguments.dtype,
             max_model_len=self.arguments.max_model_len,
+            memory_bytes=self.arguments.memory_mib * 1024**2 or None,
             **settings,
         )
         driver = Driver(EngineCore(config, adapter_source=_Later(self)))
@@ -361,8 +363,7 @@ def compare_mixes(
 ) -> list[dict[str, Any]]:
     num_tokens = bench.arguments.answer_tokens
     for mix in mixes:
-        for adapter in sorted({a for a in mix.adapters if a is not None}):
-            answer(driver, bench.prompts(1)[0], adapter, num_tokens=1)
+        bring(driver, bench, [a for a in mix.adapters if a is not None])
     for _ in range(bench.arguments.rounds):
         prompts = bench.prompts(batch)
         run_in_turns(driver, mixes, prompts, num_tokens=num_tokens)
@@ -449,6 +450,11 @@ def closed_loop(
     return len(jobs) * num_tokens / (time.perf_counter() - started_s)
 
 
+def bring(driver: Driver, bench: Bench, adapters: list[str]) -> None:
+    for adapter in sorted(set(adapters) - set(driver.core.status().resident_adapters)):
+        answer(driver, bench.prompts(1)[0], adapter, num_tokens=1)
+
+
 def working_sets(bench: Bench) -> list[dict[str, Any]]:
     """Slots for a part of the adapters in use ÷ slots for all of them."""
     arguments = bench.arguments
@@ -471,8 +477,9 @@ def working_sets(bench: Bench) -> list[dict[str, Any]]:
         for number in range(arguments.rounds + 1):
             adapters = draw(arguments.jobs)
             jobs = list(zip(bench.prompts(arguments.jobs), adapters, strict=True))
+            bring(many, bench, adapters)
             both = []
-            # What is resident when a round begins is what the same draw has left there.
+            # The other one begins with what the round before has left there.
             for driver in (many, few):
                 both.append(
                     closed_loop(
@@ -562,6 +569,7 @@ def loads_beside_streams(bench: Bench) -> dict[str, Any]:
     for _ in range(arguments.rounds):
         p99 = {}
         for kind in ("warm", "cold"):
+            answer(driver, bench.prompts(1)[0], warm, num_tokens=1)
             before = driver.core.status().tiers.num_copies
             own = stream_gaps(bench, driver, [warm] if kind == "warm" else hosted)
             loads = driver.core.status().tiers.num_copies - before
@@ -653,6 +661,7 @@ def parse() -> argparse.Namespace:
     which.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto")
+    add("--memory-mib", type=int, default=0, help="for KV cache and adapters; 0: what fits")
     add("--max-model-len", type=int, default=1024)
     add("--batch", type=int, nargs="+", default=[8, 32])
     add("--rank", type=int, default=16)

@@ -24,7 +24,6 @@ from engine.kernels.dense import DenseAttention, DenseLora, adapted_runs
 from engine.kernels.slot_weights import SlotWeights
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Call = np.ndarray[tuple[int, ...], np.dtype[np.void]]
 
 # Sums may be taken in any order, as in every GEMM; NaN and infinities keep their meaning.
 _FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -379,8 +378,9 @@ _LORA = _loop(_lora, _LORA_CALL)
 _ATTENTION = _loop(_attention, _ATTENTION_CALL)
 
 
-def _run(loop: Any, call: Call) -> None:
-    _parallel(loop.address, call.ctypes.data, torch.get_num_threads(), 0)
+def _run(loop: Any, address: int) -> None:
+    """Once on each thread, with the call at `address`."""
+    _parallel(loop.address, address, torch.get_num_threads(), 0)
 
 
 # Plans
@@ -401,7 +401,7 @@ class CompiledLora:
         call = self._call[0]
         call["groups"], call["num_groups"] = self._groups.ctypes.data, len(few)
         call["shrunk"], call["max_rank"] = self._shrunk.data_ptr(), self._shrunk.shape[1]
-        self._record = call
+        self._record, self._address = call, self._call.ctypes.data
 
     def add(self, out: Tensor, x: Tensor, *, module: int) -> None:
         """As `DenseLora.add`; both are contiguous."""
@@ -413,8 +413,8 @@ class CompiledLora:
         call = self._record
         call["x"], call["out"] = x.data_ptr(), out.data_ptr()
         call["in_features"], call["out_features"] = x.shape[1], out.shape[1]
-        call["table"] = self._weights.table[module].ctypes.data
-        _run(_LORA, self._call)
+        call["table"] = self._weights.address_of(module)
+        _run(_LORA, self._address)
 
 
 def _largest_rank(runs: list[SlotRun], weights: SlotWeights) -> int:
@@ -441,7 +441,7 @@ class CompiledAttention:
             batch.block_tables.shape[1],
         )
         call["contexts"], call["max_context"] = batch.context_lens.data_ptr(), self._max_context
-        self._record = call
+        self._record, self._address = call, self._call.ctypes.data
         # [num_threads, group, max_context], flat; filled by the first layer.
         self._scores = torch.empty(0)
 
@@ -490,7 +490,7 @@ class CompiledAttention:
         call["window"] = sliding_window or 0
         call["scores"] = self._scores.data_ptr()
         call["scaling"], call["softcap"] = scaling, softcap or 0.0
-        _run(_ATTENTION, self._call)
+        _run(_ATTENTION, self._address)
 
 
 def _place(states: Tensor) -> tuple[int, int, int]:

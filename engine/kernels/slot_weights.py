@@ -35,6 +35,7 @@ class SlotWeights:
         self.features = features
         # [num_modules, num_slots, 3] int64; rank 0 where a slot does not target a module
         self.table = np.zeros((len(features), num_slots, 3), dtype=np.int64)
+        self._table_address = self.table.ctypes.data
         self._memory: dict[int, Tensor] = {}
         self._layouts: dict[int, AdapterLayout] = {}
         # [num_modules, num_slots, 2] int64: as `AdapterLayout.starts_of_A` and `starts_of_B`
@@ -60,6 +61,10 @@ class SlotWeights:
         self.table[:, slot] = 0
         self._memory.pop(slot, None)
         self._layouts.pop(slot, None)
+
+    def address_of(self, module: int) -> int:
+        """Where `table[module]` lies."""
+        return self._table_address + module * self.table.strides[0]
 
     def max_rank(self, slot: int) -> int:
         return int(self.table[:, slot, RANK].max())
