@@ -3,9 +3,8 @@
 Knows tokens, positions, blocks and slots. Knows nothing of layers, or of why these were chosen.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -13,20 +12,14 @@ from torch import Tensor
 
 from engine.block_manager import NULL_BLOCK
 from engine.scheduler import ScheduledSequence
+from engine.sequence import NO_ADAPTER
 
-
-@dataclass(frozen=True, slots=True)
-class SlotRun:
-    """Neighbouring rows of the batch that use one slot."""
-
-    start: int
-    end: int
-    slot: int
+Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences with a single token come first; neighbours use one slot."""
+    """Sequences with a single token come first."""
 
     # [num_tokens] int64, sequences laid end to end
     input_ids: Tensor
@@ -38,8 +31,7 @@ class Batch:
     block_tables: Tensor
     # [num_seqs] int64, tokens of each sequence after this step
     context_lens: Tensor
-    # [num_logits] int64, rows whose logits are wanted: the last one of each sequence that is
-    # sampled, then those of the `scored_positions`, both in the order of the sequences
+    # [num_logits] int64, rows whose logits are wanted
     logit_rows: Tensor
     # Of each sequence, on the host: first row of its tokens, with num_tokens at the end
     query_starts: tuple[int, ...]
@@ -47,8 +39,9 @@ class Batch:
     host_context_lens: tuple[int, ...]
     # How many of the first sequences have a single token
     num_decodes: int
-    # On the host: which rows use which slot; NO_ADAPTER where the base model answers alone
-    slot_runs: tuple[SlotRun, ...]
+    # [num_runs, 3] int64, on the host: first row, end and slot of neighbours that use one adapter;
+    # rows that the base model answers alone are in none
+    slot_runs: Ints
     block_size: int
 
     @property
@@ -58,41 +51,46 @@ class Batch:
 
 def build(scheduled: list[ScheduledSequence], *, block_size: int, device: torch.device) -> Batch:
     """The batch of `scheduled`, whose sequences already have their blocks."""
-    lengths = [item.num_tokens for item in scheduled]
-    starts = (0, *np.cumsum(lengths).tolist())
-    contexts = [item.sequence.num_computed_tokens + item.num_tokens for item in scheduled]
-    positions = np.concatenate(
-        [np.arange(end - n, end) for n, end in zip(lengths, contexts, strict=True)]
-    )
-    tables = _block_tables(scheduled, [-(-end // block_size) for end in contexts])
+    # Nothing here is called once for each row: decoding batches have many.
+    lengths = np.array([item.num_tokens for item in scheduled])
+    befores = np.array([item.sequence.num_computed_tokens for item in scheduled])
+    slots = np.array([item.sequence.slot for item in scheduled])
+    num_decodes = int((lengths == 1).sum())
+    contexts = befores + lengths
+    starts = np.concatenate([[0], np.cumsum(lengths)])
     owners = np.repeat(np.arange(len(scheduled)), lengths)
+    positions = np.arange(starts[-1]) - starts[owners] + befores[owners]
+    tables = _block_tables(scheduled)
     cache_rows = tables[owners, positions // block_size] * block_size + positions % block_size
-    ids = np.concatenate([_new_tokens(item) for item in scheduled])
 
-    def on_device(values: object) -> Tensor:
+    def on_device(values: Ints | list[int]) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device, non_blocking=True)
 
     return Batch(
-        input_ids=on_device(ids),
+        input_ids=on_device(_new_tokens(scheduled, num_decodes)),
         position_ids=on_device(positions),
         cache_rows=on_device(cache_rows),
         block_tables=on_device(tables),
         context_lens=on_device(contexts),
-        logit_rows=on_device(_logit_rows(scheduled, starts)),
-        query_starts=starts,
-        host_context_lens=tuple(contexts),
-        num_decodes=sum(n == 1 for n in lengths),
-        slot_runs=_slot_runs(scheduled, starts),
+        logit_rows=on_device(_logit_rows(scheduled, starts.tolist())),
+        query_starts=tuple(starts.tolist()),
+        host_context_lens=tuple(contexts.tolist()),
+        num_decodes=num_decodes,
+        slot_runs=_slot_runs(slots, starts),
         block_size=block_size,
     )
 
 
-def _new_tokens(item: ScheduledSequence) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    first = item.sequence.num_computed_tokens
-    return np.asarray(item.sequence.token_ids[first : first + item.num_tokens], dtype=np.int64)
+def _new_tokens(scheduled: list[ScheduledSequence], num_decodes: int) -> list[int]:
+    decodes = [item.sequence for item in scheduled[:num_decodes]]
+    tokens = [sequence.token_ids[sequence.num_computed_tokens] for sequence in decodes]
+    for item in scheduled[num_decodes:]:
+        first = item.sequence.num_computed_tokens
+        tokens += item.sequence.token_ids[first : first + item.num_tokens]
+    return tokens
 
 
-def _logit_rows(scheduled: list[ScheduledSequence], starts: tuple[int, ...]) -> list[int]:
+def _logit_rows(scheduled: list[ScheduledSequence], starts: list[int]) -> list[int]:
     rows = [end - 1 for end, item in zip(starts[1:], scheduled, strict=True) if item.is_sampled]
     for start, item in zip(starts[:-1], scheduled, strict=True):
         if item.sequence.prompt_logprobs is not None:
@@ -101,21 +99,16 @@ def _logit_rows(scheduled: list[ScheduledSequence], starts: tuple[int, ...]) -> 
     return rows
 
 
-def _block_tables(
-    scheduled: list[ScheduledSequence], num_blocks: list[int]
-) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    tables = np.full((len(scheduled), max(num_blocks)), NULL_BLOCK, dtype=np.int64)
-    for row, (item, num) in enumerate(zip(scheduled, num_blocks, strict=True)):
-        tables[row, :num] = item.sequence.block_table[:num]
-    return tables
+def _block_tables(scheduled: list[ScheduledSequence]) -> Ints:
+    tables = [item.sequence.block_table for item in scheduled]
+    columns = list(zip_longest(*tables, fillvalue=NULL_BLOCK))
+    return np.ascontiguousarray(np.array(columns, dtype=np.int64).T)
 
 
-def _slot_runs(
-    scheduled: Iterable[ScheduledSequence], starts: tuple[int, ...]
-) -> tuple[SlotRun, ...]:
-    runs = []
-    rows = zip(scheduled, starts[:-1], starts[1:], strict=True)
-    for slot, group in groupby(rows, key=lambda row: row[0].sequence.slot):
-        members = list(group)
-        runs.append(SlotRun(start=members[0][1], end=members[-1][2], slot=slot))
-    return tuple(runs)
+def _slot_runs(slots: Ints, starts: Ints) -> Ints:
+    """`slots`: of each sequence; `starts`: as `Batch.query_starts`."""
+    is_first = np.concatenate([[True], slots[1:] != slots[:-1]])
+    firsts = np.flatnonzero(is_first)
+    ends = np.append(firsts[1:], len(slots))
+    runs = np.stack([starts[firsts], starts[ends], slots[firsts]], axis=1)
+    return np.ascontiguousarray(runs[runs[:, 2] != NO_ADAPTER])

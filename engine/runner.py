@@ -13,7 +13,6 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.block_manager import Window
-from engine.kernels.dense import adapted_runs
 from engine.model.attention import forward
 from engine.model.loader import LoadedModel
 from engine.model.lora import PreparedAdapter
@@ -45,7 +44,7 @@ class Runner:
         """
         model, bank, kernels = self._loaded.model, self._loaded.bank, self._loaded.kernels
         # Without an adapter in the batch the base model runs as if there were none at all.
-        bank.plan = kernels.plan_lora(batch, bank.weights) if adapted_runs(batch) else None
+        bank.plan = kernels.plan_lora(batch, bank.weights) if len(batch.slot_runs) else None
         try:
             return forward(
                 model, batch, memory=memory or self._memory, plan=kernels.plan_attention(batch)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.kernels import threads
-from engine.kernels.dense import DenseAttention, DenseLora, adapted_runs
+from engine.kernels.dense import DenseAttention, DenseLora
 from engine.kernels.slot_weights import SlotWeights
 
 
@@ -54,7 +54,7 @@ class Kernels:
 
 
 def _dense_lora(batch: Batch, weights: SlotWeights) -> LoraPlan:
-    return DenseLora(adapted_runs(batch), weights)
+    return DenseLora(batch.slot_runs, weights)
 
 
 DENSE = Kernels(DenseAttention, _dense_lora)

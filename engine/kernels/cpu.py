@@ -18,9 +18,9 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from engine.batch import Batch, SlotRun
+from engine.batch import Batch
 from engine.kernels import threads
-from engine.kernels.dense import DenseAttention, DenseLora, adapted_runs
+from engine.kernels.dense import DenseAttention, DenseLora
 from engine.kernels.slot_weights import SlotWeights
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -390,16 +390,16 @@ class CompiledLora:
     """As `DenseLora`; adapters with few rows share one loop, long runs get GEMMs of their own."""
 
     def __init__(self, batch: Batch, weights: SlotWeights) -> None:
-        runs = adapted_runs(batch)
-        few = [run for run in runs if run.end - run.start < MIN_ROWS_OF_GEMM]
+        runs = batch.slot_runs
+        is_long = runs[:, 1] - runs[:, 0] >= MIN_ROWS_OF_GEMM
         self._weights = weights
-        self._long = DenseLora([run for run in runs if run not in few], weights)
+        self._long = DenseLora(runs[is_long], weights)
         self._call = np.zeros(1, dtype=_LORA_CALL)
-        # Neighbours in memory as long as this plan lives.
-        self._groups = np.array([(r.start, r.end, r.slot) for r in few], dtype=np.int64)
-        self._shrunk = torch.empty(batch.num_tokens, max(1, _largest_rank(few, weights)))
+        # Read by address, as long as this plan lives.
+        self._groups = np.ascontiguousarray(runs[~is_long])
+        self._shrunk = torch.empty(batch.num_tokens, weights.max_rank(self._groups[:, 2]))
         call = self._call[0]
-        call["groups"], call["num_groups"] = self._groups.ctypes.data, len(few)
+        call["groups"], call["num_groups"] = self._groups.ctypes.data, len(self._groups)
         call["shrunk"], call["max_rank"] = self._shrunk.data_ptr(), self._shrunk.shape[1]
         self._record, self._address = call, self._call.ctypes.data
 
@@ -415,10 +415,6 @@ class CompiledLora:
         call["in_features"], call["out_features"] = x.shape[1], out.shape[1]
         call["table"] = self._weights.address_of(module)
         _run(_LORA, self._address)
-
-
-def _largest_rank(runs: list[SlotRun], weights: SlotWeights) -> int:
-    return max((weights.max_rank(run.slot) for run in runs), default=0)
 
 
 class CompiledAttention:

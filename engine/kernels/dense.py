@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from engine.batch import Batch, SlotRun
+from engine.batch import Batch, Ints
 from engine.kernels.slot_weights import SlotWeights
-from engine.sequence import NO_ADAPTER
 
 # A decoding neighbour may have this many times the context before it stops sharing a call.
 MAX_PADDING_FACTOR = 2
@@ -197,8 +196,9 @@ def _build_mask(group: _Group, sliding_window: int | None) -> Tensor | None:
 class DenseLora:
     """One adapter after the other."""
 
-    def __init__(self, runs: list[SlotRun], weights: SlotWeights) -> None:
-        self._runs = [(slice(run.start, run.end), run.slot) for run in runs]
+    def __init__(self, runs: Ints, weights: SlotWeights) -> None:
+        """`runs`: as `Batch.slot_runs`."""
+        self._runs = [(slice(start, end), slot) for start, end, slot in runs.tolist()]
         self._weights = weights
 
     def add(self, out: Tensor, x: Tensor, *, module: int) -> None:
@@ -211,8 +211,3 @@ class DenseLora:
             if pair is not None:
                 lora_A, lora_B = pair
                 out[rows].addmm_(linear(x[rows], lora_A), lora_B)
-
-
-def adapted_runs(batch: Batch) -> list[SlotRun]:
-    """Without those that the base model answers alone."""
-    return [run for run in batch.slot_runs if run.slot != NO_ADAPTER]

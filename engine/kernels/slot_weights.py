@@ -66,8 +66,9 @@ class SlotWeights:
         """Where `table[module]` lies."""
         return self._table_address + module * self.table.strides[0]
 
-    def max_rank(self, slot: int) -> int:
-        return int(self.table[:, slot, RANK].max())
+    def max_rank(self, slots: Ints) -> int:
+        """The largest of any module in any of these slots."""
+        return int(self.table[:, slots, RANK].max(initial=0))
 
     def pair(self, module: int, slot: int) -> tuple[Tensor, Tensor] | None:
         """lora_A [rank, in_features] and lora_B [rank, out_features]; None without a target."""

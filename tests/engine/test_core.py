@@ -1,11 +1,15 @@
 """What the engine does with sequences, on a tiny random Llama with real PEFT adapters."""
 
+import gc
 import itertools
 import json
 import shutil
+import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -23,6 +27,7 @@ from engine.errors import (
     ProbeError,
 )
 from engine.protocol import SequenceState
+from engine.scheduler import SampledToken, ScheduledSequence
 from tests.engine.conftest import ADAPTERS
 from tests.model_lab import FolderSource, Lab, open_lab
 
@@ -287,6 +292,51 @@ def test_a_context_that_the_cache_cannot_hold_is_refused_at_start(
     )
     with pytest.raises(ConfigurationError, match="holds 36 tokens"):
         EngineCore(config, adapter_source=adapters)
+
+
+# What a step costs
+
+
+def calls_of_a_decode_step(model: str, adapters: FolderSource, num_rows: int) -> Counter[str]:
+    """Of Python, from the batch to the sampled tokens, in a step like the one before."""
+    names = [None, "attention", "patterned", "one-layer"]
+    with open_lab(model, adapters, num_blocks=600, max_num_seqs=num_rows) as lab:
+        for name in names:
+            lab.generate(PROMPTS[0], adapter=name, max_tokens=4)
+        for row in range(num_rows):
+            lab.submit(PROMPTS[0], adapter=names[row % 4], max_tokens=20, salt=bytes([row]))
+        while min(len(answer.token_ids) for answer in lab.answers.values()) < 4:
+            lab.step()
+        compute, calls = lab.core._compute, Counter[str]()
+
+        def count(frame: FrameType, event: str, _: object) -> None:
+            if event == "call":
+                calls[frame.f_code.co_qualname] += 1
+
+        def compute_and_count(scheduled: list[ScheduledSequence]) -> list[SampledToken]:
+            assert len(scheduled) == num_rows
+            calls.clear()
+            before = sys.getprofile()
+            # A collection that happens to come now would call whoever asked to be told.
+            gc.disable()
+            sys.setprofile(count)
+            try:
+                return compute(scheduled)
+            finally:
+                sys.setprofile(before)
+                gc.enable()
+
+        lab.core._compute = compute_and_count  # type: ignore[method-assign] # an observer
+        lab.step()
+        lab.step()
+        lab.core._compute = compute  # type: ignore[method-assign]
+        lab.run()
+    return calls
+
+
+def test_a_decode_step_calls_no_python_for_each_row(model: str, adapters: FolderSource) -> None:
+    few, many = (calls_of_a_decode_step(model, adapters, num_rows) for num_rows in (8, 32))
+    assert few == many
 
 
 # Memory that runs out in a step

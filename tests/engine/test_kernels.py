@@ -7,11 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batch import Batch, SlotRun, build
+from engine.batch import Batch, build
 from engine.kernels import reference
 from engine.kernels.choice import DENSE, Kernels, choose
 from engine.kernels.cpu import MIN_ROWS_OF_GEMM, CompiledLora
-from engine.kernels.dense import adapted_runs
 from engine.kernels.slot_weights import AdapterLayout, SlotWeights
 from engine.model.memory import DeviceMemory, LayerShape
 from engine.scheduler import ScheduledSequence
@@ -269,9 +268,9 @@ def test_a_cpu_compiles_its_loops_and_other_devices_take_the_dense_way() -> None
 
 
 def test_a_batch_of_the_base_model_alone_has_no_adapted_rows() -> None:
-    assert adapted_runs(batch_of(MIXED)) == []
+    assert len(batch_of(MIXED).slot_runs) == 0
 
 
 def test_neighbours_with_one_slot_are_one_run() -> None:
     batch = batch_of([(0, 1), (0, 1), (0, 3)], slots=[4, 4, NO_ADAPTER])
-    assert batch.slot_runs == (SlotRun(0, 2, 4), SlotRun(2, 5, NO_ADAPTER))
+    assert batch.slot_runs.tolist() == [[0, 2, 4]]
