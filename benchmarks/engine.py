@@ -12,6 +12,7 @@ in the same run too.
 """
 
 import argparse
+import cProfile
 import itertools
 import json
 import math
@@ -56,6 +57,8 @@ SHAPES = {
 # Files that stand for all adapters of a rank: what they hold changes no time.
 NUM_FILES_PER_RANK = 16
 PATIENCE_S = 120
+PROFILED_STEPS = 16
+NUM_PROFILED_FUNCTIONS = 25
 
 
 # Adapters
@@ -426,6 +429,54 @@ def count_differences(bench: Bench, driver: Driver, mix: Mix, prompts: list[list
     )
 
 
+def decode_profile(bench: Bench) -> list[dict[str, Any]]:
+    """What Python does in a decode step with eight adapters: calls and own time, by function.
+
+    The profiler itself makes every call of Python dearer.
+    """
+    rows = []
+    driver = bench.open(max_loras=8, max_num_seqs=max(bench.arguments.batch))
+    pool = names(bench.arguments.rank, 8)
+    bring(driver, bench, pool)
+    for batch in bench.arguments.batch:
+        timelines = [
+            driver.submit(prompt, pool[i % 8], num_tokens=PROFILED_STEPS + 8)
+            for i, prompt in enumerate(bench.prompts(batch))
+        ]
+        while not all(timeline.token_ids for timeline in timelines):
+            driver.step()
+        profile = cProfile.Profile()
+        with profile:
+            for _ in range(PROFILED_STEPS):
+                driver.step()
+        driver.finish()
+        rows.append({"batch": batch, "functions": _costliest(profile)})
+        print(f"batch {batch}: calls and own milliseconds of a decode step")
+        for row in rows[-1]["functions"]:
+            print(f"  {row['calls']:8.1f} {row['own_ms']:8.2f}  {row['function']}")
+    driver.core.close()
+    return rows
+
+
+def _costliest(profile: cProfile.Profile) -> list[dict[str, Any]]:
+    entries: list[Any] = profile.getstats()  # type: ignore[attr-defined]  # not in typeshed
+    entries.sort(key=lambda entry: entry.inlinetime, reverse=True)
+    return [
+        {
+            "function": _name(entry.code),
+            "calls": entry.callcount / PROFILED_STEPS,
+            "own_ms": 1e3 * entry.inlinetime / PROFILED_STEPS,
+        }
+        for entry in entries[:NUM_PROFILED_FUNCTIONS]
+    ]
+
+
+def _name(code: Any) -> str:
+    if isinstance(code, str):
+        return code
+    return f"{Path(code.co_filename).name}:{code.co_qualname}"
+
+
 # Working sets that are larger than the slots
 
 
@@ -610,6 +661,7 @@ def stream_gaps(bench: Bench, driver: Driver, adapters: list[str]) -> list[float
 
 PARTS = {
     "decode": decode_batches,
+    "profile": decode_profile,
     "working_sets": working_sets,
     "cold_starts": cold_starts,
     "loads_beside_streams": loads_beside_streams,

@@ -41,9 +41,10 @@ class EngineConfig:
     memory_bytes: int | None = None
     # Share of the device's memory that model, KV cache and adapters may fill (CUDA only).
     gpu_memory_utilization: float = 0.9
-    # Most adapters on the device at once, 0 for the base model alone, and the largest rank of any
-    # module of one.
-    max_loras: int = 8
+    # Most adapters on the device at once, 0 for the base model alone: as many as sequences in one
+    # step, for they take only the memory that they need.
+    max_loras: int = 64
+    # The largest rank of any module of an adapter.
     max_lora_rank: int = 64
     # Adapters that are kept ready in host memory, beside the device.
     host_memory_bytes: int = 2 * 1024**3

@@ -74,8 +74,11 @@ def main() -> None:
 @click.option("--max-num-batched-tokens", type=int, help="Most tokens in one step.")
 @click.option("--block-size", type=int, help="Tokens in one block of the KV cache.")
 @click.option("--gpu-memory-utilization", type=float)
+@click.option("--memory-mib", type=int, help="What KV cache and adapters share on the device.")
 @click.option("--max-loras", type=int, help="Most adapters on the device at once.")
 @click.option("--max-lora-rank", type=int)
+@click.option("--host-memory-mib", type=int, help="Adapters kept ready in host memory.")
+@click.option("--max-load-mib-per-s", type=int, help="Most that loads of adapters may move.")
 @click.option("--enable-lora", is_flag=True, help="Always on; accepted for vLLM's sake.")
 @click.option("--tensor-parallel-size", default=1, callback=_only_one, expose_value=False)
 @_refused_flags

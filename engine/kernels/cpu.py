@@ -6,6 +6,7 @@ addresses and sizes. Knows nothing of sequences, slots' owners or layers.
 """
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -84,15 +85,24 @@ _parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_
 _parallel.restype = None
 
 
+def _compile(compiler: Any, function: Callable[..., Any]) -> Any:
+    options = {"fastmath": _FAST_MATH, "error_model": "numpy"}
+    try:
+        return compiler(cache=True, **options)(function)
+    except RuntimeError:
+        # No folder can be written to: it is compiled anew at each start, in seconds.
+        return compiler(cache=False, **options)(function)
+
+
 def _inlined(function: Function) -> Function:
-    compiled: Function = numba.njit(fastmath=_FAST_MATH, cache=True, error_model="numpy")(function)
+    compiled: Function = _compile(numba.njit, function)
     return compiled
 
 
 def _loop(function: Callable[[Any], None], call: np.dtype[np.void]) -> Any:
     """`function` as threads call it, all with the address of the same `call`."""
     signature = types.void(types.CPointer(numba.from_dtype(call)))
-    return numba.cfunc(signature, fastmath=_FAST_MATH, cache=True, error_model="numpy")(function)
+    return _compile(functools.partial(numba.cfunc, signature), function)
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
