@@ -8,7 +8,8 @@ empty. Lengths of prompts and answers are log-normal, as those of chats are, and
 sequence; no two requests share a beginning, so nothing here is the prefix cache's merit. Nobody
 tells the scheduler how long an answer will be: each may take all that is left, and ends with a stop
 token. It is compared with a reservation of the longest sequence for each, in as much memory, of
-which the queue keeps all in use.
+which the queue keeps all in use. How far apart both are follows from the lengths: where requests
+fill their reservations, paging gains nothing.
 
 Counted after warm-up, at every step, when the scheduler has handed out all that the step needs:
 
@@ -318,8 +319,9 @@ def main() -> None:
         rows.append(row)
         print(
             f"{row.block_size:5}  {row.running:7.1f}  {row.advancing:9.1f}  {row.ratio:5.2f}  "
-            f"{row.waste:6.2%}  {row.waste_with_promised:13.2%}  {row.idle:5.1%}  {row.filled:6.1%} "
-            f"{row.contiguous_filled:10.1%}  {row.num_preemptions:9}  {row.recomputed:10.2%}",
+            f"{row.waste:6.2%}  {row.waste_with_promised:13.2%}  {row.idle:5.1%}  "
+            f"{row.filled:6.1%} {row.contiguous_filled:10.1%}  "
+            f"{row.num_preemptions:9}  {row.recomputed:10.2%}",
             flush=True,
         )
     if arguments.output is not None:
