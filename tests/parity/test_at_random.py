@@ -1,0 +1,310 @@
+"""Whatever an engine is set to and asked for, it answers as PEFT and transformers do.
+
+Drawn settings, adapters and prompts, on a tiny random Llama: in batches of many adapters, with
+prompts in chunks, found beginnings and preemptions, tokens and log-probabilities are those of the
+adapter's own model, alone. So it is with every implementation of the operations, the definition
+among them. Knows nothing of how they compute.
+"""
+
+from collections import Counter
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from engine.batch import Batch
+from engine.kernels import reference
+from engine.kernels.choice import DENSE, Kernels, choose
+from engine.kernels.slot_weights import SlotWeights
+from engine.protocol import SequenceState, TokenLogprob
+from engine.sequence import NO_ADAPTER, Sequence, StepEvent
+from tests.engine.conftest import ADAPTERS
+from tests.model_lab import (
+    Answer,
+    FolderSource,
+    Lab,
+    greedy_reference,
+    load_with_peft,
+    num_ties,
+    open_lab,
+    save_adapter,
+    save_random_model,
+    tiny_llama_config,
+)
+
+ASKED: tuple[str | None, ...] = (None, *ADAPTERS)
+VOCAB_SIZE = 257
+MAX_MODEL_LEN, MAX_TOKENS = 72, 32
+# The largest adapter takes the memory of 58.
+ADAPTER_TOKENS = 60
+NUM_WAVES = 4
+NUM_TOP = 4
+ATOL = 1e-4
+
+
+# The definition, as an implementation
+
+
+@dataclass(frozen=True, slots=True)
+class DefinedAttention:
+    batch: Batch
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        out: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> None:
+        reference.write_kv(key_cache, key, self.batch.cache_rows)
+        reference.write_kv(value_cache, value, self.batch.cache_rows)
+        out[:] = reference.paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            block_tables=self.batch.block_tables,
+            query_starts=self.batch.query_starts,
+            context_lens=self.batch.host_context_lens,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DefinedLora:
+    batch: Batch
+    weights: SlotWeights
+
+    def add(self, out: Tensor, x: Tensor, *, module: int) -> None:
+        token_slots = torch.full((self.batch.num_tokens,), NO_ADAPTER)
+        adapters = {}
+        for start, end, slot in self.batch.slot_runs.tolist():
+            token_slots[start:end] = slot
+            pair = self.weights.pair(module, slot)
+            if pair is not None:
+                adapters[slot] = (pair[0], pair[1].T)
+        if adapters:
+            out += reference.lora(x, adapters, token_slots)
+
+
+COMPILED = choose(torch.device("cpu"), torch.float32)
+DEFINED = Kernels(DefinedAttention, DefinedLora)
+
+
+# What is asked
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    prompt: list[int]
+    adapter: str | None
+    max_tokens: int
+    logprobs: int
+    prompt_logprobs: int | None
+    # The less urgent make room.
+    priority: int
+
+
+def draw_settings(draw: Random) -> dict[str, Any]:
+    """Memory for the longest sequence beside the largest adapter, and for little more."""
+    block_size = draw.choice((1, 2, 3, 4, 16))
+    num_tokens = MAX_MODEL_LEN + ADAPTER_TOKENS + draw.randrange(20)
+    max_num_seqs = draw.randint(4, 10)
+    return {
+        "block_size": block_size,
+        "num_blocks": -(-num_tokens // block_size) + 1,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_seqs + draw.choice((0, 8, 200)),
+        "max_loras": draw.randint(1, len(ADAPTERS) - 1),
+    }
+
+
+def draw_job(draw: Random, earlier: list[tuple[Job, Answer]], asked: tuple[str | None, ...]) -> Job:
+    """A new prompt, or the beginning of a conversation and how it might go on."""
+    prompt, adapter = [], draw.choice(asked)
+    if earlier and draw.random() < 0.7:
+        job, answer = draw.choice(earlier)
+        prompt = [*job.prompt, *answer.token_ids]
+        prompt = prompt[: draw.choice((len(job.prompt), len(prompt), draw.randint(1, len(prompt))))]
+        adapter = draw.choice((job.adapter, job.adapter, adapter))
+    num_new = draw.randint(0, 6) if prompt else draw.randint(1, 30)
+    prompt += [draw.randrange(VOCAB_SIZE) for _ in range(num_new)]
+    return Job(
+        prompt=prompt[: MAX_MODEL_LEN - MAX_TOKENS],
+        adapter=adapter,
+        max_tokens=draw.choice((1, draw.randint(2, MAX_TOKENS), MAX_TOKENS)),
+        logprobs=draw.randint(0, NUM_TOP),
+        prompt_logprobs=draw.choice((None, None, None, NUM_TOP)),
+        priority=draw.choice((0, 0, 1)),
+    )
+
+
+# What happens
+
+
+class WatchedLab(Lab):
+    """Counts what steps do to the sequences that run."""
+
+    def __init__(self, model: str, source: FolderSource, **settings: Any) -> None:
+        super().__init__(model, source, **settings)
+        self.seen = Counter[str]()
+        self._computed: dict[Sequence, int] = {}
+        self._resident: set[str] = set()
+
+    def step(self) -> list[StepEvent]:
+        events = super().step()
+        before, resident = self._computed, set(self.core.status().resident_adapters)
+        now = {s: s.num_computed_tokens for s in self.core._scheduler._running}
+        ended = {event.key for event in events if event.state.is_final}
+        advanced = {s.adapter_digest for s, count in now.items() if count > before.get(s, 0)}
+        self.seen["mixed"] += len(advanced) > 1
+        self.seen["chunked"] += sum(
+            s.num_uncomputed_tokens > 1 and before.get(s, count) < count for s, count in now.items()
+        )
+        self.seen["preempted"] += sum(s not in now and s.key not in ended for s in before)
+        self.seen["unloaded"] += len(self._resident - resident)
+        self._computed, self._resident = now, resident
+        return events
+
+
+def ask(lab: Lab, draw: Random, asked: tuple[str | None, ...]) -> list[tuple[Job, Answer]]:
+    """In waves, of which some come while the ones before are under way."""
+    jobs: list[tuple[Job, Answer]] = []
+    for _ in range(NUM_WAVES):
+        for _ in range(draw.randint(3, 8)):
+            job = draw_job(draw, jobs, asked)
+            jobs.append((job, lab.answers[lab.submit(**asdict(job))]))
+        if draw.random() < 0.4:
+            lab.run()
+        for _ in range(draw.randrange(24)):
+            lab.step()
+    lab.run()
+    lab.assert_nothing_is_left()
+    return jobs
+
+
+# What comes out
+
+
+class Alone:
+    """One adapter's own model, or the base model; no batch, no cache, no engine."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        # The implementations are asked much the same.
+        self._answers: dict[tuple[int, ...], list[int]] = {}
+
+    def answer(self, prompt: list[int], *, num_tokens: int) -> list[int]:
+        key = (num_tokens, *prompt)
+        if key not in self._answers:
+            self._answers[key] = greedy_reference(self.model, prompt, num_tokens)
+        return self._answers[key]
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: list[int]) -> Tensor:
+        """[num_tokens, vocab_size], of what follows each."""
+        return torch.log_softmax(self.model(torch.tensor([tokens])).logits[0], dim=-1)
+
+
+def assert_told(told: list[TokenLogprob], tokens: list[int], rows: Tensor, *, num_top: int) -> None:
+    for logprob, token_id, row in zip(told, tokens, rows, strict=True):
+        assert logprob.logprob == pytest.approx(float(row[token_id]), abs=ATOL)
+        values = [value for _, value in logprob.top]
+        assert values == pytest.approx(row.topk(num_top).values.tolist(), abs=ATOL)
+        # Of two that are as likely, either may come first.
+        assert values == pytest.approx([float(row[i]) for i, _ in logprob.top], abs=ATOL)
+
+
+def compare(job: Job, answer: Answer, alone: Alone) -> int:
+    """The number of ties."""
+    assert answer.state is SequenceState.LENGTH, answer.last.fault
+    found, start = answer.token_ids, len(job.prompt)
+    rows = alone.logprobs([*job.prompt, *found])
+    assert_told(answer.logprobs, found, rows[start - 1 : -1], num_top=job.logprobs)
+    told = [e.prompt_logprobs for e in answer.events if e.prompt_logprobs is not None]
+    assert len(told) == (job.prompt_logprobs is not None)
+    for logprobs in told:
+        assert_told(logprobs, job.prompt[1:], rows[: start - 1], num_top=NUM_TOP)
+    expected = alone.answer(job.prompt, num_tokens=job.max_tokens)
+    return num_ties(alone.model, job.prompt, found=found, expected=expected)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = tiny_llama_config(vocab_size=VOCAB_SIZE)
+    return save_random_model(config, tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def adapters(model: str, tmp_path_factory: pytest.TempPathFactory) -> FolderSource:
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, (name, settings) in enumerate(ADAPTERS.items()):
+        save_adapter(model, root / name, seed=seed, **settings)
+    return FolderSource(root)
+
+
+@pytest.fixture(scope="module")
+def alone(model: str, adapters: FolderSource) -> dict[str | None, Alone]:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found: dict[str | None, Alone] = {None: Alone(base)}
+    for name in ADAPTERS:
+        found[name] = Alone(load_with_peft(model, adapters.root / name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kernels", "seeds"),
+    [
+        pytest.param(COMPILED, range(6), id="compiled"),
+        pytest.param(DENSE, range(6), id="dense"),
+        # Row by row in Python.
+        pytest.param(DEFINED, range(2), id="defined"),
+    ],
+)
+def test_each_gets_what_its_adapter_says_alone(
+    kernels: Kernels,
+    seeds: range,
+    model: str,
+    adapters: FolderSource,
+    alone: dict[str | None, Alone],
+) -> None:
+    seen, ties = Counter[str](), 0
+    for seed in seeds:
+        draw = Random(seed)
+        settings = draw_settings(draw)
+        print(f"seed {seed}: {settings}")
+        lab = WatchedLab(model, adapters, **settings)
+        with closing(lab.core):
+            lab.core._runner._loaded = replace(lab.core._loaded, kernels=kernels)
+            jobs = ask(lab, draw, ASKED)
+        ties += sum(compare(job, answer, alone[job.adapter]) for job, answer in jobs)
+        seen += lab.seen
+        seen["found"] += sum(answer.last.cached_tokens > 0 for _, answer in jobs)
+        seen["answers"] += len(jobs)
+    print(f"{seen}, {ties} ties")
+    for event in ("mixed", "chunked", "preempted", "unloaded", "found"):
+        assert seen[event] >= len(seeds), f"there was hardly any {event}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_engine_without_adapters_answers_as_transformers_do(
+    seed: int, model: str, adapters: FolderSource, alone: dict[str | None, Alone]
+) -> None:
+    draw = Random(seed)
+    with open_lab(model, adapters, **(draw_settings(draw) | {"max_loras": 0})) as lab:
+        jobs = ask(lab, draw, (None,))
+    ties = sum(compare(job, answer, alone[None]) for job, answer in jobs)
+    print(f"{ties} ties")
