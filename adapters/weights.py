@@ -14,19 +14,44 @@ from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, pair
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """The LoRA of one module: y = W x + scaling * B A x."""
+    """The LoRA of one module: y = W x + scaling * B A x, and with DoRA its rows' norms."""
 
     # Full path in the base model, e.g. "model.layers.0.self_attn.q_proj".
     name: str
-    # [rank, in_features]
+    # [rank, in_features]; of an embedding [rank, num_embeddings]
     lora_A: Tensor
-    # [out_features, rank]
+    # [out_features, rank]; of an embedding [dim, rank]
     lora_B: Tensor
     scaling: float
+    # [out_features] or [dim]: DoRA's trained norm of each row of W + scaling * B A; None without
+    magnitude: Tensor | None = None
 
 
-def load(folder: Path, *, base_model: str, dtype: torch.dtype) -> dict[str, LoraModule]:
-    """Return the LoRA modules of an adapter by module path, on the CPU, in `dtype`.
+@dataclass(frozen=True, slots=True)
+class TrainedTokens:
+    """Rows of an embedding that an adapter brings itself."""
+
+    # [num_tokens] int64, ascending
+    token_ids: Tensor
+    # [num_tokens, dim]
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """All that an adapter changes."""
+
+    # By module path: linear layers, the output layer and embeddings.
+    lora: dict[str, LoraModule]
+    # By parameter path, e.g. "lm_head.weight": takes the place of the base model's own. More rows
+    # than the base model has are added tokens.
+    replaced: dict[str, Tensor]
+    # By module path of an embedding.
+    tokens: dict[str, TrainedTokens]
+
+
+def load(folder: Path, *, base_model: str, dtype: torch.dtype) -> AdapterWeights:
+    """Return what an adapter changes, on the CPU, in `dtype`.
 
     `folder` holds `adapter_config.json` and `adapter_model.safetensors`. Raises UnreadableArtifact
     when they cannot be read, and InvalidAdapter when part of them would go unused on `base_model`.
@@ -38,7 +63,7 @@ def load(folder: Path, *, base_model: str, dtype: torch.dtype) -> dict[str, Lora
     if findings:
         raise InvalidAdapter(findings)
     with safe_open(path, framework="pt") as tensors:
-        return {
+        lora = {
             module: LoraModule(
                 name=module,
                 lora_A=tensors.get_tensor(entry.lora_A.name).to(dtype),
@@ -47,6 +72,7 @@ def load(folder: Path, *, base_model: str, dtype: torch.dtype) -> dict[str, Lora
             )
             for module, entry in entries.items()
         }
+    return AdapterWeights(lora=lora, replaced={}, tokens={})
 
 
 def _unused(name: str, base_model: str) -> Finding:

@@ -11,6 +11,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -221,6 +222,7 @@ class Registry:
             base_model = await _open_base_model(session, info)
             await _claim_name(session, info.base_model.lower(), base_model_id=base_model.id)
             base_model.text_bundle_digest = info.text_bundle_digest
+            base_model.shape = msgspec.to_builtins(info.base_shape)
             base_model.context_length = info.max_model_len
             base_model.vocab_size = info.vocab_size
             base_model.max_lora_rank = info.max_lora_rank
@@ -445,7 +447,7 @@ async def _open_base_model(session: AsyncSession, info: EngineInfo) -> BaseModel
             name=info.base_model,
             digest=info.base_digest,
             text_bundle_digest=info.text_bundle_digest,
-            shape=info.base_shape.modules,
+            shape=msgspec.to_builtins(info.base_shape),
             context_length=info.max_model_len,
             vocab_size=info.vocab_size,
             max_lora_rank=info.max_lora_rank,

@@ -221,7 +221,7 @@ def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) ->
 
 
 def _shape_of(base_model: BaseModel) -> BaseShape:
-    return msgspec.convert({"base_model": base_model.name, "modules": base_model.shape}, BaseShape)
+    return msgspec.convert(base_model.shape, BaseShape)
 
 
 def _check_sha256(form: Form) -> None:

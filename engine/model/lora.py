@@ -52,7 +52,7 @@ def prepare(
     `is_pinned`: into memory that a GPU copies from while it computes. `before_bytes` is called
     before each piece of work with its size, and may wait.
     """
-    loaded = weights.load(folder, base_model=base_shape.base_model, dtype=torch.float32)
+    loaded = weights.load(folder, base_model=base_shape.base_model, dtype=torch.float32).lora
     for module in loaded.values():
         _check(module, base_shape, max_rank=max_rank)
     layout = _layout(loaded, base_shape)

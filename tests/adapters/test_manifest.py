@@ -42,7 +42,7 @@ def adapter(request: pytest.FixtureRequest, save_adapter: Callable[..., Saved]) 
 
 
 def test_modules_ranks_scalings_and_weights_are_those_that_peft_loads(adapter: Saved) -> None:
-    loaded = weights.load(adapter.folder, base_model=BASE, dtype=torch.float32)
+    loaded = weights.load(adapter.folder, base_model=BASE, dtype=torch.float32).lora
     by_peft = adapter.as_peft_loads_it()
     modules = adapter.read().modules
 
@@ -150,6 +150,6 @@ def test_weights_are_loaded_in_the_dtype_that_is_asked_for(
     save_adapter: Callable[..., Saved], dtype: torch.dtype
 ) -> None:
     adapter = save_adapter(dtype=torch.bfloat16)
-    for module in weights.load(adapter.folder, base_model=BASE, dtype=dtype).values():
+    for module in weights.load(adapter.folder, base_model=BASE, dtype=dtype).lora.values():
         assert module.lora_A.dtype == module.lora_B.dtype == dtype
         assert module.lora_A.shape[0] == module.lora_B.shape[1] == 4
