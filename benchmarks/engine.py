@@ -675,7 +675,7 @@ def main() -> None:
         results = {name: part(bench) for name, part in PARTS.items() if name in arguments.parts}
         assert bench.machine is not None
         report = {
-            "command": " ".join(["python -m benchmarks.engine", *sys.argv[1:]]),
+            "command": " ".join(["python -m benchmarks.engine", *portable(sys.argv[1:])]),
             "commit": commit(),
             "machine": {
                 "processor": platform.processor() or platform.machine(),
@@ -696,6 +696,11 @@ def main() -> None:
         print(text)
     else:
         arguments.output.write_text(text + "\n")
+
+
+def portable(arguments: list[str]) -> list[str]:
+    """As they would be written on any machine."""
+    return [argument.replace(str(Path.home()), "~") for argument in arguments]
 
 
 def commit() -> str:
