@@ -1,0 +1,107 @@
+"""A name may move while it is in use; whoever is being answered notices nothing."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from adapters.demo.base_model import default_folder
+
+QUESTION = [{"role": "user", "content": "Tell me about the sea."}]
+NUM_STREAMS = 16
+NUM_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Eight adapters that differ in nothing but their weights, and each changes the answer."""
+    return [_make(tmp_path_factory.mktemp("made") / str(seed), seed) for seed in range(8)]
+
+
+def _make(folder: Path, seed: int) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(default_folder(), dtype=torch.float32)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    adapted: Any = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            scale = 0.06 if "lora_B" in name else parameter.shape[1] ** -0.5
+            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def upload(server: Any, folder: Path, name: str) -> dict[str, Any]:
+    files = [
+        ("files", (file, (folder / file).read_bytes()))
+        for file in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    with server.operator() as operator:
+        answer = operator.post(f"/admin/v1/tenants/acme/adapters/{name}/versions", files=files)
+    assert answer.is_success, answer.text
+    version: dict[str, Any] = answer.json()
+    return version
+
+
+async def ask(client: Any, model: str) -> tuple[str, str]:
+    """The answer, and the digest of the version that gave it."""
+    answer = await client.chat.completions.with_raw_response.create(
+        model=model,
+        messages=QUESTION,
+        max_tokens=NUM_TOKENS,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    return answer.parse().choices[0].message.content, answer.headers["x-adapter-digest"]
+
+
+async def test_the_same_prompt_to_eight_adapters_at_once_gets_eight_own_answers(server, folders):
+    names = [f"twin-{number}" for number in range(len(folders))]
+    for name, folder in zip(names, folders, strict=True):
+        await asyncio.to_thread(upload, server, folder, name)
+    async with server.client("acme") as client:
+        together = await asyncio.gather(*(ask(client, f"acme-{name}") for name in names))
+        alone = [await ask(client, f"acme-{name}") for name in names]
+    assert together == alone
+    assert len({text for text, _ in together}) == len(names)
+
+
+async def test_an_upload_under_the_same_name_changes_no_answer_that_has_begun(server, folders):
+    old, new = folders[:2]
+    first = await asyncio.to_thread(upload, server, old, "moving")
+    async with server.client("acme") as client:
+        expected = await ask(client, "acme-moving")
+        begun = [asyncio.Event() for _ in range(NUM_STREAMS)]
+        streams = [asyncio.create_task(read(client, "acme-moving", event)) for event in begun]
+        await asyncio.gather(*(event.wait() for event in begun))
+        second = await asyncio.to_thread(upload, server, new, "moving")
+        assert not any(task.done() for task in streams), "the old version is still being read"
+        after = await ask(client, "acme-moving")
+        answers = await asyncio.gather(*streams)
+        pinned = await ask(client, "acme-moving@1")
+    assert [answer[: len(expected[0])] for answer in answers] == [expected[0]] * NUM_STREAMS
+    assert len(set(answers)) == 1
+    assert after[1] == second["version_digest"] != first["version_digest"] == expected[1]
+    assert after[0] != expected[0]
+    assert pinned == expected
+
+
+async def read(client: Any, model: str, begun: asyncio.Event) -> str:
+    """The text of a longer stream."""
+    stream = await client.chat.completions.create(
+        model=model,
+        messages=QUESTION,
+        max_tokens=4 * NUM_TOKENS,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    text = ""
+    async for chunk in stream:
+        begun.set()
+        text += chunk.choices[0].delta.content or "" if chunk.choices else ""
+    return text
