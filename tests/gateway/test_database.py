@@ -29,7 +29,9 @@ from gateway.errors import DatabaseRefused
 from gateway.tables import (
     Adapter,
     AdapterAlias,
+    AdapterGrant,
     AdapterVersion,
+    AliasMove,
     ApiKey,
     AuditEntry,
     BaseModel,
@@ -41,6 +43,7 @@ from gateway.tables import (
     Tenant,
     UsageEvent,
     UsageRollup,
+    WithheldBaseModel,
     new_id,
 )
 from tests.conftest import APP_PASSWORD, Cluster, Home, execute
@@ -82,7 +85,7 @@ class Town:
     base_model: uuid.UUID
 
 
-def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID) -> list[Table]:
+def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID, withheld_id: uuid.UUID) -> list[Table]:
     """One row of each table that a tenant can have rows in; the tenant first."""
     tenant = Tenant(id=new_id(), slug=slug, name=slug, cache_salt=bytes(32))
     ours = {"tenant_id": tenant.id}
@@ -129,6 +132,9 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID) -> list[Table]:
         PublicName(name=adapter.public_name, adapter_id=adapter.id),
         version,
         AdapterAlias(adapter_id=adapter.id, alias="latest", version_id=version.id, **ours),
+        AliasMove(adapter_id=adapter.id, alias="latest", revision=1, **ours),
+        AdapterGrant(id=new_id(), adapter_id=adapter.id, grantee_id=tenant.id, **ours),
+        WithheldBaseModel(base_model_id=withheld_id, **ours),
         price,
         instance,
         hold,
@@ -142,19 +148,25 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID) -> list[Table]:
 
 @pytest.fixture
 async def town(database: Database) -> Town:
-    base_model = BaseModel(
-        id=new_id(),
-        name="smol",
-        digest="d",
-        text_bundle_digest="t",
-        shape={},
-        context_length=1,
-        vocab_size=1,
-        max_lora_rank=1,
+    base_model, withheld = (
+        BaseModel(
+            id=new_id(),
+            name=name,
+            digest="d",
+            text_bundle_digest="t",
+            shape={},
+            context_length=1,
+            vocab_size=1,
+            max_lora_rank=1,
+        )
+        for name in ("smol", "withheld")
     )
-    acme, globex = (rows_of_a_tenant(slug, base_model_id=base_model.id) for slug in SLUGS)
+    acme, globex = (
+        rows_of_a_tenant(slug, base_model_id=base_model.id, withheld_id=withheld.id)
+        for slug in SLUGS
+    )
     async with database.as_worker() as session:
-        for row in (base_model, *acme, *globex):
+        for row in (base_model, withheld, *acme, *globex):
             session.add(row)
             await session.flush()
     first, second = (row.id for row in (acme[0], globex[0]) if isinstance(row, Tenant))

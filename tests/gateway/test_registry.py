@@ -2,16 +2,21 @@
 
 import asyncio
 import dataclasses
+import datetime
 import uuid
+from pathlib import Path
 
 import msgspec
 import pytest
 from sqlalchemy import select
 
+from adapters.store import ArtifactStore
+from gateway.aliases import Meaning
 from gateway.auth import Principal
 from gateway.database import Database
 from gateway.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, Unavailable
 from gateway.registry import Contents, Registry, Verdict
+from gateway.retention import Retention
 from gateway.tables import ApiKey, AuditEntry, PriceVersion, Tenant, new_id
 from tests.gateway.admin_plane import ADDRESS, INFO
 
@@ -22,6 +27,12 @@ FAILED = Verdict(certificate={}, findings=[{"code": "probe_failed"}])
 @pytest.fixture
 def registry(database: Database) -> Registry:
     return Registry(database)
+
+
+@pytest.fixture
+def retention(database: Database, tmp_path: Path) -> Retention:
+    store = ArtifactStore(tmp_path.as_uri())
+    return Retention(database, store, purge_after=datetime.timedelta(days=30))
 
 
 @pytest.fixture
@@ -141,12 +152,12 @@ async def refusal(registry: Registry, principal: Principal, model: str) -> tuple
 
 
 async def test_what_is_not_yours_is_refused_in_the_words_for_what_does_not_exist(
-    registry: Registry, base: None, database: Database, acme: Principal
+    registry: Registry, retention: Retention, base: None, database: Database, acme: Principal
 ) -> None:
     globex = await make_tenant(database, "globex")
     await publish(registry, globex, "sql")
     await publish(registry, acme, "gone")
-    await registry.delete_adapter("acme", "gone", actor_key_id=acme.key_id)
+    await retention.delete_adapter("acme", "gone", actor_key_id=acme.key_id)
     await publish(registry, acme, "bad", verdict=FAILED)
     unknown = await refusal(registry, acme, "no-such-model")
     for model in (
@@ -302,7 +313,7 @@ async def test_two_adapters_that_spell_one_name_collide(
         await registry.create_version(
             destination, contents, base_model_id=base_model.id, actor_key_id=ab.key_id
         )
-    assert await registry.list_adapters("a-b") == []
+    assert (await registry.list_adapters("a-b")).items == []
 
 
 async def test_an_adapter_cannot_take_a_base_models_name(
@@ -340,15 +351,15 @@ async def test_an_unknown_tenant_is_not_found(registry: Registry, slug: str) -> 
 
 
 async def test_the_name_of_a_deleted_adapter_is_not_used_again(
-    registry: Registry, base: None, acme: Principal
+    registry: Registry, retention: Retention, base: None, acme: Principal
 ) -> None:
     await publish(registry, acme, "sql")
-    await registry.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
-    assert await registry.list_adapters("acme") == []
+    await retention.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
+    assert (await registry.list_adapters("acme")).items == []
     with pytest.raises(Conflict, match="deleted"):
         await publish(registry, acme, "sql", digest="e")
     with pytest.raises(NotFound):
-        await registry.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
+        await retention.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
 
 
 async def test_latest_never_goes_back_to_an_older_version(
@@ -365,7 +376,7 @@ async def test_latest_never_goes_back_to_an_older_version(
     )
     await publish(registry, acme, "sql", digest="f")
     await registry.finish_version(slow.version.id, PASSED, actor_key_id=None)
-    assert (await registry.get_adapter("acme", "sql")).aliases == {"latest": 3}
+    assert (await registry.get_adapter("acme", "sql")).aliases == {"latest": Meaning(3)}
     assert (await registry.resolve(acme, "acme-sql@2")).version_number == 2
     # And a verdict stands.
     await registry.finish_version(older, PASSED, actor_key_id=None)
@@ -383,14 +394,15 @@ async def test_a_closed_tenant_takes_no_adapters(
 
 
 async def test_every_change_leaves_an_audit_row(
-    registry: Registry, base: None, database: Database, acme: Principal
+    registry: Registry, retention: Retention, base: None, database: Database, acme: Principal
 ) -> None:
     await publish(registry, acme, "sql")
-    await registry.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
+    await retention.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
     async with database.as_worker() as session:
         rows = (await session.scalars(select(AuditEntry).order_by(AuditEntry.number))).all()
     assert [(row.action, row.subject, row.actor_key_id) for row in rows] == [
         ("adapter.version.create", "acme-sql@1", acme.key_id),
+        ("adapter.alias.follow", "acme-sql@latest", acme.key_id),
         ("adapter.version.ready", "acme-sql@1", acme.key_id),
         ("adapter.delete", "acme-sql", acme.key_id),
     ]
