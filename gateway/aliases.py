@@ -497,7 +497,7 @@ async def _state_of(
 async def _numbers(session: AsyncSession, states: Iterable[_State]) -> dict[uuid.UUID, int]:
     ids = {version_id for state in states for version_id in state.version_ids}
     query = select(AdapterVersion.id, AdapterVersion.number).where(AdapterVersion.id.in_(ids))
-    return dict((await session.execute(query)).tuples().all())
+    return {row.id: row.number for row in await session.execute(query)}
 
 
 def _meaning(state: _State, numbers: dict[uuid.UUID, int]) -> Meaning | None:
