@@ -21,6 +21,7 @@ SLUG_RULE = (
 )
 # A column of 32 bits holds a version's number.
 MAX_NUMBER = 2**31 - 1
+# Of lists that come in parts.
 DEFAULT_PAGE, MAX_PAGE = 100, 1000
 
 Item = TypeVar("Item")

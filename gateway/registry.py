@@ -402,8 +402,10 @@ class Registry:
     ) -> Page[AdapterEntry, str]:
         """Return a part of a tenant's adapters by name: living ones or deleted ones.
 
-        Raises NotFound.
+        Raises NotFound or InvalidRequest.
         """
+        if after is not None:
+            check_slug(after, field="after")
         async with self._database.as_worker() as session:
             owner = await tenants.get_tenant(session, tenant)
             which = _adapters_where(

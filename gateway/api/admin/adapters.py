@@ -17,7 +17,7 @@ from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
 from adapters.errors import Finding
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
-from gateway.adapter_rows import DEFAULT_PAGE, MAX_PAGE
+from gateway.adapter_rows import DEFAULT_PAGE, MAX_NUMBER, MAX_PAGE
 from gateway.aliases import Aliases
 from gateway.auth import Principal
 from gateway.registry import AdapterEntry, Registry
@@ -226,7 +226,7 @@ async def list_versions(
     adapter: FromPath[str],
     registry: NamedDependency[Registry],
     limit: Limit = DEFAULT_PAGE,
-    after: FromQuery[int | None] = None,
+    after: Annotated[int | None, QueryParameter(ge=0, le=MAX_NUMBER)] = None,
     deleted: FromQuery[bool] = False,
 ) -> VersionList:
     row, page = await registry.list_versions(

@@ -7,13 +7,17 @@ from typing import Annotated
 import msgspec
 from litestar import delete, get, post, put
 from litestar.di import NamedDependency
-from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
+from litestar.params import FromPath, JSONBody, QueryParameter
 
 from gateway.adapter_rows import DEFAULT_PAGE, MAX_PAGE
 from gateway.aliases import AliasEntry, Aliases, Belief, Canary, Meaning, MoveEntry
 from gateway.auth import Principal
 
 TAGS = ["admin: aliases"]
+
+# What every JSON library can say.
+MAX_REVISION = 2**53 - 1
+Revision = Annotated[int, msgspec.Meta(ge=0, le=MAX_REVISION)]
 
 
 class CanaryBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,7 +109,7 @@ class AliasMoveBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     version: int
     canary: CanaryBody | None = None
-    expected_revision: int | None = None
+    expected_revision: Revision | None = None
     expected_version: int | None = None
     reason: str | None = None
     # Move to a version that does worse at its own examples all the same.
@@ -115,8 +119,8 @@ class AliasMoveBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RollbackBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far to go back: to before the last move, or to a revision. All may be left out."""
 
-    to_revision: int | None = None
-    expected_revision: int | None = None
+    to_revision: Revision | None = None
+    expected_revision: Revision | None = None
     expected_version: int | None = None
     reason: str | None = None
 
@@ -161,7 +165,7 @@ async def list_moves(
     alias: FromPath[str],
     aliases: NamedDependency[Aliases],
     limit: Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)] = DEFAULT_PAGE,
-    after: FromQuery[int | None] = None,
+    after: Annotated[int | None, QueryParameter(ge=0, le=MAX_REVISION)] = None,
 ) -> MoveList:
     page = await aliases.history(tenant, adapter, alias, after=after, limit=limit)
     return MoveList([MoveView.of(each) for each in page.items], page.next)
