@@ -9,7 +9,7 @@ Knows nothing of names or owners: what is stored is never changed, only removed.
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import obstore
@@ -74,13 +74,17 @@ class ArtifactStore:
 
     async def delete_adapter(self, digest: str) -> None:
         """Remove an adapter; one that is not there is not an error."""
-        folder = _folder("adapters", digest)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            try:
-                with _reporting(digest):
-                    await obstore.delete_async(self._store, f"{folder}/{name}")
-            except ArtifactMissing:
-                continue
+            await self._delete("adapters", digest, name=name)
+
+    async def delete_bundle(self, digest: str) -> None:
+        """Remove a text bundle; one that is not there is not an error."""
+        await self._delete("text-bundles", digest, name=_BUNDLE_FILE)
+
+    async def _delete(self, kind: str, digest: str, *, name: str) -> None:
+        path = f"{_folder(kind, digest)}/{name}"
+        with suppress(ArtifactMissing), _reporting(digest):
+            await obstore.delete_async(self._store, path)
 
     def fetch_adapter(self, digest: str, into: Path) -> None:
         """Write an adapter's two files into an existing folder. Blocks.

@@ -5,6 +5,7 @@ Decides nothing; what it wires together knows nothing of it.
 
 import asyncio
 import contextlib
+import datetime
 import logging
 import signal
 from collections.abc import AsyncIterator
@@ -28,6 +29,7 @@ from engine.client import EngineLink
 from engine.errors import LinkError
 from engine.protocol import Frame
 from gateway import api
+from gateway.aliases import Aliases
 from gateway.api import billing as billing_routes
 from gateway.api import chat, completions, health, models, tenant
 from gateway.api.admin import admin_router
@@ -35,10 +37,12 @@ from gateway.api.wire import answer_error, answer_http_exception, answer_unexpec
 from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
 from gateway.database import Database
 from gateway.errors import GatewayError, JournalFailed
+from gateway.grants import Grants
 from gateway.inference import Inference
 from gateway.journal import Journal
 from gateway.ledger import Ledger
 from gateway.registry import Registry
+from gateway.retention import Retention
 from gateway.routing import Router
 from gateway.settings import Settings
 from gateway.staging import Staging
@@ -62,6 +66,9 @@ class Parts:
     authenticator: Authenticator
     store: ArtifactStore
     registry: Registry
+    aliases: Aliases
+    grants: Grants
+    retention: Retention
     uploads: Uploads
     journal: Journal
     ledger: Ledger
@@ -95,6 +102,11 @@ def build(settings: Settings) -> Parts:
         authenticator=Authenticator(database, {PEPPER_VERSION: settings.pepper}),
         store=store,
         registry=registry,
+        aliases=Aliases(database),
+        grants=Grants(database),
+        retention=Retention(
+            database, store, purge_after=datetime.timedelta(days=settings.purge_after_days)
+        ),
         uploads=Uploads(
             registry,
             store,
@@ -144,6 +156,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.authenticator)
         await parts.ledger.start()
         stack.push_async_callback(parts.ledger.stop)
+        await stack.enter_async_context(parts.retention)
         await stack.enter_async_context(parts.engine)
         attaching = asyncio.create_task(_attach_engine(parts))
         stack.callback(attaching.cancel)
@@ -210,7 +223,10 @@ def create_app(settings: Settings) -> Litestar:
 
 
 # What handlers may ask for by the name of a parameter.
-_HANDED_OUT = ("authenticator", "database", "inference", "ledger", "registry", "router", "uploads")
+_HANDED_OUT = (
+    *("aliases", "authenticator", "database", "grants", "inference", "ledger", "registry"),
+    *("retention", "router", "uploads"),
+)
 
 
 def _provide(part: object) -> Provide:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 import msgspec
-from sqlalchemy import Date, Select, cast, func, select, text
+from sqlalchemy import Date, Select, Text, Uuid, cast, column, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -103,6 +103,12 @@ _FIELDS = {
     Dimension.MODEL: ("model",),
 }
 
+# The names that a tenant's bills need and that it sees no row of: of adapters that were shared with
+# it once. Nothing for the worker, who sees every row.
+_BILLED_ADAPTERS = func.billed_adapters().table_valued(
+    column("id", Uuid), column("public_name", Text), name="billed_adapters"
+)
+
 # Usage events against the rollups that were written beside them, by the rollup's key.
 FIND_ROLLUP_MISMATCHES = text("""
     WITH both_sides AS (
@@ -173,7 +179,9 @@ def _query(
     if Dimension.TENANT in group_by:
         query = query.join(Tenant, Tenant.id == UsageEvent.tenant_id)
     if Dimension.ADAPTER in group_by:
-        query = query.outerjoin(Adapter, Adapter.id == UsageEvent.adapter_id)
+        query = query.outerjoin(Adapter, Adapter.id == UsageEvent.adapter_id).outerjoin(
+            _BILLED_ADAPTERS, _BILLED_ADAPTERS.c.id == UsageEvent.adapter_id
+        )
     if Dimension.KEY in group_by:
         query = query.join(ApiKey, ApiKey.id == UsageEvent.api_key_id)
     if Dimension.MODEL in group_by:
@@ -188,7 +196,8 @@ def _columns(dimension: Dimension) -> list[ColumnElement[Any]]:
         case Dimension.TENANT:
             return [Tenant.slug.label("tenant")]
         case Dimension.ADAPTER:
-            return [Adapter.public_name.label("adapter")]
+            name = func.coalesce(Adapter.public_name, _BILLED_ADAPTERS.c.public_name)
+            return [name.label("adapter")]
         case Dimension.KEY:
             return [ApiKey.id.label("key_id"), ApiKey.name.label("key_name")]
         case Dimension.MODEL:

@@ -14,7 +14,7 @@ import click
 
 from gateway.demo import set_up_demo
 from gateway.errors import DatabaseRefused
-from gateway.settings import MEBIBYTE
+from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS
 from gateway.supervisor import CannotServe, ServeOptions, Supervisor
 
 DEFAULT_DATA_DIR = Path(".manylora")
@@ -67,6 +67,13 @@ def main() -> None:
 @click.option("--store-url", help="Where adapters are kept. [default: the data directory]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR)
 @click.option("--max-upload-mib", default=1024, show_default=True)
+@click.option(
+    "--purge-after-days",
+    type=click.IntRange(min=0, max=36500),
+    default=PURGE_AFTER_DAYS,
+    show_default=True,
+    help="How long deleted adapters can be restored.",
+)
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and answer together.")
@@ -91,6 +98,7 @@ def serve(
     store_url: str | None,
     data_dir: Path,
     max_upload_mib: int,
+    purge_after_days: int,
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -105,6 +113,7 @@ def serve(
         store_url=store_url,
         engine_flags=_engine_flags(engine_options),
         max_upload_bytes=max_upload_mib * MEBIBYTE,
+        purge_after_days=purge_after_days,
     )
 
     async def ready(supervisor: Supervisor) -> None:

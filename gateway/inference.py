@@ -64,6 +64,8 @@ class GenerationRequest:
     # e.g. "chat.completions"; reports are grouped by it
     endpoint: str
     model: str
+    # Whom the client asks for, in its own words; one user always gets the same side of a canary.
+    user: str | None
     prompt: Prompt
     is_streamed: bool
     # None where the client named none.
@@ -234,7 +236,7 @@ class Inference:
         Raises ModelNotFound, TemplateFault, InvalidRequest, LimitReached or Unavailable; nothing
         is held or billed then.
         """
-        target = await self._registry.resolve(principal, request.model)
+        target = await self._registry.resolve(principal, request.model, user=request.user)
         codec = await self._texts.get(target.text_bundle_digest)
         prompt_ids = await _encode(codec, request.prompt)
         max_tokens = _fit(request, len(prompt_ids), target.context_length)

@@ -1,28 +1,39 @@
-"""Which names can be called, what each stands for now, and how that changes.
+"""Which names can be called, what each stands for now, and how new ones come in.
 
-Owns base models, public names, adapters, their versions and aliases. Knows nothing of files, of
+Owns base models, public names, adapters and their versions. How aliases move, who else may call an
+adapter, and how it goes away are in `aliases`, `grants` and `retention`. Knows nothing of files, of
 HTTP, or of how an adapter is judged.
 """
 
 import datetime
 import hashlib
-import re
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, func, select, text
+from sqlalchemy import ColumnElement, Select, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased
 
 from engine.protocol import EngineInfo
 from gateway import audit, prices, tenants
+from gateway.adapter_rows import (
+    DEFAULT_PAGE,
+    LOCK_BYTES,
+    Page,
+    any_adapter,
+    any_version,
+    check_slug,
+    find_adapter,
+    living_adapter,
+)
+from gateway.aliases import Canary, Meaning, bucket_of, follow_latest
 from gateway.auth import Principal
 from gateway.database import Database
-from gateway.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, Unavailable
+from gateway.errors import Conflict, InvalidRequest, ModelNotFound, Unavailable
 from gateway.tables import (
-    SLUG_PATTERN,
     Adapter,
     AdapterAlias,
     AdapterVersion,
@@ -32,16 +43,13 @@ from gateway.tables import (
     new_id,
 )
 
-LATEST = "latest"
-SLUG_RULE = (
-    "1 to 32 of the characters a-z, 0-9 and '-', beginning and ending with a letter or a digit"
-)
 # Two slugs and a dash take 65; base models may have longer names, with a folder in front.
 MAX_MODEL_NAME = 256
 
-# Which version of which adapter a name means. Row-level security hides the adapters of others, so
-# a name that is not the caller's finds as little as one that does not exist. A base model that no
-# engine serves is not offered, and neither are its adapters.
+# Which version of which adapter a name means. Row-level security hides what is neither the caller's
+# nor shared with it, and base models that are withheld from it, so such a name finds as little as
+# one that does not exist. A base model that no engine serves is not offered, and neither are its
+# adapters.
 RESOLVE = text("""
     SELECT n.name AS public_name, b.id AS base_model_id, b.name AS base_model,
            b.text_bundle_digest AS base_text_bundle_digest, b.context_length,
@@ -51,27 +59,44 @@ RESOLVE = text("""
     FROM public_names n
     LEFT JOIN adapters a ON a.id = n.adapter_id AND a.deleted_at IS NULL
     JOIN base_models b ON b.id = coalesce(n.base_model_id, a.base_model_id)
-    LEFT JOIN adapter_aliases l ON l.adapter_id = a.id AND l.alias = :alias
-    LEFT JOIN adapter_versions v ON v.adapter_id = a.id AND v.state = 'ready'
-         AND (v.id = l.version_id OR v.number = :number)
+    LEFT JOIN adapter_aliases l ON l.adapter_id = a.id
+         AND l.alias = coalesce(CAST(:alias AS text), a.default_alias)
+    LEFT JOIN adapter_versions v ON v.state = 'ready' AND v.deleted_at IS NULL
+         AND v.id = CASE
+             WHEN CAST(:number AS integer) IS NOT NULL THEN (
+                 SELECT w.id FROM adapter_versions w
+                 WHERE w.adapter_id = a.id AND w.number = CAST(:number AS integer)
+             )
+             WHEN CAST(:bucket AS integer) < l.canary_percent THEN l.canary_version_id
+             ELSE l.version_id
+         END
     WHERE n.name = :name
       AND (v.id IS NOT NULL OR (n.base_model_id IS NOT NULL AND NOT :is_versioned))
       AND EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
 """)
 
-# Everything that the caller may name as a model.
+# Everything that the caller may name as a model: its own adapters, and those that are shared with
+# it. Each half begins at an index, and row-level security judges what it finds.
 LIST_MODELS = text("""
     SELECT b.name AS id, b.created_at, 'manylora' AS owned_by, b.name AS base_model,
            NULL::integer AS version_number, NULL::text AS version_digest
     FROM base_models b
+    JOIN public_names n ON n.name = lower(b.name) AND n.base_model_id = b.id
     WHERE EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
     UNION ALL
-    SELECT a.public_name, a.created_at, t.slug, b.name, v.number, v.version_digest
-    FROM adapters a
-    JOIN tenants t ON t.id = a.tenant_id
+    SELECT a.public_name, a.created_at,
+           -- Its owner's slug, though the owner's row is nobody else's to see.
+           left(a.public_name, -1 - length(a.slug)), b.name, v.number, v.version_digest
+    FROM (
+        SELECT id FROM adapters WHERE tenant_id = CAST(:tenant_id AS uuid)
+        UNION
+        SELECT adapter_id FROM adapter_grants
+        WHERE grantee_id = CAST(:tenant_id AS uuid) OR grantee_id IS NULL
+    ) AS mine
+    JOIN adapters a ON a.id = mine.id
     JOIN base_models b ON b.id = a.base_model_id
-    JOIN adapter_aliases l ON l.adapter_id = a.id AND l.alias = 'latest'
-    JOIN adapter_versions v ON v.id = l.version_id AND v.state = 'ready'
+    JOIN adapter_aliases l ON l.adapter_id = a.id AND l.alias = a.default_alias
+    JOIN adapter_versions v ON v.id = l.version_id AND v.state = 'ready' AND v.deleted_at IS NULL
     WHERE a.deleted_at IS NULL
       AND EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
 """)
@@ -105,7 +130,7 @@ class ModelEntry:
     created_at: datetime.datetime
     owned_by: str
     base_model: str
-    # What `latest` stands for; None for a base model.
+    # What the bare name stands for, a canary aside; None for a base model.
     version_number: int | None
     version_digest: str | None
 
@@ -116,8 +141,8 @@ class AdapterEntry:
 
     adapter: Adapter
     base_model: str
-    # alias -> version number
-    aliases: dict[str, int]
+    # By alias.
+    aliases: dict[str, Meaning]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +181,11 @@ class Contents:
         both = f"{self.weights_digest}\n{self.text_bundle_digest or ''}"
         return hashlib.sha256(both.encode()).hexdigest()
 
+    @property
+    def digests(self) -> list[str]:
+        """What is in the store, always in one order."""
+        return sorted({self.weights_digest, self.text_bundle_digest or self.weights_digest})
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -163,6 +193,8 @@ class Verdict:
 
     certificate: dict[str, Any]
     findings: list[dict[str, Any]]
+    # `aliases.ExampleResults`; None where the upload brought no examples.
+    example_results: dict[str, Any] | None = None
 
     @property
     def state(self) -> str:
@@ -186,27 +218,33 @@ class Registry:
 
     # What tenants ask.
 
-    async def resolve(self, principal: Principal, model: str) -> Target:
+    async def resolve(self, principal: Principal, model: str, *, user: str | None = None) -> Target:
         """Return what `model` means for this caller.
 
-        Raises ModelNotFound, in the same words for a name that does not exist, belongs to somebody
-        else, was deleted or has no version that may be served.
+        Where an alias has a canary, one `user` always gets the same version, and without a user one
+        key does. Raises ModelNotFound, in the same words for a name that does not exist, belongs to
+        somebody else, was deleted or has no version that may be served.
         """
         # asyncpg takes neither NUL nor lone surrogates, and no name has them.
         if len(model) > MAX_MODEL_NAME or not model.isprintable():
             raise model_not_found(model)
+        spelling = _spelling(model, caller=user or str(principal.key_id))
         async with self._database.as_tenant(_tenant_of(principal, model)) as session:
-            row = (await session.execute(RESOLVE, _spelling(model))).mappings().one_or_none()
+            row = (await session.execute(RESOLVE, spelling)).mappings().one_or_none()
         if row is None:
             raise model_not_found(model)
         return Target(**row)
 
     async def list_models(self, principal: Principal) -> list[ModelEntry]:
-        """Return the base models that are served, then the caller's own adapters, by name."""
+        """Return the base models that the caller may call, then its own adapters and shared ones.
+
+        By name, each kind.
+        """
         if principal.tenant_id is None:
             return []
         async with self._database.as_tenant(principal.tenant_id) as session:
-            rows = (await session.execute(LIST_MODELS)).mappings().all()
+            mine = {"tenant_id": principal.tenant_id}
+            rows = (await session.execute(LIST_MODELS, mine)).mappings().all()
         entries = [ModelEntry(**row) for row in rows]
         return sorted(entries, key=lambda entry: (entry.version_number is not None, entry.id))
 
@@ -254,7 +292,7 @@ class Registry:
                 raise Conflict(f"The tenant {tenant!r} is closed; it takes no more adapters.")
             check_slug(adapter, field="adapter")
             destination = Destination(owner.id, adapter, public_name(tenant, adapter), None)
-            existing = await _find_adapter(session, owner.id, adapter)
+            existing = await find_adapter(session, owner.id, adapter)
             if existing is None:
                 await _check_name_is_free(session, destination.public_name)
                 return destination
@@ -291,8 +329,13 @@ class Registry:
 
         The same contents again give the version that exists. A new version is `probing`: it can be
         called once `finish_version` says so. Raises Conflict where the name is taken.
+
+        Bytes that nobody referred to a moment ago may have been erased until this returns; from
+        then on they are not.
         """
         async with self._database.as_worker() as session:
+            for digest in contents.digests:
+                await session.execute(LOCK_BYTES, {"digest": digest})
             adapter = await _open_adapter(session, destination, base_model_id=base_model_id)
             version = await _same_contents(session, adapter.id, contents.version_digest)
             if version is not None:
@@ -313,19 +356,21 @@ class Registry:
     ) -> AdapterVersion:
         """Move a `probing` version to `ready` or `rejected`; one that moved before stays.
 
-        `latest` follows to the highest number that is ready, and never goes back.
+        `latest` follows to the highest number that is ready, and does not go back by itself.
         """
         async with self._database.as_worker() as session:
             version = await session.get_one(AdapterVersion, version_id)
             adapter = await session.get_one(Adapter, version.adapter_id, with_for_update=True)
             await session.refresh(version)
-            if version.state != "probing":
+            if version.state != "probing" or version.purged_at is not None:
                 return version
             version.state = verdict.state
             version.certificate = verdict.certificate
             version.findings = verdict.findings
-            if verdict.state == "ready":
-                await _advance_latest(session, version)
+            version.example_results = verdict.example_results
+            if verdict.state == "ready" and version.deleted_at is None:
+                await session.flush()
+                await follow_latest(session, adapter, version, actor_key_id=actor_key_id)
             await audit.record(
                 session,
                 tenant_id=version.tenant_id,
@@ -341,51 +386,80 @@ class Registry:
         served = select(EngineReplica.base_model_id)
         async with self._database.as_worker() as session:
             query = select(AdapterVersion).where(
-                AdapterVersion.state == "probing", AdapterVersion.base_model_id.in_(served)
+                AdapterVersion.state == "probing",
+                AdapterVersion.base_model_id.in_(served),
+                AdapterVersion.deleted_at.is_(None),
             )
             return list((await session.scalars(query)).all())
 
-    async def list_adapters(self, tenant: str) -> list[AdapterEntry]:
-        """Return a tenant's adapters by name, without deleted ones. Raises NotFound."""
+    async def list_adapters(
+        self,
+        tenant: str,
+        *,
+        after: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        is_deleted: bool = False,
+    ) -> Page[AdapterEntry, str]:
+        """Return a part of a tenant's adapters by name: living ones or deleted ones.
+
+        Raises NotFound or InvalidRequest.
+        """
+        if after is not None:
+            check_slug(after, field="after")
         async with self._database.as_worker() as session:
             owner = await tenants.get_tenant(session, tenant)
-            return await _adapter_entries(session, Adapter.tenant_id == owner.id)
+            which = _adapters_where(
+                Adapter.tenant_id == owner.id, _is_gone(Adapter, is_deleted=is_deleted)
+            )
+            if after is not None:
+                which = which.where(Adapter.slug > after)
+            entries = await _adapter_entries(session, which.limit(limit + 1))
+        return Page.of(entries, limit=limit, key=lambda each: each.adapter.slug)
 
     async def get_adapter(self, tenant: str, adapter: str) -> AdapterEntry:
         """Raises NotFound."""
         async with self._database.as_worker() as session:
-            row = await _living_adapter(session, tenant, adapter)
-            return (await _adapter_entries(session, Adapter.id == row.id))[0]
+            row = await living_adapter(session, tenant, adapter)
+            [entry] = await _adapter_entries(session, _adapters_where(Adapter.id == row.id))
+            return entry
 
     async def list_versions(
-        self, tenant: str, adapter: str
-    ) -> tuple[Adapter, list[AdapterVersion]]:
-        """Return an adapter and its versions, newest first. Raises NotFound."""
+        self,
+        tenant: str,
+        adapter: str,
+        *,
+        after: int | None = None,
+        limit: int = DEFAULT_PAGE,
+        is_deleted: bool = False,
+    ) -> tuple[Adapter, Page[AdapterVersion, int]]:
+        """Return an adapter and a part of its versions, newest first: living or deleted ones.
+
+        Deleted ones are told of deleted adapters too. Raises NotFound.
+        """
+        find = any_adapter if is_deleted else living_adapter
         async with self._database.as_worker() as session:
-            row = await _living_adapter(session, tenant, adapter)
+            row = await find(session, tenant, adapter)
             query = (
                 select(AdapterVersion)
-                .where(AdapterVersion.adapter_id == row.id)
+                .where(
+                    AdapterVersion.adapter_id == row.id,
+                    _is_gone(AdapterVersion, is_deleted=is_deleted),
+                )
                 .order_by(AdapterVersion.number.desc())
+                .limit(limit + 1)
             )
-            return row, list((await session.scalars(query)).all())
+            if after is not None:
+                query = query.where(AdapterVersion.number < after)
+            found = list((await session.scalars(query)).all())
+        return row, Page.of(found, limit=limit, key=lambda each: each.number)
 
-    async def delete_adapter(self, tenant: str, adapter: str, *, actor_key_id: uuid.UUID) -> None:
-        """Stop offering an adapter. Its rows stay, and so does its claim on the name.
-
-        Raises NotFound.
-        """
+    async def get_version(
+        self, tenant: str, adapter: str, number: int
+    ) -> tuple[Adapter, AdapterVersion]:
+        """Return an adapter and one of its versions, deleted or not. Raises NotFound."""
         async with self._database.as_worker() as session:
-            row = await _living_adapter(session, tenant, adapter, for_update=True)
-            row.deleted_at = func.now()
-            await audit.record(
-                session,
-                tenant_id=row.tenant_id,
-                actor_key_id=actor_key_id,
-                action="adapter.delete",
-                subject=row.public_name,
-                details={},
-            )
+            row = await living_adapter(session, tenant, adapter)
+            return row, await any_version(session, row, number)
 
 
 def public_name(tenant: str, adapter: str) -> str:
@@ -401,29 +475,25 @@ def model_not_found(model: str) -> ModelNotFound:
     )
 
 
-def check_slug(slug: str, *, field: str) -> None:
-    """Raises InvalidRequest, naming the field and the rule."""
-    if re.fullmatch(SLUG_PATTERN, slug) is None:
-        raise InvalidRequest(f"{field} must be {SLUG_RULE}.", param=field)
-
-
 def _tenant_of(principal: Principal, model: str) -> uuid.UUID:
     if principal.tenant_id is None:
         raise model_not_found(model)
     return principal.tenant_id
 
 
-def _spelling(model: str) -> dict[str, Any]:
-    """Take `name`, `name@3` or `name@latest` apart, as parameters of RESOLVE."""
+def _spelling(model: str, *, caller: str) -> dict[str, Any]:
+    """Take `name`, `name@3` or `name@prod` apart, as parameters of RESOLVE."""
     name, at, suffix = model.lower().rpartition("@")
     if not at:
-        name, suffix = suffix, LATEST
+        name = suffix
     # A column of 32 bits holds the number; longer ones name nothing.
-    is_number = suffix.isascii() and suffix.isdigit() and len(suffix) < 10
+    is_number = bool(at) and suffix.isascii() and suffix.isdigit() and len(suffix) < 10
     return {
         "name": name,
-        "alias": None if is_number else suffix,
+        # None for the adapter's default.
+        "alias": suffix if at and not is_number else None,
         "number": int(suffix) if is_number else None,
+        "bucket": bucket_of(name, caller),
         "is_versioned": bool(at),
     }
 
@@ -530,47 +600,40 @@ def _base_model_of(
     raise Conflict(f"No engine serves the base model of the adapter {destination.public_name!r}.")
 
 
-async def _find_adapter(
-    session: AsyncSession, tenant_id: uuid.UUID, slug: str, *, for_update: bool = False
-) -> Adapter | None:
-    query = select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.slug == slug)
-    if for_update:
-        query = query.with_for_update()
-    return (await session.scalars(query)).one_or_none()
+def _is_gone(
+    table: type[Adapter] | type[AdapterVersion], *, is_deleted: bool
+) -> ColumnElement[bool]:
+    return table.deleted_at.is_not(None) if is_deleted else table.deleted_at.is_(None)
 
 
-async def _living_adapter(
-    session: AsyncSession, tenant: str, slug: str, *, for_update: bool = False
-) -> Adapter:
-    owner = await tenants.get_tenant(session, tenant)
-    # PostgreSQL takes no NUL, and no slug has one.
-    is_slug = re.fullmatch(SLUG_PATTERN, slug) is not None
-    adapter = (
-        await _find_adapter(session, owner.id, slug, for_update=for_update) if is_slug else None
-    )
-    if adapter is None or adapter.deleted_at is not None:
-        raise NotFound(f"The tenant {tenant!r} has no adapter {slug!r}.", param="adapter")
-    return adapter
-
-
-async def _adapter_entries(session: AsyncSession, which: ColumnElement[bool]) -> list[AdapterEntry]:
-    query = (
+def _adapters_where(*which: ColumnElement[bool]) -> Select[Adapter, str]:
+    return (
         select(Adapter, BaseModel.name)
         .join(BaseModel, BaseModel.id == Adapter.base_model_id)
-        .where(which, Adapter.deleted_at.is_(None))
+        .where(*which)
         .order_by(Adapter.slug)
     )
+
+
+async def _adapter_entries(
+    session: AsyncSession, which: Select[Adapter, str]
+) -> list[AdapterEntry]:
     entries = {
         adapter.id: AdapterEntry(adapter, base_model, {})
-        for adapter, base_model in await session.execute(query)
+        for adapter, base_model in await session.execute(which)
     }
+    stable, canary = aliased(AdapterVersion), aliased(AdapterVersion)
     aliases = (
-        select(AdapterAlias.adapter_id, AdapterAlias.alias, AdapterVersion.number)
-        .join(AdapterVersion, AdapterVersion.id == AdapterAlias.version_id)
+        select(AdapterAlias, stable.number, canary.number)
+        .join(stable, stable.id == AdapterAlias.version_id)
+        .outerjoin(canary, canary.id == AdapterAlias.canary_version_id)
         .where(AdapterAlias.adapter_id.in_(entries))
+        .order_by(AdapterAlias.alias)
     )
-    for adapter_id, alias, number in await session.execute(aliases):
-        entries[adapter_id].aliases[alias] = number
+    for alias, number, other in await session.execute(aliases):
+        percent = alias.canary_percent
+        split = Canary(other, percent) if percent is not None else None
+        entries[alias.adapter_id].aliases[alias.alias] = Meaning(number, split)
     return list(entries.values())
 
 
@@ -590,7 +653,7 @@ async def _open_adapter(
         # Both unique constraints: the tenant's own name, and the public one.
         .on_conflict_do_nothing()
     )
-    adapter = await _find_adapter(session, destination.tenant_id, destination.slug, for_update=True)
+    adapter = await find_adapter(session, destination.tenant_id, destination.slug, for_update=True)
     if adapter is None:
         raise _name_taken(destination.public_name)
     _check_not_deleted(adapter)
@@ -607,8 +670,11 @@ async def _same_contents(
         AdapterVersion.adapter_id == adapter_id,
         AdapterVersion.version_digest == version_digest,
         AdapterVersion.state != "rejected",
+        AdapterVersion.deleted_at.is_(None),
     )
-    return (await session.scalars(query)).one_or_none()
+    # Two of them where one was deleted, uploaded again, and restored.
+    newest = query.order_by(AdapterVersion.number.desc()).limit(1)
+    return (await session.scalars(newest)).one_or_none()
 
 
 async def _insert_version(
@@ -637,23 +703,3 @@ async def _insert_version(
     session.add(version)
     await session.flush()
     return version
-
-
-async def _advance_latest(session: AsyncSession, version: AdapterVersion) -> None:
-    """The adapter's row is locked, so nobody else moves its aliases."""
-    alias = await session.get(AdapterAlias, (version.adapter_id, LATEST))
-    if alias is None:
-        session.add(
-            AdapterAlias(
-                adapter_id=version.adapter_id,
-                alias=LATEST,
-                tenant_id=version.tenant_id,
-                version_id=version.id,
-            )
-        )
-        return
-    current = await session.get_one(AdapterVersion, alias.version_id)
-    if version.number > current.number:
-        alias.version_id = version.id
-        alias.revision += 1
-        alias.moved_at = func.now()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MEBIBYTE = 1 << 20
+PURGE_AFTER_DAYS = 30
 # The engine reads the same one.
 PARENT_VARIABLE = "MANYLORA_PARENT_PID"
 
@@ -33,6 +34,8 @@ class Settings:
     host: str
     port: int
     max_upload_bytes: int
+    # How long deleted adapters can be restored.
+    purge_after_days: int
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -49,6 +52,7 @@ class Settings:
             "MANYLORA_HOST": self.host,
             "MANYLORA_PORT": str(self.port),
             "MANYLORA_MAX_UPLOAD_BYTES": str(self.max_upload_bytes),
+            "MANYLORA_PURGE_AFTER_DAYS": str(self.purge_after_days),
             **({} if self.parent_pid is None else {PARENT_VARIABLE: str(self.parent_pid)}),
         }
 
@@ -66,6 +70,7 @@ class Settings:
             host=environment.get("MANYLORA_HOST", "127.0.0.1"),
             port=_integer(environment, "MANYLORA_PORT", 8000),
             max_upload_bytes=_integer(environment, "MANYLORA_MAX_UPLOAD_BYTES", 1024 * MEBIBYTE),
+            purge_after_days=_integer(environment, "MANYLORA_PURGE_AFTER_DAYS", PURGE_AFTER_DAYS),
             parent_pid=_integer(environment, PARENT_VARIABLE, 0) or None,
         )
 

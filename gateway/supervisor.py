@@ -28,7 +28,7 @@ from gateway.auth import PEPPER_VERSION, Authenticator
 from gateway.database import DATABASE_TROUBLE, Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
 from gateway.errors import InvalidKey
-from gateway.settings import MEBIBYTE, PARENT_VARIABLE, Settings
+from gateway.settings import MEBIBYTE, PARENT_VARIABLE, PURGE_AFTER_DAYS, Settings
 
 POLL_INTERVAL_S = 0.1
 # A child that died sooner than this after its start is not worth starting at once again.
@@ -62,6 +62,7 @@ class ServeOptions:
     # Flags that the engine takes as they are.
     engine_flags: tuple[str, ...]
     max_upload_bytes: int = 1024 * MEBIBYTE
+    purge_after_days: int = PURGE_AFTER_DAYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,7 @@ class Supervisor:
             host=options.host,
             port=options.port,
             max_upload_bytes=options.max_upload_bytes,
+            purge_after_days=options.purge_after_days,
             parent_pid=os.getpid(),
         )
         await self._ensure_operator_key(settings)

@@ -80,6 +80,7 @@ class Tenant(Table):
     __table_args__ = (
         CheckConstraint(f"slug ~ '^{SLUG_PATTERN}$'", name="slug"),
         CheckConstraint("status IN ('active', 'suspended', 'closed')", name="status"),
+        CheckConstraint("max_adapters >= 0 AND max_adapter_bytes >= 0", name="quotas"),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -88,6 +89,9 @@ class Tenant(Table):
     status: Mapped[str] = mapped_column(server_default="active")
     # Separates this tenant's KV prefixes from all others'.
     cache_salt: Mapped[bytes]
+    # Most adapters that are not deleted, and most bytes of their versions; null for no limit.
+    max_adapters: Mapped[int | None] = mapped_column(Integer)
+    max_adapter_bytes: Mapped[int | None]
     created_at: Mapped[datetime.datetime] = _now()
 
 
@@ -120,7 +124,7 @@ class BaseModel(Table):
     name: Mapped[str] = mapped_column(unique=True)
     digest: Mapped[str]
     text_bundle_digest: Mapped[str]
-    # {module path: [in_features, out_features]}, what uploads are validated against
+    # `adapters.validate.BaseShape`: what uploads are validated against
     shape: Mapped[dict[str, Any]]
     context_length: Mapped[int]
     vocab_size: Mapped[int]
@@ -142,14 +146,26 @@ class PublicName(Table):
     adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"))
 
 
+class WithheldBaseModel(Table):
+    """A base model that a tenant may not call by its own name; its adapters stay callable."""
+
+    __tablename__ = "withheld_base_models"
+
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"), primary_key=True)
+    created_at: Mapped[datetime.datetime] = _now()
+
+
 class Adapter(Table):
-    """A name under which a tenant publishes versions."""
+    """A name under which a tenant publishes versions. Purged, its row still holds the name."""
 
     __tablename__ = "adapters"
     __table_args__ = (
         UniqueConstraint("tenant_id", "slug"),
         UniqueConstraint("id", "tenant_id"),
         CheckConstraint(f"slug ~ '^{SLUG_PATTERN}$'", name="slug"),
+        CheckConstraint("purged_at IS NULL OR deleted_at IS NOT NULL", name="deleted_first"),
+        Index("ix_adapters_deleted", "deleted_at", postgresql_where=text("purged_at IS NULL")),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -158,12 +174,16 @@ class Adapter(Table):
     slug: Mapped[str]
     # "<tenant>-<adapter>", stored whole and never split.
     public_name: Mapped[str] = mapped_column(unique=True)
+    # The alias that the name stands for where the caller names no version.
+    default_alias: Mapped[str] = mapped_column(server_default="latest")
     created_at: Mapped[datetime.datetime] = _now()
     deleted_at: Mapped[datetime.datetime | None]
+    # From then on there is no way back.
+    purged_at: Mapped[datetime.datetime | None]
 
 
 class AdapterVersion(Table):
-    """One immutable upload of an adapter."""
+    """One immutable upload of an adapter. Purged, its row still says what old bills mean."""
 
     __tablename__ = "adapter_versions"
     __table_args__ = (
@@ -171,6 +191,22 @@ class AdapterVersion(Table):
         UniqueConstraint("id", "tenant_id"),
         ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"]),
         CheckConstraint("state IN ('validating', 'probing', 'ready', 'rejected')", name="state"),
+        CheckConstraint("purged_at IS NULL OR deleted_at IS NOT NULL", name="deleted_first"),
+        CheckConstraint("erased_at IS NULL OR purged_at IS NOT NULL", name="purged_first"),
+        Index("ix_adapter_versions_weights", "weights_digest"),
+        Index(
+            "ix_adapter_versions_text_bundle",
+            "text_bundle_digest",
+            postgresql_where=text("text_bundle_digest IS NOT NULL"),
+        ),
+        Index(
+            "ix_adapter_versions_deleted", "deleted_at", postgresql_where=text("purged_at IS NULL")
+        ),
+        Index(
+            "ix_adapter_versions_not_erased",
+            "purged_at",
+            postgresql_where=text("purged_at IS NOT NULL AND erased_at IS NULL"),
+        ),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -190,7 +226,14 @@ class AdapterVersion(Table):
     size_bytes: Mapped[int]
     findings: Mapped[list[dict[str, Any]]] = mapped_column(server_default=text("'[]'"))
     certificate: Mapped[dict[str, Any] | None]
+    # How its uploader's examples went at publish, for the base model, for the version that was
+    # current then, and for this one: {"base" | "current" | "this": {"passed": 3, "total": 4}}.
+    example_results: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime.datetime] = _now()
+    deleted_at: Mapped[datetime.datetime | None]
+    # From then on there is no way back; `erased_at` is when its bytes had left the store.
+    purged_at: Mapped[datetime.datetime | None]
+    erased_at: Mapped[datetime.datetime | None]
 
 
 class AdapterAlias(Table):
@@ -202,15 +245,77 @@ class AdapterAlias(Table):
         ForeignKeyConstraint(
             ["version_id", "tenant_id"], ["adapter_versions.id", "adapter_versions.tenant_id"]
         ),
+        ForeignKeyConstraint(
+            ["canary_version_id", "tenant_id"],
+            ["adapter_versions.id", "adapter_versions.tenant_id"],
+        ),
+        CheckConstraint(
+            "num_nonnulls(canary_version_id, canary_percent) IN (0, 2)"
+            " AND canary_percent BETWEEN 1 AND 99",
+            name="canary",
+        ),
     )
 
     adapter_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     alias: Mapped[str] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]
     version_id: Mapped[uuid.UUID]
+    # So many of a hundred callers get this version instead; null where all get the same.
+    canary_version_id: Mapped[uuid.UUID | None]
+    canary_percent: Mapped[int | None] = mapped_column(Integer)
     # Grows with each move, for compare-and-swap.
     revision: Mapped[int] = mapped_column(server_default="1")
     moved_at: Mapped[datetime.datetime] = _now()
+
+
+class AliasMove(Table):
+    """What an alias stood for from one of its revisions to the next. Append-only."""
+
+    __tablename__ = "alias_moves"
+    __table_args__ = (
+        ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"]),
+        ForeignKeyConstraint(
+            ["version_id", "tenant_id"], ["adapter_versions.id", "adapter_versions.tenant_id"]
+        ),
+        ForeignKeyConstraint(
+            ["canary_version_id", "tenant_id"],
+            ["adapter_versions.id", "adapter_versions.tenant_id"],
+        ),
+    )
+
+    adapter_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    alias: Mapped[str] = mapped_column(primary_key=True)
+    revision: Mapped[int] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    # Null where the alias was removed.
+    version_id: Mapped[uuid.UUID | None]
+    canary_version_id: Mapped[uuid.UUID | None]
+    canary_percent: Mapped[int | None] = mapped_column(Integer)
+    # The revision whose state a rollback brought back; null for every other move.
+    restored_revision: Mapped[int | None]
+    reason: Mapped[str | None]
+    # Null where the alias moved by itself.
+    actor_key_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    moved_at: Mapped[datetime.datetime] = _now()
+
+
+class AdapterGrant(Table):
+    """Somebody besides its owner may call an adapter: one tenant, or everybody."""
+
+    __tablename__ = "adapter_grants"
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "grantee_id", postgresql_nulls_not_distinct=True),
+        ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"]),
+        Index("ix_adapter_grants_grantee", "grantee_id"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    adapter_id: Mapped[uuid.UUID]
+    # The adapter's owner.
+    tenant_id: Mapped[uuid.UUID]
+    # Null for everybody.
+    grantee_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("tenants.id"))
+    created_at: Mapped[datetime.datetime] = _now()
 
 
 class PriceVersion(Table):

@@ -1,20 +1,33 @@
-"""Customers: made, found, suspended, closed. A slug is given once and for all.
+"""Customers: made, found, limited, suspended, closed. A slug is given once and for all.
 
 Records nothing in the audit log: whoever knows the actor does.
 """
 
 import re
 import secrets
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Literal
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway.errors import Conflict, InvalidRequest, NotFound
-from gateway.tables import SLUG_PATTERN, PublicName, Tenant, new_id
+from gateway.tables import (
+    SLUG_PATTERN,
+    BaseModel,
+    PublicName,
+    Tenant,
+    WithheldBaseModel,
+    new_id,
+)
 
 Status = Literal["active", "suspended", "closed"]
+# May a tenant call a base model by its own name? Its adapters answer either way.
+Access = Literal["allowed", "withheld"]
 
 MAX_NAME_LENGTH = 200
 # Words that mean, or may come to mean, something else where a slug can stand: in paths and reports.
@@ -72,6 +85,35 @@ async def set_status(session: AsyncSession, slug: str, *, status: Status) -> Ten
     tenant.status = status
     await session.flush()
     return tenant
+
+
+async def set_base_model_access(
+    session: AsyncSession, tenant: Tenant, access: Mapping[str, Access]
+) -> None:
+    """Withhold base models from a tenant, or allow them again; others stay. Raises NotFound."""
+    for name, wanted in access.items():
+        named = select(BaseModel.id).where(BaseModel.name == name)
+        base_model_id = await session.scalar(named) if name.isprintable() else None
+        if base_model_id is None:
+            raise NotFound(f"There is no base model {name!r}.", param="base_model_access")
+        row = {"tenant_id": tenant.id, "base_model_id": base_model_id}
+        if wanted == "withheld":
+            await session.execute(insert(WithheldBaseModel).values(row).on_conflict_do_nothing())
+        else:
+            await session.execute(delete(WithheldBaseModel).filter_by(**row))
+
+
+async def withheld_base_models(session: AsyncSession) -> dict[uuid.UUID, list[str]]:
+    """The names of what is withheld, by tenant."""
+    query = (
+        select(WithheldBaseModel.tenant_id, BaseModel.name)
+        .join(BaseModel, BaseModel.id == WithheldBaseModel.base_model_id)
+        .order_by(BaseModel.name)
+    )
+    withheld = defaultdict(list)
+    for tenant_id, name in await session.execute(query):
+        withheld[tenant_id].append(name)
+    return withheld
 
 
 def _check_slug(slug: str) -> None:

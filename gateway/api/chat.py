@@ -85,8 +85,9 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    # Accepted for the client's own use; they change nothing here.
+    # One user always gets the same side of a canary.
     user: str | None = None
+    # Accepted for the client's own use; they change nothing here.
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -210,6 +211,7 @@ def _read(data: ChatCompletionRequest) -> GenerationRequest:
     return GenerationRequest(
         endpoint="chat.completions",
         model=data.model,
+        user=data.user,
         prompt=[message.for_template() for message in data.messages],
         is_streamed=bool(data.stream),
         max_tokens=data.max_completion_tokens or data.max_tokens,

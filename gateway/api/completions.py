@@ -61,7 +61,7 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    # Accepted for the client's own use; it changes nothing here.
+    # One user always gets the same side of a canary.
     user: str | None = None
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
     best_of: int | None = None
@@ -134,6 +134,7 @@ def _read(data: CompletionRequest) -> GenerationRequest:
     return GenerationRequest(
         endpoint="completions",
         model=data.model,
+        user=data.user,
         prompt=data.prompt if isinstance(data.prompt, str) else TokenPrompt(data.prompt),
         is_streamed=bool(data.stream),
         max_tokens=data.max_tokens or DEFAULT_MAX_TOKENS,

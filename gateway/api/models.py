@@ -19,7 +19,7 @@ class Model(msgspec.Struct, frozen=True):
     owned_by: str
     root: str
     parent: str | None
-    # What `latest` stands for; null for a base model.
+    # What the bare name stands for, a canary aside; null for a base model.
     adapter_version: int | None
     adapter_digest: str | None
     object: Literal["model"] = "model"

@@ -5,6 +5,7 @@ Only the engine's probe is a function of the test: the engine is another process
 
 import asyncio
 import contextlib
+import datetime
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -22,12 +23,15 @@ from safetensors.numpy import save
 from adapters.store import ArtifactStore
 from adapters.validate import BaseShape
 from engine.protocol import PROTOCOL_VERSION, EngineInfo, ProbeReport
+from gateway.aliases import Aliases
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, create_key, guard, provide_principal
 from gateway.database import Database
 from gateway.errors import GatewayError
+from gateway.grants import Grants
 from gateway.registry import Registry
+from gateway.retention import Retention
 from gateway.staging import Staging
 from gateway.uploads import Uploads
 
@@ -167,24 +171,30 @@ async def admin_plane(
 ) -> AsyncIterator[Plane]:
     """The plane with one engine's base model registered, and no tenant yet."""
     registry, probe = Registry(database), Probe()
+    store = ArtifactStore((folder / "store").as_uri())
     uploads = Uploads(
         registry,
-        ArtifactStore((folder / "store").as_uri()),
+        store,
         staging=Staging(folder / "staging", max_upload_bytes=max_upload_bytes),
         probe=probe,
     )
     await registry.register_base_model(info, ADDRESS)
     authenticator = Authenticator(database, {1: PEPPER})
-    app = _app(database, authenticator, registry=registry, uploads=uploads)
+    app = _app(
+        authenticator,
+        database=database,
+        registry=registry,
+        uploads=uploads,
+        aliases=Aliases(database),
+        grants=Grants(database),
+        retention=Retention(database, store, purge_after=datetime.timedelta(days=30)),
+    )
     async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:
         client.headers["authorization"] = f"Bearer {await _operator_key(database)}"
         yield Plane(app, client, registry, uploads, probe, folder)
 
 
-def _app(
-    database: Database, authenticator: Authenticator, *, registry: Registry, uploads: Uploads
-) -> Litestar:
-    parts = {"database": database, "registry": registry, "uploads": uploads}
+def _app(authenticator: Authenticator, **parts: Any) -> Litestar:
     app = Litestar(
         [admin_router],
         guards=[guard],

@@ -14,6 +14,14 @@ from gateway.tables import AuditEntry, Tenant
 from tests.gateway.admin_plane import INFO, MODULES, Plane, admin_plane
 
 TENANTS = "/admin/v1/tenants"
+PLACES = {
+    "tenant": "acme",
+    "adapter": "sql",
+    "key_id": "0" * 32,
+    "number": "1",
+    "alias": "prod",
+    "grantee": "all",
+}
 
 
 @pytest.fixture
@@ -36,7 +44,7 @@ async def audited(database: Database) -> list[tuple[str, str]]:
 
 def routes(openapi: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (method.upper(), path.format(tenant="acme", adapter="sql", key_id="0" * 32))
+        (method.upper(), path.format_map(PLACES))
         for path, methods in openapi["paths"].items()
         for method in methods
         if path.startswith("/admin/")
@@ -46,7 +54,7 @@ def routes(openapi: dict[str, Any]) -> list[tuple[str, str]]:
 async def test_every_route_needs_an_operators_key(plane: Plane, subtests: pytest.Subtests) -> None:
     tenant_key = (await plane.make_key("acme"))["key"]
     document = plane.app.openapi_schema.to_schema()
-    assert len(routes(document)) == 13
+    assert len(routes(document)) == 29
     for method, path in routes(document):
         with subtests.test(f"{method} {path}"):
             for key, status in (
@@ -233,8 +241,11 @@ async def test_an_adapter_is_shown_with_its_versions_until_it_is_deleted(
     assert adapter["model"] == "acme-sql"
     assert adapter["base_model"] == "Tiny-Base"
     assert adapter["aliases"] == {"latest": 1}
-    assert (await plane.client.get(f"{TENANTS}/acme/adapters")).json() == {"data": [adapter]}
-    assert (await plane.client.get(f"{path}/versions")).json() == {"data": [uploaded]}
+    assert (await plane.client.get(f"{TENANTS}/acme/adapters")).json() == {
+        "data": [adapter],
+        "next": None,
+    }
+    assert (await plane.client.get(f"{path}/versions")).json() == {"data": [uploaded], "next": None}
     assert (await plane.client.delete(path)).status_code == 204
     for method, gone in (("GET", path), ("GET", f"{path}/versions"), ("DELETE", path)):
         assert (await plane.client.request(method, gone)).status_code == 404
@@ -243,6 +254,7 @@ async def test_an_adapter_is_shown_with_its_versions_until_it_is_deleted(
     assert [action for action, _ in await audited(database)] == [
         "tenant.create",
         "adapter.version.create",
+        "adapter.alias.follow",
         "adapter.version.ready",
         "adapter.delete",
     ]

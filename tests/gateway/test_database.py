@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import json
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,7 +30,9 @@ from gateway.errors import DatabaseRefused
 from gateway.tables import (
     Adapter,
     AdapterAlias,
+    AdapterGrant,
     AdapterVersion,
+    AliasMove,
     ApiKey,
     AuditEntry,
     BaseModel,
@@ -41,6 +44,7 @@ from gateway.tables import (
     Tenant,
     UsageEvent,
     UsageRollup,
+    WithheldBaseModel,
     new_id,
 )
 from tests.conftest import APP_PASSWORD, Cluster, Home, execute
@@ -82,7 +86,7 @@ class Town:
     base_model: uuid.UUID
 
 
-def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID) -> list[Table]:
+def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID, withheld_id: uuid.UUID) -> list[Table]:
     """One row of each table that a tenant can have rows in; the tenant first."""
     tenant = Tenant(id=new_id(), slug=slug, name=slug, cache_salt=bytes(32))
     ours = {"tenant_id": tenant.id}
@@ -129,6 +133,9 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID) -> list[Table]:
         PublicName(name=adapter.public_name, adapter_id=adapter.id),
         version,
         AdapterAlias(adapter_id=adapter.id, alias="latest", version_id=version.id, **ours),
+        AliasMove(adapter_id=adapter.id, alias="latest", revision=1, **ours),
+        AdapterGrant(id=new_id(), adapter_id=adapter.id, grantee_id=tenant.id, **ours),
+        WithheldBaseModel(base_model_id=withheld_id, **ours),
         price,
         instance,
         hold,
@@ -142,19 +149,25 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID) -> list[Table]:
 
 @pytest.fixture
 async def town(database: Database) -> Town:
-    base_model = BaseModel(
-        id=new_id(),
-        name="smol",
-        digest="d",
-        text_bundle_digest="t",
-        shape={},
-        context_length=1,
-        vocab_size=1,
-        max_lora_rank=1,
+    base_model, withheld = (
+        BaseModel(
+            id=new_id(),
+            name=name,
+            digest="d",
+            text_bundle_digest="t",
+            shape={},
+            context_length=1,
+            vocab_size=1,
+            max_lora_rank=1,
+        )
+        for name in ("smol", "withheld")
     )
-    acme, globex = (rows_of_a_tenant(slug, base_model_id=base_model.id) for slug in SLUGS)
+    acme, globex = (
+        rows_of_a_tenant(slug, base_model_id=base_model.id, withheld_id=withheld.id)
+        for slug in SLUGS
+    )
     async with database.as_worker() as session:
-        for row in (base_model, *acme, *globex):
+        for row in (base_model, withheld, *acme, *globex):
             session.add(row)
             await session.flush()
     first, second = (row.id for row in (acme[0], globex[0]) if isinstance(row, Tenant))
@@ -485,6 +498,48 @@ async def test_checks_in_the_database_are_those_of_the_tables(home: Home) -> Non
         )
         assert {name for name in found.scalars() if name.startswith("ck_")} == declared
     await engine.dispose()
+
+
+async def test_the_second_step_keeps_what_the_first_knew(own_home: Home) -> None:
+    """Shapes are told with their base model's name, and the aliases' history begins."""
+
+    def step(connection: Connection, *, to: str) -> None:
+        config = alembic_config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, to)
+
+    ids = {name: new_id() for name in ("tenant", "base", "adapter", "version")}
+    shape = {"model.layers.0.self_attn.q_proj": [16, 8]}
+    written = (
+        "INSERT INTO base_models VALUES (:base, 'smol', 'd', 't', CAST(:shape AS jsonb), 1, 1, 1)",
+        "INSERT INTO tenants VALUES (:tenant, 'acme', 'acme', 'active', 'salt')",
+        "INSERT INTO adapters VALUES (:adapter, :tenant, :base, 'x', 'acme-x')",
+        "INSERT INTO adapter_versions VALUES"
+        " (:version, :tenant, :adapter, :base, 1, 'ready', 'w', 'v', NULL, 1, 1, 1)",
+        "INSERT INTO adapter_aliases VALUES (:adapter, 'latest', :tenant, :version, 3)",
+    )
+    everything = {**ids, "shape": json.dumps(shape)}
+    owner, superuser = (
+        create_async_engine(url) for url in (own_home.owner_url, own_home.superuser_url)
+    )
+    async with owner.begin() as connection:
+        await connection.run_sync(step, to="0001")
+    # Row-level security hides every tenant's rows from the owner.
+    async with superuser.begin() as connection:
+        for statement in written:
+            names = [name for name in everything if f":{name}" in statement]
+            await connection.execute(text(statement), {name: everything[name] for name in names})
+    async with owner.begin() as connection:
+        await connection.run_sync(step, to="0002")
+    async with superuser.begin() as connection:
+        found = await connection.execute(text("SELECT shape FROM base_models"))
+        assert found.scalar_one() == {"base_model": "smol", "modules": shape}
+        moves = text("SELECT alias, revision, version_id FROM alias_moves")
+        assert (await connection.execute(moves)).all() == [("latest", 3, ids["version"])]
+    for engine in (owner, superuser):
+        await engine.dispose()
+    async with opened(await migrated(own_home)) as database:
+        await database.check()
 
 
 async def test_migrating_again_changes_only_the_passwords(own_home: Home) -> None:

@@ -2,26 +2,34 @@
 
 import asyncio
 import dataclasses
-import uuid
+import datetime
+from pathlib import Path
 
 import msgspec
 import pytest
 from sqlalchemy import select
 
+from adapters.store import ArtifactStore
+from gateway.aliases import Meaning
 from gateway.auth import Principal
 from gateway.database import Database
 from gateway.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, Unavailable
-from gateway.registry import Contents, Registry, Verdict
-from gateway.tables import ApiKey, AuditEntry, PriceVersion, Tenant, new_id
+from gateway.registry import Contents, Registry
+from gateway.retention import Retention
+from gateway.tables import AuditEntry, PriceVersion, Tenant
 from tests.gateway.admin_plane import ADDRESS, INFO
-
-PASSED = Verdict(certificate={}, findings=[])
-FAILED = Verdict(certificate={}, findings=[{"code": "probe_failed"}])
+from tests.gateway.published import FAILED, PASSED, make_tenant, publish
 
 
 @pytest.fixture
 def registry(database: Database) -> Registry:
     return Registry(database)
+
+
+@pytest.fixture
+def retention(database: Database, tmp_path: Path) -> Retention:
+    store = ArtifactStore(tmp_path.as_uri())
+    return Retention(database, store, purge_after=datetime.timedelta(days=30))
 
 
 @pytest.fixture
@@ -32,57 +40,6 @@ async def base(registry: Registry) -> None:
 @pytest.fixture
 async def acme(database: Database) -> Principal:
     return await make_tenant(database, "acme")
-
-
-async def make_tenant(database: Database, slug: str) -> Principal:
-    tenant = Tenant(id=new_id(), slug=slug, name=slug, cache_salt=bytes(16), status="active")
-    key = ApiKey(
-        id=new_id(),
-        public_id=slug,
-        tenant_id=tenant.id,
-        name="test",
-        secret_hmac=bytes(32),
-        scopes=["inference", "usage"],
-    )
-    async with database.as_worker() as session:
-        session.add(tenant)
-        await session.flush()
-        session.add(key)
-    return Principal(
-        key_id=key.id,
-        key_name=key.name,
-        tenant_id=tenant.id,
-        tenant_slug=slug,
-        cache_salt=tenant.cache_salt,
-        scopes=frozenset(key.scopes),
-    )
-
-
-async def publish(
-    registry: Registry,
-    owner: Principal,
-    adapter: str,
-    *,
-    digest: str = "d",
-    verdict: Verdict = PASSED,
-) -> uuid.UUID:
-    assert owner.tenant_slug is not None
-    destination = await registry.destination(owner.tenant_slug, adapter)
-    base_model = await registry.base_model_for(destination, None)
-    published = await registry.create_version(
-        destination,
-        Contents(
-            weights_digest=digest * 64,
-            text_bundle_digest=None,
-            rank=4,
-            num_modules=2,
-            size_bytes=100,
-        ),
-        base_model_id=base_model.id,
-        actor_key_id=owner.key_id,
-    )
-    await registry.finish_version(published.version.id, verdict, actor_key_id=owner.key_id)
-    return published.version.id
 
 
 # What a name means.
@@ -141,12 +98,12 @@ async def refusal(registry: Registry, principal: Principal, model: str) -> tuple
 
 
 async def test_what_is_not_yours_is_refused_in_the_words_for_what_does_not_exist(
-    registry: Registry, base: None, database: Database, acme: Principal
+    registry: Registry, retention: Retention, base: None, database: Database, acme: Principal
 ) -> None:
     globex = await make_tenant(database, "globex")
     await publish(registry, globex, "sql")
     await publish(registry, acme, "gone")
-    await registry.delete_adapter("acme", "gone", actor_key_id=acme.key_id)
+    await retention.delete_adapter("acme", "gone", actor_key_id=acme.key_id)
     await publish(registry, acme, "bad", verdict=FAILED)
     unknown = await refusal(registry, acme, "no-such-model")
     for model in (
@@ -302,7 +259,7 @@ async def test_two_adapters_that_spell_one_name_collide(
         await registry.create_version(
             destination, contents, base_model_id=base_model.id, actor_key_id=ab.key_id
         )
-    assert await registry.list_adapters("a-b") == []
+    assert (await registry.list_adapters("a-b")).items == []
 
 
 async def test_an_adapter_cannot_take_a_base_models_name(
@@ -340,15 +297,15 @@ async def test_an_unknown_tenant_is_not_found(registry: Registry, slug: str) -> 
 
 
 async def test_the_name_of_a_deleted_adapter_is_not_used_again(
-    registry: Registry, base: None, acme: Principal
+    registry: Registry, retention: Retention, base: None, acme: Principal
 ) -> None:
     await publish(registry, acme, "sql")
-    await registry.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
-    assert await registry.list_adapters("acme") == []
+    await retention.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
+    assert (await registry.list_adapters("acme")).items == []
     with pytest.raises(Conflict, match="deleted"):
         await publish(registry, acme, "sql", digest="e")
     with pytest.raises(NotFound):
-        await registry.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
+        await retention.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
 
 
 async def test_latest_never_goes_back_to_an_older_version(
@@ -365,7 +322,7 @@ async def test_latest_never_goes_back_to_an_older_version(
     )
     await publish(registry, acme, "sql", digest="f")
     await registry.finish_version(slow.version.id, PASSED, actor_key_id=None)
-    assert (await registry.get_adapter("acme", "sql")).aliases == {"latest": 3}
+    assert (await registry.get_adapter("acme", "sql")).aliases == {"latest": Meaning(3)}
     assert (await registry.resolve(acme, "acme-sql@2")).version_number == 2
     # And a verdict stands.
     await registry.finish_version(older, PASSED, actor_key_id=None)
@@ -383,14 +340,15 @@ async def test_a_closed_tenant_takes_no_adapters(
 
 
 async def test_every_change_leaves_an_audit_row(
-    registry: Registry, base: None, database: Database, acme: Principal
+    registry: Registry, retention: Retention, base: None, database: Database, acme: Principal
 ) -> None:
     await publish(registry, acme, "sql")
-    await registry.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
+    await retention.delete_adapter("acme", "sql", actor_key_id=acme.key_id)
     async with database.as_worker() as session:
         rows = (await session.scalars(select(AuditEntry).order_by(AuditEntry.number))).all()
     assert [(row.action, row.subject, row.actor_key_id) for row in rows] == [
         ("adapter.version.create", "acme-sql@1", acme.key_id),
+        ("adapter.alias.follow", "acme-sql@latest", acme.key_id),
         ("adapter.version.ready", "acme-sql@1", acme.key_id),
         ("adapter.delete", "acme-sql", acme.key_id),
     ]

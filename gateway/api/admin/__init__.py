@@ -3,15 +3,31 @@
 from litestar import Router
 
 from gateway.api.admin.adapters import (
+    change_adapter,
     create_version,
     delete_adapter,
+    delete_version,
     get_adapter,
+    get_version,
     list_adapters,
     list_versions,
+    purge_adapter,
+    purge_version,
+    restore_adapter,
+    restore_version,
+)
+from gateway.api.admin.aliases import (
+    get_alias,
+    list_aliases,
+    list_moves,
+    move_alias,
+    remove_alias,
+    roll_back_alias,
 )
 from gateway.api.admin.base_models import list_base_models
+from gateway.api.admin.grants import grant_adapter, list_grants, revoke_grant
 from gateway.api.admin.keys import create_key, list_keys, revoke_key
-from gateway.api.admin.tenants import create_tenant, get_tenant, list_tenants, set_status
+from gateway.api.admin.tenants import change_tenant, create_tenant, get_tenant, list_tenants
 
 admin_router = Router(
     "/admin/v1",
@@ -19,15 +35,31 @@ admin_router = Router(
         create_tenant,
         list_tenants,
         get_tenant,
-        set_status,
+        change_tenant,
         create_key,
         list_keys,
         revoke_key,
         list_adapters,
         get_adapter,
+        change_adapter,
         delete_adapter,
+        restore_adapter,
+        purge_adapter,
         list_versions,
         create_version,
+        get_version,
+        delete_version,
+        restore_version,
+        purge_version,
+        list_aliases,
+        get_alias,
+        list_moves,
+        move_alias,
+        roll_back_alias,
+        remove_alias,
+        list_grants,
+        grant_adapter,
+        revoke_grant,
         list_base_models,
     ],
 )

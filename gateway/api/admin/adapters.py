@@ -1,27 +1,34 @@
-"""Adapters and their versions, for operators. POST of a version is the upload."""
+"""Adapters and their versions, for operators. POST of a version is the upload.
+
+Deleting, restoring and purging are here; where aliases stand and who else may call are beside.
+"""
 
 import datetime
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from litestar import Request, Response, delete, get, post
+from litestar import Request, Response, delete, get, patch, post
 from litestar.di import NamedDependency
 from litestar.openapi import ResponseSpec
 from litestar.openapi.spec import OpenAPIMediaType, Operation, Reference, RequestBody, Schema
 from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
-from litestar.params import FromPath
+from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
 from adapters.errors import Finding
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
+from gateway.adapter_rows import DEFAULT_PAGE, MAX_NUMBER, MAX_PAGE
+from gateway.aliases import Aliases
 from gateway.auth import Principal
 from gateway.registry import AdapterEntry, Registry
+from gateway.retention import Retention
 from gateway.tables import Adapter, AdapterVersion
 from gateway.uploads import Uploads
 
 TAGS = ["admin: adapters"]
 
 State = Literal["validating", "probing", "ready", "rejected"]
+Limit = Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)]
 
 
 class AdapterView(msgspec.Struct, frozen=True):
@@ -30,19 +37,31 @@ class AdapterView(msgspec.Struct, frozen=True):
     adapter: str
     model: str
     base_model: str
-    # alias -> version number
+    # The alias that `model` stands for where no version is named.
+    default_alias: str
+    # alias -> version number, a canary aside
     aliases: dict[str, int]
     created_at: datetime.datetime
+    deleted_at: datetime.datetime | None
+    purged_at: datetime.datetime | None
 
 
 class AdapterList(msgspec.Struct, frozen=True):
-    """The adapters of one tenant."""
+    """A part of the adapters of one tenant, by name."""
 
     data: list[AdapterView]
+    # Send it as `after` for the next part; null where this is the last.
+    next: str | None
+
+
+class AdapterChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which alias the model's bare name stands for: `latest` unless it is told otherwise."""
+
+    default_alias: str
 
 
 class VersionView(msgspec.Struct, frozen=True):
-    """One immutable version. `model` follows `latest`, `pinned_model` stays at this version."""
+    """One immutable version. `model` is the bare name, `pinned_model` stays at this version."""
 
     model: str
     pinned_model: str
@@ -57,13 +76,19 @@ class VersionView(msgspec.Struct, frozen=True):
     findings: list[Finding]
     # What the engine's probe of this version showed.
     certificate: dict[str, Any] | None
+    # {"base" | "current" | "this": {"passed": ..., "total": ...}}; null without examples.
+    example_results: dict[str, Any] | None
     created_at: datetime.datetime
+    deleted_at: datetime.datetime | None
+    purged_at: datetime.datetime | None
 
 
 class VersionList(msgspec.Struct, frozen=True):
-    """The versions of one adapter, newest first."""
+    """A part of the versions of one adapter, newest first."""
 
     data: list[VersionView]
+    # Send it as `after` for the next part; null where this is the last.
+    next: int | None
 
 
 @dataclass
@@ -89,9 +114,17 @@ class UploadOperation(Operation):
     scope="operator",
     tags=TAGS,
     summary="List a tenant's adapters",
+    description="`deleted=true` lists the deleted ones instead, also those that were purged.",
 )
-async def list_adapters(tenant: FromPath[str], registry: NamedDependency[Registry]) -> AdapterList:
-    return AdapterList([_adapter_view(entry) for entry in await registry.list_adapters(tenant)])
+async def list_adapters(
+    tenant: FromPath[str],
+    registry: NamedDependency[Registry],
+    limit: Limit = DEFAULT_PAGE,
+    after: FromQuery[str | None] = None,
+    deleted: FromQuery[bool] = False,
+) -> AdapterList:
+    page = await registry.list_adapters(tenant, after=after, limit=limit, is_deleted=deleted)
+    return AdapterList([_adapter_view(entry) for entry in page.items], page.next)
 
 
 @get(
@@ -106,20 +139,79 @@ async def get_adapter(
     return _adapter_view(await registry.get_adapter(tenant, adapter))
 
 
+@patch(
+    "/tenants/{tenant:str}/adapters/{adapter:str}",
+    scope="operator",
+    tags=TAGS,
+    summary="Change what an adapter's bare name stands for",
+    description=(
+        "The bare name stands for the adapter's `default_alias`. That is `latest`, the newest"
+        " version that is ready, until it is changed here; `prod`, say, must exist before."
+    ),
+)
+async def change_adapter(
+    tenant: FromPath[str],
+    adapter: FromPath[str],
+    data: JSONBody[AdapterChange],
+    registry: NamedDependency[Registry],
+    aliases: NamedDependency[Aliases],
+    principal: NamedDependency[Principal],
+) -> AdapterView:
+    await aliases.set_default(tenant, adapter, data.default_alias, actor_key_id=principal.key_id)
+    return _adapter_view(await registry.get_adapter(tenant, adapter))
+
+
 @delete(
     "/tenants/{tenant:str}/adapters/{adapter:str}",
     scope="operator",
     tags=TAGS,
     summary="Delete an adapter",
-    description="Calls of its model are refused from now on. The name is never used again.",
+    description=(
+        "Calls of its model are refused from now on. It can be restored until it is purged, some"
+        " days later. The name is never used again."
+    ),
 )
 async def delete_adapter(
     tenant: FromPath[str],
     adapter: FromPath[str],
-    registry: NamedDependency[Registry],
+    retention: NamedDependency[Retention],
     principal: NamedDependency[Principal],
 ) -> None:
-    await registry.delete_adapter(tenant, adapter, actor_key_id=principal.key_id)
+    await retention.delete_adapter(tenant, adapter, actor_key_id=principal.key_id)
+
+
+@post(
+    "/tenants/{tenant:str}/adapters/{adapter:str}/restore",
+    scope="operator",
+    status_code=204,
+    tags=TAGS,
+    summary="Restore a deleted adapter",
+    description="It is offered as it was: versions, aliases and grants.",
+)
+async def restore_adapter(
+    tenant: FromPath[str],
+    adapter: FromPath[str],
+    retention: NamedDependency[Retention],
+    principal: NamedDependency[Principal],
+) -> None:
+    await retention.restore_adapter(tenant, adapter, actor_key_id=principal.key_id)
+
+
+@post(
+    "/tenants/{tenant:str}/adapters/{adapter:str}/purge",
+    scope="operator",
+    status_code=204,
+    tags=TAGS,
+    summary="Purge a deleted adapter now",
+    description="There is no way back. 409 where it is not deleted, or a request runs on it.",
+)
+async def purge_adapter(
+    tenant: FromPath[str],
+    adapter: FromPath[str],
+    retention: NamedDependency[Retention],
+    principal: NamedDependency[Principal],
+) -> None:
+    await retention.purge_adapter(tenant, adapter, actor_key_id=principal.key_id)
 
 
 @get(
@@ -127,12 +219,91 @@ async def delete_adapter(
     scope="operator",
     tags=TAGS,
     summary="List an adapter's versions",
+    description="`deleted=true` lists the deleted ones instead, also of a deleted adapter.",
 )
 async def list_versions(
-    tenant: FromPath[str], adapter: FromPath[str], registry: NamedDependency[Registry]
+    tenant: FromPath[str],
+    adapter: FromPath[str],
+    registry: NamedDependency[Registry],
+    limit: Limit = DEFAULT_PAGE,
+    after: Annotated[int | None, QueryParameter(ge=0, le=MAX_NUMBER)] = None,
+    deleted: FromQuery[bool] = False,
 ) -> VersionList:
-    row, versions = await registry.list_versions(tenant, adapter)
-    return VersionList([_version_view(row, version) for version in versions])
+    row, page = await registry.list_versions(
+        tenant, adapter, after=after, limit=limit, is_deleted=deleted
+    )
+    return VersionList([_version_view(row, version) for version in page.items], page.next)
+
+
+@get(
+    "/tenants/{tenant:str}/adapters/{adapter:str}/versions/{number:int}",
+    scope="operator",
+    tags=TAGS,
+    summary="Show one version",
+)
+async def get_version(
+    tenant: FromPath[str],
+    adapter: FromPath[str],
+    number: FromPath[int],
+    registry: NamedDependency[Registry],
+) -> VersionView:
+    return _version_view(*await registry.get_version(tenant, adapter, number))
+
+
+@delete(
+    "/tenants/{tenant:str}/adapters/{adapter:str}/versions/{number:int}",
+    scope="operator",
+    tags=TAGS,
+    summary="Delete a version",
+    description=(
+        "`latest` falls back to the newest that is left. 409 where another alias stands for it. It"
+        " can be restored until it is purged, some days later. The number is never used again."
+    ),
+)
+async def delete_version(
+    tenant: FromPath[str],
+    adapter: FromPath[str],
+    number: FromPath[int],
+    retention: NamedDependency[Retention],
+    principal: NamedDependency[Principal],
+) -> None:
+    await retention.delete_version(tenant, adapter, number, actor_key_id=principal.key_id)
+
+
+@post(
+    "/tenants/{tenant:str}/adapters/{adapter:str}/versions/{number:int}/restore",
+    scope="operator",
+    status_code=204,
+    tags=TAGS,
+    summary="Restore a deleted version",
+    description="It can be called by its number again; aliases stay where they are.",
+)
+async def restore_version(
+    tenant: FromPath[str],
+    adapter: FromPath[str],
+    number: FromPath[int],
+    retention: NamedDependency[Retention],
+    principal: NamedDependency[Principal],
+) -> None:
+    await retention.restore_version(tenant, adapter, number, actor_key_id=principal.key_id)
+
+
+@post(
+    "/tenants/{tenant:str}/adapters/{adapter:str}/versions/{number:int}/purge",
+    scope="operator",
+    status_code=204,
+    tags=TAGS,
+    summary="Purge a deleted version now",
+    description="There is no way back. 409 where it is not deleted, or a request runs on it.",
+)
+async def purge_version(
+    tenant: FromPath[str],
+    adapter: FromPath[str],
+    number: FromPath[int],
+    retention: NamedDependency[Retention],
+    principal: NamedDependency[Principal],
+) -> None:
+    await retention.purge_version(tenant, adapter, number, actor_key_id=principal.key_id)
 
 
 @post(
@@ -184,8 +355,11 @@ def _adapter_view(entry: AdapterEntry) -> AdapterView:
         adapter=entry.adapter.slug,
         model=entry.adapter.public_name,
         base_model=entry.base_model,
-        aliases=entry.aliases,
+        default_alias=entry.adapter.default_alias,
+        aliases={alias: meaning.number for alias, meaning in entry.aliases.items()},
         created_at=entry.adapter.created_at,
+        deleted_at=entry.adapter.deleted_at,
+        purged_at=entry.adapter.purged_at,
     )
 
 
@@ -203,5 +377,8 @@ def _version_view(adapter: Adapter, version: AdapterVersion) -> VersionView:
         size_bytes=version.size_bytes,
         findings=msgspec.convert(version.findings, list[Finding]),
         certificate=version.certificate,
+        example_results=version.example_results,
         created_at=version.created_at,
+        deleted_at=version.deleted_at,
+        purged_at=version.purged_at,
     )

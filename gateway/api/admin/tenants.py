@@ -1,17 +1,20 @@
 """Tenants, for operators."""
 
 import datetime
+from typing import Annotated, Any
 
 import msgspec
 from litestar import get, patch, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway import audit, tenants
 from gateway.auth import Principal
 from gateway.database import Database
+from gateway.errors import InvalidRequest
 from gateway.tables import Tenant
-from gateway.tenants import Status
+from gateway.tenants import Access, Status
 
 TAGS = ["admin: tenants"]
 
@@ -24,10 +27,22 @@ class NewTenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str | None = None
 
 
-class TenantChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`suspended` refuses all its keys until it is `active` again; `closed` is for good."""
+MaxAdapters = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+MaxBytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
-    status: Status
+
+class TenantChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is to be different; what is left out stays.
+
+    `suspended` refuses all its keys until it is `active` again; `closed` is for good. A null quota
+    is none. `base_model_access` says of base models, by name, whether the tenant may call them
+    without an adapter: `allowed` unless they are `withheld`.
+    """
+
+    status: Status | msgspec.UnsetType = msgspec.UNSET
+    max_adapters: MaxAdapters | msgspec.UnsetType | None = msgspec.UNSET
+    max_adapter_bytes: MaxBytes | msgspec.UnsetType | None = msgspec.UNSET
+    base_model_access: dict[str, Access] | msgspec.UnsetType = msgspec.UNSET
 
 
 class TenantView(msgspec.Struct, frozen=True):
@@ -36,11 +51,24 @@ class TenantView(msgspec.Struct, frozen=True):
     tenant: str
     name: str
     status: str
+    # Null for no limit.
+    max_adapters: int | None
+    max_adapter_bytes: int | None
+    # The base models that are withheld; all others are allowed.
+    base_model_access: dict[str, Access]
     created_at: datetime.datetime
 
     @classmethod
-    def of(cls, tenant: Tenant) -> "TenantView":
-        return cls(tenant.slug, tenant.name, tenant.status, tenant.created_at)
+    def of(cls, tenant: Tenant, *, withheld: list[str]) -> "TenantView":
+        return cls(
+            tenant=tenant.slug,
+            name=tenant.name,
+            status=tenant.status,
+            max_adapters=tenant.max_adapters,
+            max_adapter_bytes=tenant.max_adapter_bytes,
+            base_model_access=dict.fromkeys(withheld, "withheld"),
+            created_at=tenant.created_at,
+        )
 
 
 class TenantList(msgspec.Struct, frozen=True):
@@ -67,41 +95,79 @@ async def create_tenant(
             subject=tenant.slug,
             details={"name": tenant.name},
         )
-    return TenantView.of(tenant)
+    return TenantView.of(tenant, withheld=[])
 
 
 @get("/tenants", scope="operator", tags=TAGS, summary="List the tenants")
 async def list_tenants(database: NamedDependency[Database]) -> TenantList:
     async with database.as_worker() as session:
-        return TenantList([TenantView.of(t) for t in await tenants.list_tenants(session)])
+        withheld = await tenants.withheld_base_models(session)
+        return TenantList(
+            [
+                TenantView.of(tenant, withheld=withheld.get(tenant.id, []))
+                for tenant in await tenants.list_tenants(session)
+            ]
+        )
 
 
 @get("/tenants/{tenant:str}", scope="operator", tags=TAGS, summary="Show a tenant")
 async def get_tenant(tenant: FromPath[str], database: NamedDependency[Database]) -> TenantView:
     async with database.as_worker() as session:
-        return TenantView.of(await tenants.get_tenant(session, tenant))
+        found = await tenants.get_tenant(session, tenant)
+        withheld = await tenants.withheld_base_models(session)
+    return TenantView.of(found, withheld=withheld.get(found.id, []))
 
 
 @patch(
     "/tenants/{tenant:str}",
     scope="operator",
     tags=TAGS,
-    summary="Suspend, reopen or close a tenant",
+    summary="Suspend, reopen, close or limit a tenant",
 )
-async def set_status(
+async def change_tenant(
     tenant: FromPath[str],
     data: JSONBody[TenantChange],
     database: NamedDependency[Database],
     principal: NamedDependency[Principal],
 ) -> TenantView:
+    if not msgspec.to_builtins(data):
+        raise InvalidRequest(f"Nothing to change: send {', '.join(data.__struct_fields__)}.")
     async with database.as_worker() as session:
-        changed = await tenants.set_status(session, tenant, status=data.status)
-        await audit.record(
-            session,
-            tenant_id=changed.id,
-            actor_key_id=principal.key_id,
-            action=f"tenant.{data.status}",
-            subject=changed.slug,
-            details={},
+        changed = await tenants.get_tenant(session, tenant, for_update=True)
+        for action, details in await _apply(session, changed, data):
+            await audit.record(
+                session,
+                tenant_id=changed.id,
+                actor_key_id=principal.key_id,
+                action=action,
+                subject=changed.slug,
+                details=details,
+            )
+        withheld = await tenants.withheld_base_models(session)
+    return TenantView.of(changed, withheld=withheld.get(changed.id, []))
+
+
+async def _apply(
+    session: AsyncSession, tenant: Tenant, change: TenantChange
+) -> list[tuple[str, dict[str, Any]]]:
+    """Make the changes; return the action and the details of each, for the audit log."""
+    actions: list[tuple[str, dict[str, Any]]] = []
+    if change.status is not msgspec.UNSET:
+        await tenants.set_status(session, tenant.slug, status=change.status)
+        actions.append((f"tenant.{change.status}", {}))
+    quotas = {
+        name: value
+        for name, value in (
+            ("max_adapters", change.max_adapters),
+            ("max_adapter_bytes", change.max_adapter_bytes),
         )
-    return TenantView.of(changed)
+        if value is not msgspec.UNSET
+    }
+    if quotas:
+        for name, value in quotas.items():
+            setattr(tenant, name, value)
+        actions.append(("tenant.quotas", quotas))
+    if change.base_model_access is not msgspec.UNSET:
+        await tenants.set_base_model_access(session, tenant, change.base_model_access)
+        actions.append(("tenant.base_model_access", dict(change.base_model_access)))
+    return actions
