@@ -67,6 +67,8 @@ def main() -> None:
 @click.option("--store-url", help="Where adapters are kept. [default: the data directory]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR)
 @click.option("--max-upload-mib", default=1024, show_default=True)
+@click.option("--max-adapters-per-tenant", type=click.IntRange(min=0))
+@click.option("--max-adapter-bytes-per-tenant", type=click.IntRange(min=0))
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and answer together.")
@@ -91,6 +93,8 @@ def serve(
     store_url: str | None,
     data_dir: Path,
     max_upload_mib: int,
+    max_adapters_per_tenant: int | None,
+    max_adapter_bytes_per_tenant: int | None,
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -105,6 +109,8 @@ def serve(
         store_url=store_url,
         engine_flags=_engine_flags(engine_options),
         max_upload_bytes=max_upload_mib * MEBIBYTE,
+        max_adapters_per_tenant=max_adapters_per_tenant,
+        max_adapter_bytes_per_tenant=max_adapter_bytes_per_tenant,
     )
 
     async def ready(supervisor: Supervisor) -> None:

@@ -19,8 +19,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from engine.protocol import EngineInfo
 from gateway import audit, prices, tenants
 from gateway.auth import Principal
+from gateway.blobs import lock_bytes
 from gateway.database import Database
 from gateway.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, Unavailable
+from gateway.quotas import NO_QUOTAS, Quotas
 from gateway.tables import (
     SLUG_PATTERN,
     Adapter,
@@ -57,6 +59,15 @@ RESOLVE = text("""
     WHERE n.name = :name
       AND (v.id IS NOT NULL OR (n.base_model_id IS NOT NULL AND NOT :is_versioned))
       AND EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
+""")
+
+# Whether a name that resolves to nothing would, were its bytes still in the store.
+IS_MISSING = text("""
+    SELECT FROM adapters a
+    LEFT JOIN adapter_aliases l ON l.adapter_id = a.id AND l.alias = :alias
+    JOIN adapter_versions v ON v.adapter_id = a.id AND v.state = 'missing'
+         AND (v.id = l.version_id OR v.number = :number)
+    WHERE a.public_name = :name AND a.deleted_at IS NULL
 """)
 
 # Everything that the caller may name as a model.
@@ -181,8 +192,9 @@ class Published:
 class Registry:
     """Names, and what they mean. Every change is one transaction that holds its audit row."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, quotas: Quotas = NO_QUOTAS) -> None:
         self._database = database
+        self._quotas = quotas
 
     # What tenants ask.
 
@@ -197,8 +209,8 @@ class Registry:
             raise model_not_found(model)
         async with self._database.as_tenant(_tenant_of(principal, model)) as session:
             row = (await session.execute(RESOLVE, _spelling(model))).mappings().one_or_none()
-        if row is None:
-            raise model_not_found(model)
+            if row is None:
+                raise await _why_not(session, model)
         return Target(**row)
 
     async def list_models(self, principal: Principal) -> list[ModelEntry]:
@@ -290,14 +302,21 @@ class Registry:
         """Book an artifact that is in the store already, as the adapter's next version.
 
         The same contents again give the version that exists. A new version is `probing`: it can be
-        called once `finish_version` says so. Raises Conflict where the name is taken.
+        called once `finish_version` says so, and so can one whose bytes had gone missing. Raises
+        Conflict where the name is taken and QuotaExceeded.
+
+        Bytes that no row named a moment ago may be removed until this returns, and not after.
         """
         async with self._database.as_worker() as session:
+            await lock_bytes(session, contents.weights_digest)
             adapter = await _open_adapter(session, destination, base_model_id=base_model_id)
             version = await _same_contents(session, adapter.id, contents.version_digest)
             if version is not None:
+                if version.state == "missing":
+                    version.state = "probing"
                 return Published(adapter, version, is_new=False)
             version = await _insert_version(session, adapter, contents=contents)
+            await self._quotas.check(session, version)
             await audit.record(
                 session,
                 tenant_id=adapter.tenant_id,
@@ -398,6 +417,17 @@ def model_not_found(model: str) -> ModelNotFound:
     shown = model[:MAX_MODEL_NAME].encode("ascii", "backslashreplace").decode()
     return ModelNotFound(
         f"The model `{shown}` does not exist or this key has no access to it.", param="model"
+    )
+
+
+async def _why_not(session: AsyncSession, model: str) -> ModelNotFound | Unavailable:
+    """Why a name resolves to nothing, as far as the caller may know."""
+    if (await session.execute(IS_MISSING, _spelling(model))).first() is None:
+        return model_not_found(model)
+    return Unavailable(
+        f"The files of `{model}` are missing from the artifact store; the operator can upload them"
+        " again.",
+        retry_after_s=60,
     )
 
 

@@ -33,6 +33,9 @@ class Settings:
     host: str
     port: int
     max_upload_bytes: int
+    # For tenants without limits of their own; None for no limit.
+    max_adapters_per_tenant: int | None = None
+    max_adapter_bytes_per_tenant: int | None = None
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -49,7 +52,9 @@ class Settings:
             "MANYLORA_HOST": self.host,
             "MANYLORA_PORT": str(self.port),
             "MANYLORA_MAX_UPLOAD_BYTES": str(self.max_upload_bytes),
-            **({} if self.parent_pid is None else {PARENT_VARIABLE: str(self.parent_pid)}),
+            **_given("MANYLORA_MAX_ADAPTERS_PER_TENANT", self.max_adapters_per_tenant),
+            **_given("MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT", self.max_adapter_bytes_per_tenant),
+            **_given(PARENT_VARIABLE, self.parent_pid),
         }
 
     @classmethod
@@ -66,7 +71,11 @@ class Settings:
             host=environment.get("MANYLORA_HOST", "127.0.0.1"),
             port=_integer(environment, "MANYLORA_PORT", 8000),
             max_upload_bytes=_integer(environment, "MANYLORA_MAX_UPLOAD_BYTES", 1024 * MEBIBYTE),
-            parent_pid=_integer(environment, PARENT_VARIABLE, 0) or None,
+            max_adapters_per_tenant=_optional(environment, "MANYLORA_MAX_ADAPTERS_PER_TENANT"),
+            max_adapter_bytes_per_tenant=_optional(
+                environment, "MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT"
+            ),
+            parent_pid=_optional(environment, PARENT_VARIABLE),
         )
 
 
@@ -83,6 +92,14 @@ def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
         return int(value)
     except ValueError:
         raise SettingsFault(f"{name} is not a whole number: {value!r}") from None
+
+
+def _optional(environment: Mapping[str, str], name: str) -> int | None:
+    return _integer(environment, name, 0) if environment.get(name) else None
+
+
+def _given(name: str, value: int | None) -> dict[str, str]:
+    return {} if value is None else {name: str(value)}
 
 
 def _hexadecimal(environment: Mapping[str, str], name: str) -> bytes:

@@ -62,6 +62,9 @@ class ServeOptions:
     # Flags that the engine takes as they are.
     engine_flags: tuple[str, ...]
     max_upload_bytes: int = 1024 * MEBIBYTE
+    # None for no limit.
+    max_adapters_per_tenant: int | None = None
+    max_adapter_bytes_per_tenant: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,8 @@ class Supervisor:
             host=options.host,
             port=options.port,
             max_upload_bytes=options.max_upload_bytes,
+            max_adapters_per_tenant=options.max_adapters_per_tenant,
+            max_adapter_bytes_per_tenant=options.max_adapter_bytes_per_tenant,
             parent_pid=os.getpid(),
         )
         await self._ensure_operator_key(settings)

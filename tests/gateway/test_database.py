@@ -39,6 +39,8 @@ from gateway.tables import (
     PublicName,
     Table,
     Tenant,
+    Upload,
+    UploadPart,
     UsageEvent,
     UsageRollup,
     new_id,
@@ -116,6 +118,7 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID) -> list[Table]:
         **paid,
     )
     now = datetime.datetime.now(datetime.UTC)
+    upload = Upload(id=new_id(), adapter="x", files=[], expires_at=now, **ours)
     event = UsageEvent(
         id=hold.id, outcome="stop", engine_ns=1, started_at=now, finished_at=now, **tokens, **paid
     )
@@ -129,6 +132,8 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID) -> list[Table]:
         PublicName(name=adapter.public_name, adapter_id=adapter.id),
         version,
         AdapterAlias(adapter_id=adapter.id, alias="latest", version_id=version.id, **ours),
+        upload,
+        UploadPart(upload_id=upload.id, file="f", begin_bytes=0, size_bytes=1, part="p", **ours),
         price,
         instance,
         hold,

@@ -3,7 +3,6 @@
 from litestar import Router
 
 from gateway.api.admin.adapters import (
-    create_version,
     delete_adapter,
     get_adapter,
     list_adapters,
@@ -12,6 +11,14 @@ from gateway.api.admin.adapters import (
 from gateway.api.admin.base_models import list_base_models
 from gateway.api.admin.keys import create_key, list_keys, revoke_key
 from gateway.api.admin.tenants import create_tenant, get_tenant, list_tenants, set_status
+from gateway.api.admin.uploads import (
+    complete_upload,
+    create_upload,
+    create_version,
+    delete_upload,
+    get_upload,
+    put_file,
+)
 
 admin_router = Router(
     "/admin/v1",
@@ -28,6 +35,11 @@ admin_router = Router(
         delete_adapter,
         list_versions,
         create_version,
+        create_upload,
+        put_file,
+        get_upload,
+        complete_upload,
+        delete_upload,
         list_base_models,
     ],
 )
