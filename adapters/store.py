@@ -11,7 +11,7 @@ Knows nothing of names or owners: what is stored is never changed, only removed.
 import datetime
 import re
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,23 +246,20 @@ def _open(url: str) -> ObjectStore:
             return LocalStore.from_url(url, automatic_cleanup=True, mkdir=True)
         if address.startswith("memory:"):
             return MemoryStore()
-        options: dict[str, Any] = dict(parse_qsl(query, strict_parsing=bool(query)))
+        options = dict(parse_qsl(query, strict_parsing=bool(query)))
         plain = {"allow_http": True} if _is_plain_http(options) else {}
-        return from_url(
-            address,
-            config=options,  # type: ignore[arg-type]  # the driver refuses what it does not know
-            client_options=plain,  # type: ignore[arg-type]
-            retry_config=_RETRIES,  # type: ignore[arg-type]
-        )
+        # Which options there are differs by kind of store; the driver refuses those it lacks.
+        open_at: Callable[..., ObjectStore] = from_url
+        return open_at(address, config=options, client_options=plain, retry_config=_RETRIES)
     except (BaseError, ValueError, OSError) as error:
         raise StoreUnavailable(
             f"The artifact store {address!r} cannot be opened: {error}"
         ) from error
 
 
-def _is_plain_http(options: dict[str, Any]) -> bool:
+def _is_plain_http(options: dict[str, str]) -> bool:
     """Whoever writes http:// in the URL wants it; in the environment AWS_ALLOW_HTTP says so."""
-    return any(str(value).startswith("http://") for value in options.values())
+    return any(value.startswith("http://") for value in options.values())
 
 
 def _local_folder(url: str) -> Path | None:

@@ -515,7 +515,7 @@ async def _received(session: AsyncSession, upload_id: uuid.UUID) -> dict[str, in
         .where(UploadPart.upload_id == upload_id)
         .group_by(UploadPart.file)
     )
-    return dict((await session.execute(query)).tuples().all())
+    return dict((await session.execute(query)).all())
 
 
 async def _received_of(session: AsyncSession, upload_id: uuid.UUID, file: str) -> tuple[int, int]:
