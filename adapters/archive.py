@@ -1,7 +1,8 @@
 """Unpack an uploaded .tar, .tar.gz or .zip into a folder, and let nothing out of that folder.
 
-Takes an adapter's two files and no others. Bytes are counted as they come out, so it does not
-matter what the archive says about itself.
+Takes the files that an adapter may have, from the topmost folder that holds one. Whatever lies
+deeper, such as a trainer's checkpoints, is never opened. Bytes are counted as they come out, so it
+does not matter what the archive says about itself.
 """
 
 import gzip
@@ -16,41 +17,46 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from adapters.errors import ArchiveRefused, Finding, TooLarge
+from adapters.folder import (
+    ADAPTER_FILES,
+    OLD_TOKENIZER_FILES,
+    OPTIONAL_FILES,
+    is_archive,
+    is_left_by_trainers,
+    is_pickle,
+    max_bytes_of,
+)
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
 from adapters.tensor_file import looks_like_pickle, pickle_finding
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-_IGNORED = ("README.md",)
-_TEXT_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 _CHUNK_BYTES = 1 << 20
-# Names and attributes are kept in memory by Python's readers; an adapter's take a few kilobytes.
+# Names and attributes are kept in memory by Python's readers; an adapter's take a few kilobytes,
+# a trainer's folder with many checkpoints some hundred.
 _MAX_DIRECTORY_BYTES = 1 << 20
+# Trained weights hardly shrink, and text shrinks tenfold. Small archives of zeros do no harm.
+_MAX_RATIO = 100
+_HARMLESS_BYTES = 16 << 20
+_MAX_IGNORED_TOLD = 50
 # Unix file types as zip keeps them, in the upper half of the external attributes.
 _PLAIN_ZIP_MODES = (0, stat.S_IFREG, stat.S_IFDIR)
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ZIP_ENCRYPTED = 0x1
+_ZIP_LOCAL_HEADER_BYTES = 30
 
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """An adapter's two files, and what else in the archive is not served."""
+    """An adapter's files by name, and what else the archive holds."""
 
-    config_path: Path
-    weights_path: Path
+    files: dict[str, Path]
+    # Left aside because they are no part of an adapter: files by path, folders as "name/".
+    ignored_files: list[str]
+    # About files of which nobody knows what they are for.
     findings: list[Finding]
 
 
@@ -58,25 +64,52 @@ class Unpacked:
 class _Member:
     name: str
     is_folder: bool
+    size_bytes: int
     # Why it is not taken, whatever it is called; None for a plain file or folder.
     oddity: str | None
     open: Callable[[], IO[bytes]]
 
+    @property
+    def path(self) -> PurePosixPath:
+        return PurePosixPath(self.name)
+
+
+class _Meter:
+    """Counts what comes out of one archive, against both limits."""
+
+    def __init__(self, archive: Path, *, max_bytes: int, padding_bytes: int = 0) -> None:
+        self._max_bytes = max_bytes
+        self._padding_bytes = padding_bytes
+        self._max_unpacked_bytes = _HARMLESS_BYTES + _MAX_RATIO * archive.stat().st_size
+        self._name = archive.name
+        self._unpacked_bytes = 0
+
+    def count(self, num_bytes: int) -> None:
+        """Raises TooLarge or ArchiveRefused."""
+        self._unpacked_bytes += num_bytes
+        if self._unpacked_bytes > self._max_bytes + self._padding_bytes:
+            raise TooLarge(self._max_bytes)
+        if self._unpacked_bytes > self._max_unpacked_bytes:
+            message = f"grows to more than {_MAX_RATIO} times its size"
+            raise ArchiveRefused([_finding("decompression_bomb", self._name, message)])
+
 
 def unpack(archive: Path, into: Path, *, max_total_bytes: int, max_files: int) -> Unpacked:
-    """Unpack an adapter's two files into the existing folder `into`.
+    """Unpack an adapter's files into the existing folder `into`.
 
-    The files may lie at the top or in one folder. Raises ArchiveRefused, with a finding for each
-    thing that is wrong, and TooLarge; then nothing is left in `into`.
+    Raises ArchiveRefused, with a finding for each thing that is wrong, and TooLarge; then nothing
+    is left in `into`.
     """
     with ExitStack() as stack:
         file = _Metered(_open(archive, stack, scratch=into, max_bytes=max_total_bytes))
         with _reading(archive.name):
             members = list(islice(_members(file), max_files + 1))
         file.lift()
-        wanted, findings = _choose(members, archive_name=archive.name, max_files=max_files)
-        _extract(wanted, into, archive_name=archive.name, max_total_bytes=max_total_bytes)
-    return Unpacked(into / CONFIG_FILE, into / WEIGHTS_FILE, findings)
+        _refuse_oddities(members, archive_name=archive.name, max_files=max_files)
+        chosen = _choose(members)
+        _extract(chosen.wanted, into, _Meter(archive, max_bytes=max_total_bytes))
+    files = {name: into / name for name in chosen.wanted}
+    return Unpacked(files, chosen.ignored, chosen.findings)
 
 
 class _Metered(io.RawIOBase):
@@ -122,11 +155,9 @@ def _open(archive: Path, stack: ExitStack, *, scratch: Path, max_bytes: int) -> 
     plain = stack.enter_context(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115 - by the stack
     unzipped = stack.enter_context(gzip.GzipFile(fileobj=file))
     # Tar rounds each file up and adds a header to each.
-    left_bytes = max_bytes + _MAX_DIRECTORY_BYTES
+    meter = _Meter(archive, max_bytes=max_bytes, padding_bytes=_MAX_DIRECTORY_BYTES)
     for chunk in _chunks(unzipped, name=archive.name):
-        left_bytes -= len(chunk)
-        if left_bytes < 0:
-            raise TooLarge(max_bytes)
+        meter.count(len(chunk))
         plain.write(chunk)
     plain.seek(0)
     return plain
@@ -145,6 +176,7 @@ def _tar_members(file: _Metered) -> Iterator[_Member]:
         yield _Member(
             name=info.name,
             is_folder=info.isdir(),
+            size_bytes=info.size,
             oddity=None if is_plain else "is a link, a device or a sparse file",
             open=partial(_open_tar, tar, info),
         )
@@ -158,11 +190,13 @@ def _open_tar(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
 
 def _zip_members(file: _Metered) -> Iterator[_Member]:
     archive = zipfile.ZipFile(file)
+    _refuse_overlaps(archive.infolist(), directory_begin=archive.start_dir)
     for info in archive.infolist():
         yield _Member(
             # As written; `filename` has been made harmless, and hides what was tried.
             name=info.orig_filename,
             is_folder=info.is_dir(),
+            size_bytes=info.file_size,
             oddity=_zip_oddity(info),
             open=partial(archive.open, info),
         )
@@ -178,25 +212,71 @@ def _zip_oddity(info: zipfile.ZipInfo) -> str | None:
     return None
 
 
-def _choose(
-    members: list[_Member], *, archive_name: str, max_files: int
-) -> tuple[dict[str, _Member], list[Finding]]:
-    """Return the members to extract by file name, and what is wrong with harmless others."""
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What to do with the members of an archive in which nothing is hostile."""
+
+    wanted: dict[str, _Member]
+    ignored: list[str]
+    findings: list[Finding]
+
+
+def _refuse_oddities(members: list[_Member], *, archive_name: str, max_files: int) -> None:
     refusals = [finding for member in members if (finding := _refusal(member))]
     if len(members) > max_files:
         refusals.append(_finding("too_many_files", archive_name, f"holds more than {max_files}"))
-    if not refusals:
-        refusals = _layout_refusals(members)
+    if refusals:
+        raise ArchiveRefused(refusals[:max_files])
+
+
+def _choose(members: list[_Member]) -> _Chosen:
+    """Sort the members by what they are to us. Raises ArchiveRefused."""
+    files = [member for member in members if not member.is_folder]
+    root = _adapter_folder(files)
+    ours = [member for member in files if member.path.parent == root]
+    refusals = _refusals_beside(ours)
     if refusals:
         raise ArchiveRefused(refusals)
-    files = {_path(member).name: member for member in members if not member.is_folder}
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in files]
-    if missing:
+    names = {member.path.name: member for member in ours}
+    wanted = {name: names.pop(name) for name in (*ADAPTER_FILES, *OPTIONAL_FILES) if name in names}
+    has_tokenizer = "tokenizer.json" in wanted
+    ignored = [name for name in names if _is_ignored(name, has_tokenizer=has_tokenizer)]
+    findings = [_not_taken(name) for name in names if name not in ignored]
+    return _Chosen(wanted, _told(ignored, files, root=root), findings)
+
+
+def _adapter_folder(files: list[_Member]) -> PurePosixPath:
+    """The topmost folder with a file of an adapter: deeper ones are checkpoints of its training."""
+    folders = {member.path.parent for member in files if member.path.name in ADAPTER_FILES}
+    depth = min((len(folder.parts) for folder in folders), default=0)
+    topmost = sorted(folder for folder in folders if len(folder.parts) == depth)
+    if len(topmost) > 1:
+        names = ", ".join(str(folder) for folder in topmost[:5])
         raise ArchiveRefused(
-            [_finding("missing_file", name, "is not in the archive") for name in missing]
+            [_finding("several_adapters", names, "hold one each; one is taken at a time")]
         )
-    wanted = {name: files.pop(name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    return wanted, [_not_taken(name) for name in files if name not in _IGNORED]
+    if not topmost:
+        raise ArchiveRefused(
+            [_finding("missing_file", name, "is not in the archive") for name in ADAPTER_FILES]
+        )
+    return topmost[0]
+
+
+def _refusals_beside(ours: list[_Member]) -> list[Finding]:
+    """What is wrong among the adapter's own files."""
+    refusals = _repeats(ours)
+    names = {member.path.name for member in ours}
+    refusals += [
+        _finding("missing_file", name, "is not in the archive")
+        for name in ADAPTER_FILES
+        if name not in names
+    ]
+    refusals += [
+        pickle_finding(name)
+        for name in sorted(names)
+        if is_pickle(name) and not is_left_by_trainers(name)
+    ]
+    return refusals
 
 
 def _refusal(member: _Member) -> Finding | None:
@@ -205,55 +285,98 @@ def _refusal(member: _Member) -> Finding | None:
         return _finding("file_refused", where, member.oddity)
     if not member.name.isprintable() or "\\" in member.name or ":" in member.name:
         return _finding("path_refused", where, "has characters that a file name must not have")
-    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+    if member.name.startswith("/") or ".." in member.path.parts:
         return _finding("path_refused", where, "points outside of the archive")
-    if len(_path(member).parts) > (1 if member.is_folder else 2):
-        return _finding("path_refused", where, "lies more than one folder deep")
-    if _path(member).suffix.lower() in _PICKLES:
-        return pickle_finding(where)
+    if not member.is_folder and is_archive(member.name):
+        return _finding("nested_archive", where, "is an archive in an archive")
     return None
 
 
-def _layout_refusals(members: Iterable[_Member]) -> list[Finding]:
-    files = [_path(member) for member in members if not member.is_folder]
-    folders = {path.parent for path in files}
+def _repeats(ours: Iterable[_Member]) -> list[Finding]:
     refusals = []
-    if len(folders) > 1:
-        names = ", ".join(sorted(str(folder) for folder in folders)[:5])
-        refusals.append(_finding("path_refused", names, "are several folders; one is allowed"))
     seen: set[str] = set()
-    for path in files:
+    for member in ours:
         # Some file systems would take them for one.
-        name = path.name.casefold()
+        name = member.path.name.casefold()
         if name in seen:
-            refusals.append(_finding("duplicate_file", path.name, "is in the archive twice"))
+            refusals.append(_finding("duplicate_file", member.path.name, "is in the archive twice"))
         seen.add(name)
     return refusals
 
 
-def _path(member: _Member) -> PurePosixPath:
-    return PurePosixPath(member.name)
+def _is_ignored(name: str, *, has_tokenizer: bool) -> bool:
+    return is_left_by_trainers(name) or (has_tokenizer and name in OLD_TOKENIZER_FILES)
 
 
-def _extract(
-    wanted: dict[str, _Member], into: Path, *, archive_name: str, max_total_bytes: int
-) -> None:
-    left_bytes = max_total_bytes
+def _told(beside: list[str], files: list[_Member], *, root: PurePosixPath) -> list[str]:
+    """What was left aside, each folder once."""
+    elsewhere: dict[str, None] = {}
+    for member in files:
+        folder = member.path.parent
+        if folder == root:
+            continue
+        inner = folder.relative_to(root).parts if folder.is_relative_to(root) else folder.parts
+        elsewhere[f"{inner[0]}/" if inner else member.path.name] = None
+    told = [*sorted(beside), *elsewhere]
+    if len(told) <= _MAX_IGNORED_TOLD:
+        return told
+    return [*told[:_MAX_IGNORED_TOLD], f"and {len(told) - _MAX_IGNORED_TOLD} more"]
+
+
+def _refuse_overlaps(entries: list[zipfile.ZipInfo], *, directory_begin: int) -> None:
+    """Each byte of a zip is one file's: overlapping ones unpack to far more than they weigh."""
+    places = sorted(
+        (
+            entry.header_offset,
+            entry.header_offset
+            + _ZIP_LOCAL_HEADER_BYTES
+            + len(entry.orig_filename)
+            + entry.compress_size,
+        )
+        for entry in entries
+    )
+    ends = [*places, (directory_begin, directory_begin)]
+    if any(end > following for (_, end), (following, _) in pairwise(ends)):
+        raise ValueError("its files overlap")
+
+
+def _extract(wanted: dict[str, _Member], into: Path, meter: _Meter) -> None:
     try:
         for name, member in wanted.items():
-            with _reading(archive_name):
-                source = member.open()
-            with source, (into / name).open("wb") as target:
-                for chunk in _chunks(source, name=archive_name):
-                    left_bytes -= len(chunk)
-                    if left_bytes < 0:
-                        raise TooLarge(max_total_bytes)
-                    target.write(chunk)
-            _refuse_pickle(into / name)
+            _extract_one(member, into / name, meter)
     except BaseException:
         for name in wanted:
             (into / name).unlink(missing_ok=True)
         raise
+
+
+def _extract_one(member: _Member, target_path: Path, meter: _Meter) -> None:
+    max_bytes = max_bytes_of(target_path.name)
+    num_bytes = 0
+    with _reading(member.name):
+        source = member.open()
+    with source, target_path.open("wb") as target:
+        for chunk in _chunks(source, name=member.name):
+            meter.count(len(chunk))
+            num_bytes += len(chunk)
+            if max_bytes is not None and num_bytes > max_bytes:
+                raise ArchiveRefused([file_too_large(target_path.name, max_bytes)])
+            target.write(chunk)
+    if num_bytes != member.size_bytes:
+        message = "is not as long as the archive says"
+        raise ArchiveRefused([_finding("archive_unreadable", target_path.name, message)])
+    if target_path.name in ADAPTER_FILES:
+        _refuse_pickle(target_path)
+
+
+def file_too_large(name: str, max_bytes: int) -> Finding:
+    """The refusal of one file that is larger than such files may be."""
+    return Finding(
+        code="file_too_large",
+        where=name,
+        message=f"is larger than {max_bytes} bytes",
+        fix="leave it out, or make it smaller",
+    )
 
 
 def _refuse_pickle(path: Path) -> None:
@@ -297,8 +420,15 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def _not_taken(name: str) -> Finding:
-    if name in _TEXT_FILES:
-        return _finding("file_not_served", name, "is not served yet: the base model's own is used")
+    if name in OLD_TOKENIZER_FILES:
+        message = "is not read, and there is no tokenizer.json beside it"
+        return Finding(
+            code="file_not_served",
+            where=name,
+            message=message,
+            fix="save the tokenizer with transformers' save_pretrained as tokenizer.json, or leave"
+            " it out where it is the base model's own",
+        )
     return _finding("unexpected_file", name, "is no file of an adapter")
 
 
@@ -307,5 +437,6 @@ def _finding(code: str, where: str, message: str) -> Finding:
         code=code,
         where=where,
         message=message,
-        fix=f"pack {CONFIG_FILE} and {WEIGHTS_FILE} alone, as plain files, into .tar.gz or .zip",
+        fix=f"pack the folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as plain files, into .tar.gz"
+        " or .zip",
     )

@@ -3,14 +3,20 @@
     adapters/<aa>/<digest>/adapter_model.safetensors
     adapters/<aa>/<digest>/adapter_config.json         written last: where it is, all is
     text-bundles/<aa>/<digest>/text_bundle.msgpack
+    uploads/<upload>/<part>                            pieces of uploads that are not whole yet
 
 Knows nothing of names or owners: what is stored is never changed, only removed.
 """
 
+import datetime
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import obstore
 from obstore.exceptions import BaseError
@@ -28,16 +34,39 @@ from adapters.text_bundle import TextBundle
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _BUNDLE_FILE = "text_bundle.msgpack"
+_ADAPTERS, _BUNDLES, _UPLOADS = "adapters", "text-bundles", "uploads"
+# A store that is away is told to the caller, who can come again; its own default is three minutes.
+_RETRIES = {"max_retries": 4, "retry_timeout": datetime.timedelta(seconds=20)}
+_NO_BUCKET = "NoSuchBucket"
+# object_store writes a local file under such a name and then renames it; it lists none of them.
+_UNFINISHED = re.compile(r".+#\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """All files under one digest, or all pieces of one upload."""
+
+    # The digest, or the upload's id.
+    name: str
+    files: frozenset[str]
+    size_bytes: int
+    # Of the youngest file, by the store's clock.
+    modified_at: datetime.datetime
 
 
 class ArtifactStore:
     """Artifacts by digest at a URL: file://, memory://, s3://, gs:// or az://.
 
-    Credentials of object stores come from where their own tools look for them. Every method
-    raises StoreUnavailable when the store cannot be reached or refuses.
+    Credentials of object stores come from where their own tools look for them. What else the
+    driver is to know can stand in the URL's query or in the environment, so that a MinIO is
+    s3://bucket/folder?endpoint=http://minio:9000 or AWS_ENDPOINT with AWS_ALLOW_HTTP=true. Every
+    method raises StoreUnavailable when the store cannot be reached or refuses.
     """
 
     def __init__(self, url: str) -> None:
+        # Without the query, which may hold credentials.
+        self._name = url.partition("?")[0]
+        self._folder = _local_folder(url)
         self._store = _open(url)
 
     async def put_adapter(self, digest: str, config_bytes: bytes, weights_path: Path) -> None:
@@ -48,10 +77,10 @@ class ArtifactStore:
         """
         if not is_canonical(config_bytes):
             raise AdapterError("Only Manifest.canonical_config() is stored as a configuration.")
-        folder = _folder("adapters", digest)
+        folder = _folder(_ADAPTERS, digest)
         if await self.has_adapter(digest):
             return
-        with _reporting(digest):
+        with self._writing():
             await obstore.put_async(
                 self._store,
                 f"{folder}/{WEIGHTS_FILE}",
@@ -63,45 +92,38 @@ class ArtifactStore:
 
     async def has_adapter(self, digest: str) -> bool:
         """Whether the adapter is stored, whole."""
+        folder = _folder(_ADAPTERS, digest)
         try:
-            with _reporting(digest):
-                await obstore.head_async(
-                    self._store, f"{_folder('adapters', digest)}/{CONFIG_FILE}"
-                )
+            with self._reading(digest):
+                for name in (CONFIG_FILE, WEIGHTS_FILE):
+                    await obstore.head_async(self._store, f"{folder}/{name}")
         except ArtifactMissing:
             return False
         return True
 
     async def delete_adapter(self, digest: str) -> None:
         """Remove an adapter; one that is not there is not an error."""
+        folder = _folder(_ADAPTERS, digest)
+        # The configuration first: where it is, all is.
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            await self._delete("adapters", digest, name=name)
-
-    async def delete_bundle(self, digest: str) -> None:
-        """Remove a text bundle; one that is not there is not an error."""
-        await self._delete("text-bundles", digest, name=_BUNDLE_FILE)
-
-    async def _delete(self, kind: str, digest: str, *, name: str) -> None:
-        path = f"{_folder(kind, digest)}/{name}"
-        with suppress(ArtifactMissing), _reporting(digest):
-            await obstore.delete_async(self._store, path)
+            await self._delete(f"{folder}/{name}")
 
     def fetch_adapter(self, digest: str, into: Path) -> None:
         """Write an adapter's two files into an existing folder. Blocks.
 
         Raises ArtifactMissing.
         """
-        folder = _folder("adapters", digest)
+        folder = _folder(_ADAPTERS, digest)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            with _reporting(digest), (into / name).open("wb") as file:
+            with self._reading(digest), (into / name).open("wb") as file:
                 for chunk in obstore.get(self._store, f"{folder}/{name}").stream():
                     file.write(chunk)
 
     async def put_bundle(self, bundle: TextBundle) -> str:
         """Store a text bundle and return its digest."""
         digest = text_bundle.digest(bundle)
-        path = f"{_folder('text-bundles', digest)}/{_BUNDLE_FILE}"
-        with _reporting(digest):
+        path = f"{_folder(_BUNDLES, digest)}/{_BUNDLE_FILE}"
+        with self._writing():
             await obstore.put_async(self._store, path, text_bundle.encode(bundle))
         return digest
 
@@ -110,8 +132,8 @@ class ArtifactStore:
 
         Raises ArtifactMissing, UnreadableArtifact and DigestMismatch.
         """
-        path = f"{_folder('text-bundles', digest)}/{_BUNDLE_FILE}"
-        with _reporting(digest):
+        path = f"{_folder(_BUNDLES, digest)}/{_BUNDLE_FILE}"
+        with self._reading(digest):
             result = await obstore.get_async(self._store, path)
             data = bytes(await result.bytes_async())
         bundle = text_bundle.decode(data)
@@ -119,29 +141,132 @@ class ArtifactStore:
             raise DigestMismatch(digest, found=text_bundle.digest(bundle))
         return bundle
 
+    async def delete_bundle(self, digest: str) -> None:
+        """Remove a text bundle; one that is not there is not an error."""
+        await self._delete(f"{_folder(_BUNDLES, digest)}/{_BUNDLE_FILE}")
+
+    async def put_part(self, upload_id: uuid.UUID, part: str, data: bytes) -> None:
+        """Store one piece of an upload under a name that no other piece has."""
+        with self._writing():
+            await obstore.put_async(self._store, f"{_UPLOADS}/{upload_id}/{part}", data)
+
+    async def stream_part(self, upload_id: uuid.UUID, part: str) -> AsyncIterator[bytes]:
+        """Yield the bytes of a piece. Raises ArtifactMissing."""
+        with self._reading(part):
+            result = await obstore.get_async(self._store, f"{_UPLOADS}/{upload_id}/{part}")
+            async for chunk in result.stream():
+                yield bytes(chunk)
+
+    async def delete_part(self, upload_id: uuid.UUID, part: str) -> None:
+        """Remove one piece; one that is not there is not an error."""
+        await self._delete(f"{_UPLOADS}/{upload_id}/{part}")
+
+    async def delete_upload(self, upload_id: uuid.UUID) -> None:
+        """Remove all pieces of an upload."""
+        with self._writing():
+            async for metas in obstore.list(self._store, f"{_UPLOADS}/{upload_id}"):
+                for meta in metas:
+                    await self._delete(meta["path"])
+
+    async def adapters(self) -> list[Stored]:
+        """Everything that is stored as an adapter, whole or not, by digest."""
+        return await self._list(_ADAPTERS)
+
+    async def bundles(self) -> list[Stored]:
+        """Everything that is stored as a text bundle, by digest."""
+        return await self._list(_BUNDLES)
+
+    async def uploads(self) -> list[Stored]:
+        """What is stored of uploads that are not whole yet, by id."""
+        return await self._list(_UPLOADS)
+
+    def unfinished_files(self) -> list[Path]:
+        """What writers left that were killed; only a local disk keeps such files. Blocks."""
+        if self._folder is None:
+            return []
+        return sorted(
+            path
+            for path in self._folder.rglob("*#*")
+            if path.is_file() and _UNFINISHED.fullmatch(path.name)
+        )
+
+    async def _list(self, kind: str) -> list[Stored]:
+        found: dict[str, list[Any]] = {}
+        with self._writing():
+            async for metas in obstore.list(self._store, kind, chunk_size=1000):
+                for meta in metas:
+                    found.setdefault(meta["path"].split("/")[-2], []).append(meta)
+        return [
+            Stored(
+                name=name,
+                files=frozenset(meta["path"].rpartition("/")[2] for meta in metas),
+                size_bytes=sum(meta["size"] for meta in metas),
+                modified_at=max(meta["last_modified"] for meta in metas),
+            )
+            for name, metas in sorted(found.items())
+        ]
+
+    async def _delete(self, path: str) -> None:
+        try:
+            with self._reading(path):
+                await obstore.delete_async(self._store, path)
+        except ArtifactMissing:
+            return
+
+    @contextmanager
+    def _reading(self, digest: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            if _NO_BUCKET in str(error):
+                raise self._unavailable(error) from error
+            raise ArtifactMissing(digest) from error
+        except (BaseError, OSError) as error:
+            raise self._unavailable(error) from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What is not found where one writes or lists is the store itself."""
+        try:
+            yield
+        except (BaseError, OSError) as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
+        reason = str(error).partition("\n")[0]
+        if _NO_BUCKET in str(error):
+            reason = "there is no such bucket"
+        return StoreUnavailable(f"The artifact store {self._name!r} failed: {reason}")
+
 
 def _open(url: str) -> ObjectStore:
+    address, _, query = url.partition("?")
     try:
-        if url.startswith("file:"):
-            return LocalStore.from_url(url, mkdir=True)
-        if url.startswith("memory:"):
+        if address.startswith("file:"):
+            return LocalStore.from_url(url, automatic_cleanup=True, mkdir=True)
+        if address.startswith("memory:"):
             return MemoryStore()
-        return from_url(url)
+        options = dict(parse_qsl(query, strict_parsing=bool(query)))
+        plain = {"allow_http": True} if _is_plain_http(options) else {}
+        # Which options there are differs by kind of store; the driver refuses those it lacks.
+        open_at: Callable[..., ObjectStore] = from_url
+        return open_at(address, config=options, client_options=plain, retry_config=_RETRIES)
     except (BaseError, ValueError, OSError) as error:
-        raise StoreUnavailable(f"The artifact store {url!r} cannot be opened: {error}") from error
+        raise StoreUnavailable(
+            f"The artifact store {address!r} cannot be opened: {error}"
+        ) from error
+
+
+def _is_plain_http(options: dict[str, str]) -> bool:
+    """Whoever writes http:// in the URL wants it; in the environment AWS_ALLOW_HTTP says so."""
+    return any(value.startswith("http://") for value in options.values())
+
+
+def _local_folder(url: str) -> Path | None:
+    return Path(unquote(urlsplit(url).path)) if url.startswith("file:") else None
 
 
 def _folder(kind: str, digest: str) -> str:
     if not _DIGEST.fullmatch(digest):
         raise ArtifactMissing(digest)
     return f"{kind}/{digest[:2]}/{digest}"
-
-
-@contextmanager
-def _reporting(digest: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ArtifactMissing(digest) from error
-    except (BaseError, OSError) as error:
-        raise StoreUnavailable(f"The artifact store failed at {digest}: {error}") from error

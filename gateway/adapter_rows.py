@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
-from sqlalchemy import select, text
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway import tenants
@@ -26,9 +26,6 @@ DEFAULT_PAGE, MAX_PAGE = 100, 1000
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
-
-# Whoever books bytes and whoever erases them take turns, digest by digest.
-LOCK_BYTES = text("SELECT pg_advisory_xact_lock(hashtextextended('bytes ' || :digest, 0))")
 
 
 @dataclass(frozen=True, slots=True)

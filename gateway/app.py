@@ -35,13 +35,16 @@ from gateway.api import chat, completions, health, models, tenant
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
+from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import GatewayError, JournalFailed
 from gateway.grants import Grants
 from gateway.inference import Inference
 from gateway.journal import Journal
 from gateway.ledger import Ledger
+from gateway.quotas import Quotas
 from gateway.registry import Registry
+from gateway.resumable import ResumableUploads
 from gateway.retention import Retention
 from gateway.routing import Router
 from gateway.settings import Settings
@@ -70,6 +73,7 @@ class Parts:
     grants: Grants
     retention: Retention
     uploads: Uploads
+    resumable_uploads: ResumableUploads
     journal: Journal
     ledger: Ledger
     engine: EngineLink
@@ -84,7 +88,9 @@ def build(settings: Settings) -> Parts:
     """
     database = Database(app_url=settings.database_app_url, worker_url=settings.database_worker_url)
     store = ArtifactStore(settings.store_url)
-    registry = Registry(database)
+    quotas = Quotas(settings.max_adapters_per_tenant, settings.max_adapter_bytes_per_tenant)
+    registry = Registry(database, quotas)
+    staging = Staging(settings.data_dir / "staging", max_upload_bytes=settings.max_upload_bytes)
     journal = Journal.open(settings.data_dir / "journal")
     ledger = Ledger(database, journal)
     engine = EngineLink(
@@ -95,6 +101,8 @@ def build(settings: Settings) -> Parts:
         on_frame=lambda frame: _write_down(journal, frame),
     )
     router = Router()
+    blobs = Blobs(database, store)
+    uploads = Uploads(registry, store, blobs=blobs, staging=staging, probe=engine.probe)
 
     return Parts(
         settings=settings,
@@ -105,15 +113,11 @@ def build(settings: Settings) -> Parts:
         aliases=Aliases(database),
         grants=Grants(database),
         retention=Retention(
-            database, store, purge_after=datetime.timedelta(days=settings.purge_after_days)
+            database, blobs, purge_after=datetime.timedelta(days=settings.purge_after_days)
         ),
-        uploads=Uploads(
-            registry,
-            store,
-            staging=Staging(
-                settings.data_dir / "staging", max_upload_bytes=settings.max_upload_bytes
-            ),
-            probe=engine.probe,
+        uploads=uploads,
+        resumable_uploads=ResumableUploads(
+            database, registry, store, staging=staging, uploads=uploads
         ),
         journal=journal,
         ledger=ledger,
@@ -157,6 +161,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await parts.ledger.start()
         stack.push_async_callback(parts.ledger.stop)
         await stack.enter_async_context(parts.retention)
+        await stack.enter_async_context(parts.resumable_uploads)
         await stack.enter_async_context(parts.engine)
         attaching = asyncio.create_task(_attach_engine(parts))
         stack.callback(attaching.cancel)
@@ -225,7 +230,7 @@ def create_app(settings: Settings) -> Litestar:
 # What handlers may ask for by the name of a parameter.
 _HANDED_OUT = (
     *("aliases", "authenticator", "database", "grants", "inference", "ledger", "registry"),
-    *("retention", "router", "uploads"),
+    *("resumable_uploads", "retention", "router", "uploads"),
 )
 
 

@@ -74,6 +74,8 @@ def main() -> None:
     show_default=True,
     help="How long deleted adapters can be restored.",
 )
+@click.option("--max-adapters-per-tenant", type=click.IntRange(min=0))
+@click.option("--max-adapter-bytes-per-tenant", type=click.IntRange(min=0))
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and answer together.")
@@ -99,6 +101,8 @@ def serve(
     data_dir: Path,
     max_upload_mib: int,
     purge_after_days: int,
+    max_adapters_per_tenant: int | None,
+    max_adapter_bytes_per_tenant: int | None,
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -114,6 +118,8 @@ def serve(
         engine_flags=_engine_flags(engine_options),
         max_upload_bytes=max_upload_mib * MEBIBYTE,
         purge_after_days=purge_after_days,
+        max_adapters_per_tenant=max_adapters_per_tenant,
+        max_adapter_bytes_per_tenant=max_adapter_bytes_per_tenant,
     )
 
     async def ready(supervisor: Supervisor) -> None:

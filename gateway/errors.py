@@ -6,13 +6,16 @@
     │   └── ContextLengthExceeded 400
     ├── InvalidKey                401
     ├── NotAllowed                403
+    │   └── QuotaExceeded         403
     ├── NotFound                  404
     │   └── ModelNotFound         404
     ├── Conflict                  409
+    │   └── OffsetMismatch        409
     ├── BodyTooLarge              413
     ├── RejectedUpload            422
     ├── LimitReached              429
-    │   └── BudgetSpent           429
+    │   ├── BudgetSpent           429
+    │   └── TooManyUploads        429
     ├── EngineFailed              500
     ├── Unavailable               503
     ├── DatabaseRefused           at start only: never answered to a client
@@ -39,6 +42,8 @@ class GatewayError(Exception):
         self.message = message or (type(self).__doc__ or "").strip()
         self.param = param
         self.headers: dict[str, str] = {}
+        # Numbers that a program needs to go on; members of the problem document.
+        self.facts: dict[str, int | str] = {}
         super().__init__(self.message)
 
 
@@ -72,6 +77,19 @@ class NotAllowed(GatewayError):
     status, type, code = 403, "permission_error", "permission_denied"
 
 
+class QuotaExceeded(NotAllowed):
+    """The tenant has no room for this upload."""
+
+    code = "quota_exceeded"
+
+    def __init__(self, what: str, *, limit: int, used: int, needed: int) -> None:
+        super().__init__(
+            f"The tenant may have {limit} {what}; it has {used}, and this upload needs {needed}"
+            " more. Delete some, or have the operator raise the limit."
+        )
+        self.facts = {"limit": limit, "used": used, "needed": needed}
+
+
 class NotFound(GatewayError):
     """There is nothing of that name."""
 
@@ -88,6 +106,16 @@ class Conflict(GatewayError):
     """The name is taken."""
 
     status, type, code = 409, "invalid_request_error", "conflict"
+
+
+class OffsetMismatch(Conflict):
+    """Bytes of an upload are missing before these."""
+
+    code = "offset_mismatch"
+
+    def __init__(self, file: str, *, expected_offset: int) -> None:
+        super().__init__(f"Of {file}, {expected_offset} bytes have arrived: go on from there.")
+        self.facts = {"file": file, "expected_offset": expected_offset}
 
 
 class BodyTooLarge(GatewayError):
@@ -116,6 +144,16 @@ class BudgetSpent(LimitReached):
     """The budget for the period is spent."""
 
     type, code = "insufficient_quota", "insufficient_quota"
+
+
+class TooManyUploads(LimitReached):
+    """The tenant's uploads under way take too much room."""
+
+    code = "too_many_uploads"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message} Finish or delete some, and try again.")
+        self.headers = {"retry-after": "10"}
 
 
 class EngineFailed(GatewayError):

@@ -21,7 +21,6 @@ from engine.protocol import EngineInfo
 from gateway import audit, prices, tenants
 from gateway.adapter_rows import (
     DEFAULT_PAGE,
-    LOCK_BYTES,
     Page,
     any_adapter,
     any_version,
@@ -31,8 +30,9 @@ from gateway.adapter_rows import (
 )
 from gateway.aliases import Canary, Meaning, bucket_of, follow_latest
 from gateway.auth import Principal
+from gateway.blobs import lock_bytes
 from gateway.database import Database
-from gateway.errors import Conflict, InvalidRequest, ModelNotFound, Unavailable
+from gateway.quotas import NO_QUOTAS, Quotas
 from gateway.tables import (
     Adapter,
     AdapterAlias,
@@ -55,13 +55,14 @@ RESOLVE = text("""
            b.text_bundle_digest AS base_text_bundle_digest, b.context_length,
            a.id AS adapter_id, v.id AS adapter_version_id, v.number AS version_number,
            v.weights_digest, v.version_digest,
-           coalesce(v.text_bundle_digest, b.text_bundle_digest) AS text_bundle_digest
+           coalesce(v.text_bundle_digest, b.text_bundle_digest) AS text_bundle_digest,
+           coalesce(v.state = 'missing', false) AS is_missing
     FROM public_names n
     LEFT JOIN adapters a ON a.id = n.adapter_id AND a.deleted_at IS NULL
     JOIN base_models b ON b.id = coalesce(n.base_model_id, a.base_model_id)
     LEFT JOIN adapter_aliases l ON l.adapter_id = a.id
          AND l.alias = coalesce(CAST(:alias AS text), a.default_alias)
-    LEFT JOIN adapter_versions v ON v.state = 'ready' AND v.deleted_at IS NULL
+    LEFT JOIN adapter_versions v ON v.state IN ('ready', 'missing') AND v.deleted_at IS NULL
          AND v.id = CASE
              WHEN CAST(:number AS integer) IS NOT NULL THEN (
                  SELECT w.id FROM adapter_versions w
@@ -213,8 +214,9 @@ class Published:
 class Registry:
     """Names, and what they mean. Every change is one transaction that holds its audit row."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, quotas: Quotas = NO_QUOTAS) -> None:
         self._database = database
+        self._quotas = quotas
 
     # What tenants ask.
 
@@ -233,7 +235,10 @@ class Registry:
             row = (await session.execute(RESOLVE, spelling)).mappings().one_or_none()
         if row is None:
             raise model_not_found(model)
-        return Target(**row)
+        fields = dict(row)
+        if fields.pop("is_missing"):
+            raise _missing(model)
+        return Target(**fields)
 
     async def list_models(self, principal: Principal) -> list[ModelEntry]:
         """Return the base models that the caller may call, then its own adapters and shared ones.
@@ -328,19 +333,22 @@ class Registry:
         """Book an artifact that is in the store already, as the adapter's next version.
 
         The same contents again give the version that exists. A new version is `probing`: it can be
-        called once `finish_version` says so. Raises Conflict where the name is taken.
+        called once `finish_version` says so, and so can one whose bytes had gone missing. Raises
+        Conflict where the name is taken and QuotaExceeded.
 
-        Bytes that nobody referred to a moment ago may have been erased until this returns; from
-        then on they are not.
+        Bytes that no row named a moment ago may be removed until this returns, and not after.
         """
         async with self._database.as_worker() as session:
             for digest in contents.digests:
-                await session.execute(LOCK_BYTES, {"digest": digest})
+                await lock_bytes(session, digest)
             adapter = await _open_adapter(session, destination, base_model_id=base_model_id)
             version = await _same_contents(session, adapter.id, contents.version_digest)
             if version is not None:
+                if version.state == "missing":
+                    version.state = "probing"
                 return Published(adapter, version, is_new=False)
             version = await _insert_version(session, adapter, contents=contents)
+            await self._quotas.check(session, version)
             await audit.record(
                 session,
                 tenant_id=adapter.tenant_id,
@@ -472,6 +480,14 @@ def model_not_found(model: str) -> ModelNotFound:
     shown = model[:MAX_MODEL_NAME].encode("ascii", "backslashreplace").decode()
     return ModelNotFound(
         f"The model `{shown}` does not exist or this key has no access to it.", param="model"
+    )
+
+
+def _missing(model: str) -> Unavailable:
+    return Unavailable(
+        f"The files of `{model}` are missing from the artifact store; the operator can upload them"
+        " again.",
+        retry_after_s=60,
     )
 
 

@@ -23,10 +23,10 @@ from sqlalchemy import ColumnElement, delete, exists, func, null, or_, select, u
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.errors import StoreUnavailable
-from adapters.store import ArtifactStore
 from gateway import audit
-from gateway.adapter_rows import LOCK_BYTES, any_adapter, any_version, living_adapter
+from gateway.adapter_rows import any_adapter, any_version, living_adapter
 from gateway.aliases import leave_version
+from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import Conflict, NotFound
 from gateway.tables import (
@@ -34,7 +34,6 @@ from gateway.tables import (
     AdapterAlias,
     AdapterGrant,
     AdapterVersion,
-    BaseModel,
     Hold,
 )
 
@@ -50,10 +49,10 @@ class Retention:
     """
 
     def __init__(
-        self, database: Database, store: ArtifactStore, *, purge_after: datetime.timedelta
+        self, database: Database, blobs: Blobs, *, purge_after: datetime.timedelta
     ) -> None:
         self._database = database
-        self._store = store
+        self._blobs = blobs
         self.purge_after = purge_after
         self._sweeping: asyncio.Task[None] | None = None
 
@@ -180,17 +179,11 @@ class Retention:
                 )
 
     async def _erase(self, version: AdapterVersion) -> None:
-        weights, bundle = version.weights_digest, version.text_bundle_digest
-        async with self._database.as_worker() as session:
-            for digest in sorted({weights, bundle or weights}):
-                await session.execute(LOCK_BYTES, {"digest": digest})
-            has_weights = await _is_needed(session, AdapterVersion.weights_digest == weights)
-            has_bundle = bundle is not None and await _is_bundle_needed(session, bundle)
-            if not has_weights:
-                await self._store.delete_adapter(weights)
-            if bundle is not None and not has_bundle:
-                await self._store.delete_bundle(bundle)
-            if not (has_weights or has_bundle):
+        is_gone = await self._blobs.discard_adapter(version.weights_digest)
+        if version.text_bundle_digest is not None:
+            is_gone = await self._blobs.discard_bundle(version.text_bundle_digest) and is_gone
+        if is_gone:
+            async with self._database.as_worker() as session:
                 row = await session.get_one(AdapterVersion, version.id)
                 row.erased_at = func.now()
 
@@ -294,19 +287,6 @@ async def _is_referenced(session: AsyncSession, version: AdapterVersion) -> bool
     aliased = select(exists().where(AdapterAlias.adapter_id == version.adapter_id, is_named))
     return bool(await session.scalar(aliased)) or await _is_held(
         session, Hold.adapter_version_id == version.id
-    )
-
-
-async def _is_needed(session: AsyncSession, which: ColumnElement[bool]) -> bool:
-    """Whether a version of any tenant that is not purged is like that."""
-    found = select(exists().where(which, AdapterVersion.purged_at.is_(None)))
-    return bool(await session.scalar(found))
-
-
-async def _is_bundle_needed(session: AsyncSession, digest: str) -> bool:
-    of_base_model = select(exists().where(BaseModel.text_bundle_digest == digest))
-    return bool(await session.scalar(of_base_model)) or await _is_needed(
-        session, AdapterVersion.text_bundle_digest == digest
     )
 
 

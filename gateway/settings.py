@@ -36,6 +36,9 @@ class Settings:
     max_upload_bytes: int
     # How long deleted adapters can be restored.
     purge_after_days: int
+    # For tenants without limits of their own; None for no limit.
+    max_adapters_per_tenant: int | None = None
+    max_adapter_bytes_per_tenant: int | None = None
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -54,6 +57,10 @@ class Settings:
             "MANYLORA_MAX_UPLOAD_BYTES": str(self.max_upload_bytes),
             "MANYLORA_PURGE_AFTER_DAYS": str(self.purge_after_days),
             **({} if self.parent_pid is None else {PARENT_VARIABLE: str(self.parent_pid)}),
+            "MANYLORA_PURGE_AFTER_DAYS": str(self.purge_after_days),
+            **_given("MANYLORA_MAX_ADAPTERS_PER_TENANT", self.max_adapters_per_tenant),
+            **_given("MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT", self.max_adapter_bytes_per_tenant),
+            **_given(PARENT_VARIABLE, self.parent_pid),
         }
 
     @classmethod
@@ -71,7 +78,11 @@ class Settings:
             port=_integer(environment, "MANYLORA_PORT", 8000),
             max_upload_bytes=_integer(environment, "MANYLORA_MAX_UPLOAD_BYTES", 1024 * MEBIBYTE),
             purge_after_days=_integer(environment, "MANYLORA_PURGE_AFTER_DAYS", PURGE_AFTER_DAYS),
-            parent_pid=_integer(environment, PARENT_VARIABLE, 0) or None,
+            max_adapters_per_tenant=_optional(environment, "MANYLORA_MAX_ADAPTERS_PER_TENANT"),
+            max_adapter_bytes_per_tenant=_optional(
+                environment, "MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT"
+            ),
+            parent_pid=_optional(environment, PARENT_VARIABLE),
         )
 
 
@@ -88,6 +99,14 @@ def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
         return int(value)
     except ValueError:
         raise SettingsFault(f"{name} is not a whole number: {value!r}") from None
+
+
+def _optional(environment: Mapping[str, str], name: str) -> int | None:
+    return _integer(environment, name, 0) if environment.get(name) else None
+
+
+def _given(name: str, value: int | None) -> dict[str, str]:
+    return {} if value is None else {name: str(value)}
 
 
 def _hexadecimal(environment: Mapping[str, str], name: str) -> bytes:

@@ -63,6 +63,9 @@ class ServeOptions:
     engine_flags: tuple[str, ...]
     max_upload_bytes: int = 1024 * MEBIBYTE
     purge_after_days: int = PURGE_AFTER_DAYS
+    # None for no limit.
+    max_adapters_per_tenant: int | None = None
+    max_adapter_bytes_per_tenant: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,8 @@ class Supervisor:
             port=options.port,
             max_upload_bytes=options.max_upload_bytes,
             purge_after_days=options.purge_after_days,
+            max_adapters_per_tenant=options.max_adapters_per_tenant,
+            max_adapter_bytes_per_tenant=options.max_adapter_bytes_per_tenant,
             parent_pid=os.getpid(),
         )
         await self._ensure_operator_key(settings)

@@ -190,7 +190,9 @@ class AdapterVersion(Table):
         UniqueConstraint("adapter_id", "number"),
         UniqueConstraint("id", "tenant_id"),
         ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"]),
-        CheckConstraint("state IN ('validating', 'probing', 'ready', 'rejected')", name="state"),
+        CheckConstraint(
+            "state IN ('validating', 'probing', 'ready', 'rejected', 'missing')", name="state"
+        ),
         CheckConstraint("purged_at IS NULL OR deleted_at IS NOT NULL", name="deleted_first"),
         CheckConstraint("erased_at IS NULL OR purged_at IS NOT NULL", name="purged_first"),
         Index("ix_adapter_versions_weights", "weights_digest"),
@@ -316,6 +318,57 @@ class AdapterGrant(Table):
     # Null for everybody.
     grantee_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("tenants.id"))
     created_at: Mapped[datetime.datetime] = _now()
+
+
+class Upload(Table):
+    """An upload that arrives in pieces, from its declaration until it expires."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (
+        UniqueConstraint("id", "tenant_id"),
+        ForeignKeyConstraint(
+            ["version_id", "tenant_id"], ["adapter_versions.id", "adapter_versions.tenant_id"]
+        ),
+        CheckConstraint("state IN ('open', 'published', 'rejected')", name="state"),
+        CheckConstraint("(state = 'published') = (version_id IS NOT NULL)", name="version"),
+        Index("ix_uploads_expires_at", "expires_at"),
+        Index("ix_uploads_open", "tenant_id", postgresql_where=text("state = 'open'")),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    # The adapter's slug: the adapter itself may not exist yet.
+    adapter: Mapped[str]
+    base_model: Mapped[str | None]
+    # [{"name", "size_bytes", "sha256"}], as declared
+    files: Mapped[list[dict[str, Any]]]
+    state: Mapped[str] = mapped_column(server_default="open")
+    # What came of it: a version and what was left aside, or all that is wrong.
+    version_id: Mapped[uuid.UUID | None]
+    ignored_files: Mapped[list[str]] = mapped_column(server_default="{}")
+    findings: Mapped[list[dict[str, Any]]] = mapped_column(server_default=text("'[]'"))
+    created_at: Mapped[datetime.datetime] = _now()
+    # Moves on with each piece that arrives.
+    expires_at: Mapped[datetime.datetime]
+
+
+class UploadPart(Table):
+    """A piece of a file that is in the artifact store; pieces of one file follow each other."""
+
+    __tablename__ = "upload_parts"
+    __table_args__ = (
+        ForeignKeyConstraint(["upload_id", "tenant_id"], ["uploads.id", "uploads.tenant_id"]),
+        CheckConstraint("begin_bytes >= 0 AND size_bytes > 0", name="range"),
+    )
+
+    upload_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    file: Mapped[str] = mapped_column(primary_key=True)
+    # Where in the file it begins.
+    begin_bytes: Mapped[int] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    size_bytes: Mapped[int]
+    # The object's name below the upload's folder.
+    part: Mapped[str]
 
 
 class PriceVersion(Table):

@@ -1,7 +1,8 @@
 """One upload from its first byte to a version that can be called, or to all that is wrong with it.
 
 In this order, so that nothing is ever half there: staging, judgement, store, rows, probe. Knows
-nothing of HTTP beyond the bytes of a body, and keeps no rows itself.
+nothing of HTTP beyond the bytes of a body, and keeps no rows itself. How files come in pieces is in
+`resumable`; from their last piece on they go the same way.
 """
 
 import asyncio
@@ -16,20 +17,28 @@ import msgspec
 
 from adapters import archive, lora_config, manifest, validate
 from adapters.errors import Finding, InvalidAdapter, StoreUnavailable, TooLarge
+from adapters.folder import EXAMPLES_FILE, TEXT_FILES
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest
 from adapters.store import ArtifactStore
 from adapters.validate import BaseShape, Limits
 from engine.errors import LinkError
 from engine.protocol import ProbeReport
-from gateway.errors import EngineFailed, InvalidRequest, RejectedUpload, Unavailable
-from gateway.registry import Contents, Published, Registry, Verdict
+from gateway.blobs import Blobs
+from gateway.errors import (
+    EngineFailed,
+    GatewayError,
+    InvalidRequest,
+    RejectedUpload,
+    Unavailable,
+)
+from gateway.registry import Contents, Destination, Published, Registry, Verdict
 from gateway.staging import Form, StagedFile, Staging, too_large
 from gateway.tables import AdapterVersion, BaseModel
 
 logger = logging.getLogger(__name__)
 
-# An adapter's two files, and what trainers like to leave beside them.
-MAX_ARCHIVE_FILES = 64
+# An adapter's files, and what trainers leave beside them: a dozen files for each checkpoint.
+MAX_ARCHIVE_FILES = 1024
 
 # Runs fixed prompts with the adapter of that weights digest.
 Probe = Callable[[str], Awaitable[ProbeReport]]
@@ -37,11 +46,16 @@ Probe = Callable[[str], Awaitable[ProbeReport]]
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """The two files of an adapter, read but not judged."""
+    """The files of an adapter, read but not judged."""
 
     manifest: Manifest
     weights_path: Path
-    # What the archive held besides.
+    # Of its own tokenizer and chat template, by name.
+    text_files: dict[str, Path]
+    # Prompts and what is expected of them.
+    examples_path: Path | None
+    # What the archive held besides: known and left aside, or not known.
+    ignored_files: list[str]
     findings: list[Finding]
 
     @property
@@ -55,14 +69,29 @@ class Artifact:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What became of an upload, and which of its files were left aside."""
+
+    published: Published
+    ignored_files: list[str]
+
+
 class Uploads:
     """Takes adapters in."""
 
     def __init__(
-        self, registry: Registry, store: ArtifactStore, *, staging: Staging, probe: Probe
+        self,
+        registry: Registry,
+        store: ArtifactStore,
+        *,
+        blobs: Blobs,
+        staging: Staging,
+        probe: Probe,
     ) -> None:
         self._registry = registry
         self._store = store
+        self._blobs = blobs
         self._staging = staging
         self._probe = probe
 
@@ -75,32 +104,33 @@ class Uploads:
         announced_bytes: int | None,
         body: AsyncIterator[bytes],
         actor_key_id: uuid.UUID,
-    ) -> Published:
+    ) -> Accepted:
         """Take one multipart body in as the next version of an adapter; return it once it is ready.
 
         Raises RejectedUpload with every finding, or any other GatewayError. Contents that the
         adapter has already give the version that has them.
         """
         destination = await self._registry.destination(tenant, adapter)
-        with self._staging.folder() as folder:
+        with self._staging.folder(destination.tenant_id) as folder:
             form = await self._staging.receive(
                 body, content_type=content_type, announced_bytes=announced_bytes, folder=folder
             )
-            base_model = await self._registry.base_model_for(
-                destination, form.fields.get("base_model")
-            )
-            artifact = await asyncio.to_thread(self._judge, form, folder, base_model=base_model)
-            await self._promote(artifact)
-        published = await self._registry.create_version(
-            destination,
-            artifact.contents,
-            base_model_id=base_model.id,
-            actor_key_id=actor_key_id,
+            return await self.take(destination, form, folder.path, actor_key_id=actor_key_id)
+
+    async def take(
+        self, destination: Destination, form: Form, folder: Path, *, actor_key_id: uuid.UUID
+    ) -> Accepted:
+        """Take in the files that lie in a staging folder. Raises as `publish` does."""
+        base_model = await self._registry.base_model_for(destination, form.fields.get("base_model"))
+        artifact = await asyncio.to_thread(self._judge, form, folder, base_model=base_model)
+        published = await self._book(
+            destination, artifact, base_model_id=base_model.id, actor_key_id=actor_key_id
         )
         version = await self._finish(published.version, actor_key_id=actor_key_id)
         if version.state == "rejected":
+            await self._discard(version.weights_digest)
             raise RejectedUpload(msgspec.convert(version.findings, list[Finding]))
-        return replace(published, version=version)
+        return Accepted(replace(published, version=version), artifact.ignored_files)
 
     async def recover(self) -> None:
         """Finish what an earlier life left: staged files go, versions under probe are probed."""
@@ -134,6 +164,36 @@ class Uploads:
         if findings:
             raise RejectedUpload(findings)
         return artifact
+
+    async def _book(
+        self,
+        destination: Destination,
+        artifact: Artifact,
+        *,
+        base_model_id: uuid.UUID,
+        actor_key_id: uuid.UUID,
+    ) -> Published:
+        """First the bytes, then the row that names them."""
+        await self._promote(artifact)
+        try:
+            published = await self._registry.create_version(
+                destination,
+                artifact.contents,
+                base_model_id=base_model_id,
+                actor_key_id=actor_key_id,
+            )
+        except GatewayError:
+            await self._discard(artifact.manifest.weights_digest)
+            raise
+        # Until there was a row, others may have taken the bytes for useless, and removed them.
+        await self._promote(artifact)
+        return published
+
+    async def _discard(self, digest: str) -> None:
+        try:
+            await self._blobs.discard_adapter(digest)
+        except StoreUnavailable as error:
+            logger.warning("bytes_left_behind", extra={"digest": digest, "reason": str(error)})
 
     async def _promote(self, artifact: Artifact) -> None:
         """Put an artifact where engines find it, under its digest. Raises Unavailable."""
@@ -203,7 +263,8 @@ def _probe_finding(report: ProbeReport) -> Finding:
 
 
 def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) -> Artifact:
-    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    files = {name: staged.path for name, staged in form.files.items()}
+    ignored_files: list[str] = []
     findings: list[Finding] = []
     if form.archive is not None:
         into = folder / "unpacked"
@@ -211,13 +272,19 @@ def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) ->
         unpacked = archive.unpack(
             form.archive.path, into, max_total_bytes=max_bytes, max_files=MAX_ARCHIVE_FILES
         )
-        config_path, weights_path = unpacked.config_path, unpacked.weights_path
-        findings = unpacked.findings
-    with config_path.open("rb") as file:
+        files = unpacked.files
+        ignored_files, findings = unpacked.ignored_files, unpacked.findings
+    with files[CONFIG_FILE].open("rb") as file:
         # One byte more than allowed is enough for the reader to refuse it.
         config = file.read(lora_config.MAX_SIZE_BYTES + 1)
-    read = manifest.read(config, weights_path, base_model=base_model.name)
-    return Artifact(read, weights_path, findings)
+    return Artifact(
+        manifest=manifest.read(config, files[WEIGHTS_FILE], base_model=base_model.name),
+        weights_path=files[WEIGHTS_FILE],
+        text_files={name: path for name, path in files.items() if name in TEXT_FILES},
+        examples_path=files.get(EXAMPLES_FILE),
+        ignored_files=ignored_files,
+        findings=findings,
+    )
 
 
 def _shape_of(base_model: BaseModel) -> BaseShape:
@@ -232,10 +299,14 @@ def _check_sha256(form: Form) -> None:
         raise InvalidRequest("sha256 must be 64 hexadecimal digits.", param="sha256")
     file: StagedFile = form.archive or form.files[WEIGHTS_FILE]
     if file.sha256 != expected.lower():
-        finding = Finding(
-            code="sha256_mismatch",
-            where=file.path.name,
-            message=f"has SHA-256 {file.sha256}, not {expected.lower()}",
-            fix="send it again: it was changed or damaged on its way",
-        )
-        raise RejectedUpload([finding])
+        raise RejectedUpload([wrong_sha256(file, expected.lower())])
+
+
+def wrong_sha256(file: StagedFile, expected: str) -> Finding:
+    """The refusal of a file that did not arrive as it was sent."""
+    return Finding(
+        code="sha256_mismatch",
+        where=file.path.name,
+        message=f"has SHA-256 {file.sha256}, not {expected}",
+        fix="send it again: it was changed or damaged on its way",
+    )

@@ -49,13 +49,14 @@ def openai_error(error: GatewayError) -> OpenAIError:
 
 
 def problem_document(error: GatewayError) -> dict[str, Any]:
-    """RFC 9457: type, title, status, detail, and our own `code`, `param` and `findings`."""
+    """RFC 9457: type, title, status, detail, and our own `code`, `param`, `findings` and facts."""
     document: dict[str, Any] = {
         "type": f"urn:manylora:error:{error.code or error.type}",
         "title": (type(error).__doc__ or "").strip(),
         "status": error.status,
         "detail": error.message,
         "code": error.code,
+        **error.facts,
     }
     if error.param is not None:
         document["param"] = error.param

@@ -27,10 +27,13 @@ from gateway.aliases import Aliases
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, create_key, guard, provide_principal
+from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import GatewayError
 from gateway.grants import Grants
+from gateway.quotas import NO_QUOTAS, Quotas
 from gateway.registry import Registry
+from gateway.resumable import LIFETIME, ResumableUploads
 from gateway.retention import Retention
 from gateway.staging import Staging
 from gateway.uploads import Uploads
@@ -123,8 +126,12 @@ class Plane:
     app: Litestar
     # Speaks with an operator's key.
     client: httpx.AsyncClient
+    database: Database
     registry: Registry
+    store: ArtifactStore
+    staging: Staging
     uploads: Uploads
+    resumable: ResumableUploads
     probe: Probe
     folder: Path
 
@@ -168,40 +175,45 @@ async def admin_plane(
     *,
     info: EngineInfo = INFO,
     max_upload_bytes: int = MAX_UPLOAD_BYTES,
+    quotas: Quotas = NO_QUOTAS,
+    store_url: str | None = None,
+    lifetime: datetime.timedelta = LIFETIME,
 ) -> AsyncIterator[Plane]:
     """The plane with one engine's base model registered, and no tenant yet."""
-    registry, probe = Registry(database), Probe()
-    store = ArtifactStore((folder / "store").as_uri())
-    uploads = Uploads(
-        registry,
-        store,
-        staging=Staging(folder / "staging", max_upload_bytes=max_upload_bytes),
-        probe=probe,
+    registry, probe = Registry(database, quotas), Probe()
+    store = ArtifactStore(store_url or (folder / "store").as_uri())
+    staging = Staging(folder / "staging", max_upload_bytes=max_upload_bytes)
+    blobs = Blobs(database, store)
+    uploads = Uploads(registry, store, blobs=blobs, staging=staging, probe=probe)
+    resumable = ResumableUploads(
+        database, registry, store, staging=staging, uploads=uploads, lifetime=lifetime
     )
     await registry.register_base_model(info, ADDRESS)
     authenticator = Authenticator(database, {1: PEPPER})
-    app = _app(
-        authenticator,
-        database=database,
-        registry=registry,
-        uploads=uploads,
-        aliases=Aliases(database),
-        grants=Grants(database),
-        retention=Retention(database, store, purge_after=datetime.timedelta(days=30)),
-    )
+    parts = {
+        "registry": registry,
+        "uploads": uploads,
+        "resumable_uploads": resumable,
+        "aliases": Aliases(database),
+        "grants": Grants(database),
+        "retention": Retention(database, blobs, purge_after=datetime.timedelta(days=30)),
+    }
+    app = _app(database, authenticator, parts)
     async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:
         client.headers["authorization"] = f"Bearer {await _operator_key(database)}"
-        yield Plane(app, client, registry, uploads, probe, folder)
+        yield Plane(
+            app, client, database, registry, store, staging, uploads, resumable, probe, folder
+        )
 
 
-def _app(authenticator: Authenticator, **parts: Any) -> Litestar:
+def _app(database: Database, authenticator: Authenticator, parts: dict[str, Any]) -> Litestar:
     app = Litestar(
         [admin_router],
         guards=[guard],
         dependencies={
             "principal": Provide(provide_principal),
             "authenticator": Provide(lambda: authenticator, sync_to_thread=False),
-            **{name: _provide(part) for name, part in parts.items()},
+            **{name: _provide(part) for name, part in {"database": database, **parts}.items()},
         },
         exception_handlers={
             GatewayError: answer_error,

@@ -42,6 +42,8 @@ from gateway.tables import (
     PublicName,
     Table,
     Tenant,
+    Upload,
+    UploadPart,
     UsageEvent,
     UsageRollup,
     WithheldBaseModel,
@@ -120,6 +122,7 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID, withheld_id: uuid.U
         **paid,
     )
     now = datetime.datetime.now(datetime.UTC)
+    upload = Upload(id=new_id(), adapter="x", files=[], expires_at=now, **ours)
     event = UsageEvent(
         id=hold.id, outcome="stop", engine_ns=1, started_at=now, finished_at=now, **tokens, **paid
     )
@@ -136,6 +139,8 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID, withheld_id: uuid.U
         AliasMove(adapter_id=adapter.id, alias="latest", revision=1, **ours),
         AdapterGrant(id=new_id(), adapter_id=adapter.id, grantee_id=tenant.id, **ours),
         WithheldBaseModel(base_model_id=withheld_id, **ours),
+        upload,
+        UploadPart(upload_id=upload.id, file="f", begin_bytes=0, size_bytes=1, part="p", **ours),
         price,
         instance,
         hold,

@@ -12,6 +12,7 @@ from sqlalchemy import select
 from adapters.store import ArtifactStore
 from gateway.aliases import Meaning
 from gateway.auth import Principal
+from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, Unavailable
 from gateway.registry import Contents, Registry
@@ -29,7 +30,7 @@ def registry(database: Database) -> Registry:
 @pytest.fixture
 def retention(database: Database, tmp_path: Path) -> Retention:
     store = ArtifactStore(tmp_path.as_uri())
-    return Retention(database, store, purge_after=datetime.timedelta(days=30))
+    return Retention(database, Blobs(database, store), purge_after=datetime.timedelta(days=30))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from sqlalchemy import select, text, update
 from adapters.store import ArtifactStore
 from gateway.aliases import Aliases, Belief, Canary, Meaning
 from gateway.auth import Principal
+from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import Conflict, ModelNotFound, NotFound
 from gateway.grants import EVERYBODY, Grants
@@ -57,7 +58,7 @@ async def acme(database: Database, registry: Registry) -> Principal:
 
 @pytest.fixture
 def retention(database: Database, tmp_path: Path) -> Retention:
-    return Retention(database, ArtifactStore(tmp_path.as_uri()), purge_after=MONTH)
+    return Retention(database, Blobs(database, ArtifactStore(tmp_path.as_uri())), purge_after=MONTH)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Facts about uploads: what comes in whole, and that of everything else nothing remains."""
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from adapters.validate import BaseShape
 from engine.errors import EngineUnreachable
 from engine.protocol import ProbeReport
 from gateway.database import Database
+from gateway.staging import MAX_UPLOADS_UNDER_WAY
 from tests.gateway.admin_plane import (
     INFO,
     MAX_UPLOAD_BYTES,
@@ -111,6 +113,18 @@ async def test_an_archive_gives_the_same_version_as_its_files(plane: Plane, name
     by_files = await plane.upload(files)
     assert by_files.status_code == 200
     assert by_files.json() == by_archive.json()
+
+
+async def test_a_trainers_whole_folder_is_an_upload_and_the_answer_says_what_was_left_aside(
+    plane: Plane,
+) -> None:
+    files = adapter_files()
+    left = {"README.md": b"#", "training_args.bin": b"\x80\x02", "checkpoint-9/optimizer.pt": b"x"}
+    folder = {f"out/{name}": data for name, data in {**files, **left}.items()}
+    answer = await plane.upload({"out.tar.gz": tar_of(folder)})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["ignored_files"] == ["README.md", "training_args.bin", "checkpoint-9/"]
+    assert (await plane.upload(files)).status_code == 200
 
 
 async def test_part_names_do_not_matter(plane: Plane) -> None:
@@ -210,9 +224,8 @@ HOSTILE: dict[str, dict[str, bytes]] = {
     "a way out of the archive": {"a.tar": tar_of({**adapter_files(), "../evil": b"x"}, mode="w")},
     "an absolute path": {"a.zip": zip_of({**adapter_files(), "/etc/evil": b"x"})},
     "an archive without weights": {"a.tgz": tar_of({"adapter_config.json": b"{}"})},
-    "an archive with a pickle": {"a.tgz": tar_of({**adapter_files(), "optimizer.pt": b"\x80\x02"})},
+    "an archive with a pickle": {"a.tgz": tar_of({**adapter_files(), "model.pt": b"\x80\x02"})},
     "an archive that is none": {"a.zip": b"PK\x03\x04 and no more"},
-    "an archive with a tokenizer": {"a.tgz": tar_of({**adapter_files(), "tokenizer.json": b"{}"})},
 }
 
 
@@ -267,6 +280,28 @@ async def test_too_large_a_body_is_refused_before_it_is_sent(plane: Plane) -> No
     assert b" 413 " in await reader.readline()
     writer.transport.abort()
     await assert_nothing_remains(plane)
+
+
+async def test_too_large_a_side_file_is_refused(plane: Plane) -> None:
+    files = adapter_files() | {"chat_template.jinja": bytes((1 << 20) + 1)}
+    async with admin_plane(plane.database, plane.folder, max_upload_bytes=8 << 20) as wide:
+        answer = await wide.upload(files)
+    assert answer.status_code == 413
+    assert "chat_template.jinja" in answer.json()["detail"]
+    await assert_nothing_remains(plane)
+
+
+async def test_one_tenant_cannot_fill_the_staging_disk(plane: Plane) -> None:
+    with contextlib.ExitStack() as stack:
+        tenant_id = (await plane.registry.destination("acme", "sql")).tenant_id
+        for _ in range(MAX_UPLOADS_UNDER_WAY):
+            stack.enter_context(plane.staging.folder(tenant_id)).claim(MAX_UPLOAD_BYTES)
+        answer = await plane.upload()
+        assert (answer.status_code, answer.json()["code"]) == (429, "too_many_uploads")
+        assert "retry-after" in answer.headers
+        await plane.make_tenant("globex")
+        assert (await plane.upload(tenant="globex")).status_code == 201
+    assert (await plane.upload()).status_code == 201
 
 
 async def test_an_archive_that_grows_beyond_the_limit_is_refused(plane: Plane) -> None:
@@ -351,6 +386,7 @@ async def test_a_version_that_fails_its_probe_is_rejected(plane: Plane) -> None:
     plane.probe.answer = failing
     answer = await plane.upload()
     assert codes(answer) == {"probe_failed"}
+    assert plane.stored_files() == []
     [version] = (await plane.client.get(VERSIONS)).json()["data"]
     assert version["state"] == "rejected"
     assert version["certificate"]["largest_relative_error"] == 0.3

@@ -4,7 +4,6 @@ from litestar import Router
 
 from gateway.api.admin.adapters import (
     change_adapter,
-    create_version,
     delete_adapter,
     delete_version,
     get_adapter,
@@ -28,6 +27,14 @@ from gateway.api.admin.base_models import list_base_models
 from gateway.api.admin.grants import grant_adapter, list_grants, revoke_grant
 from gateway.api.admin.keys import create_key, list_keys, revoke_key
 from gateway.api.admin.tenants import change_tenant, create_tenant, get_tenant, list_tenants
+from gateway.api.admin.uploads import (
+    complete_upload,
+    create_upload,
+    create_version,
+    delete_upload,
+    get_upload,
+    put_file,
+)
 
 admin_router = Router(
     "/admin/v1",
@@ -60,6 +67,11 @@ admin_router = Router(
         list_grants,
         grant_adapter,
         revoke_grant,
+        create_upload,
+        put_file,
+        get_upload,
+        complete_upload,
+        delete_upload,
         list_base_models,
     ],
 )

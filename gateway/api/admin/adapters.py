@@ -1,33 +1,27 @@
-"""Adapters and their versions, for operators. POST of a version is the upload.
+"""Adapters and their versions, for operators: shown, deleted, restored and purged.
 
-Deleting, restoring and purging are here; where aliases stand and who else may call are beside.
+How they come in, where aliases stand and who else may call is beside.
 """
 
 import datetime
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
-from litestar import Request, Response, delete, get, patch, post
+from litestar import delete, get, patch, post
 from litestar.di import NamedDependency
-from litestar.openapi import ResponseSpec
-from litestar.openapi.spec import OpenAPIMediaType, Operation, Reference, RequestBody, Schema
-from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
 from adapters.errors import Finding
-from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
 from gateway.adapter_rows import DEFAULT_PAGE, MAX_NUMBER, MAX_PAGE
 from gateway.aliases import Aliases
 from gateway.auth import Principal
 from gateway.registry import AdapterEntry, Registry
 from gateway.retention import Retention
 from gateway.tables import Adapter, AdapterVersion
-from gateway.uploads import Uploads
 
 TAGS = ["admin: adapters"]
 
-State = Literal["validating", "probing", "ready", "rejected"]
+State = Literal["validating", "probing", "ready", "rejected", "missing"]
 Limit = Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)]
 
 
@@ -89,24 +83,6 @@ class VersionList(msgspec.Struct, frozen=True):
     data: list[VersionView]
     # Send it as `after` for the next part; null where this is the last.
     next: int | None
-
-
-@dataclass
-class UploadOperation(Operation):
-    """Describes the multipart body, which the handler reads itself, as a stream."""
-
-    def __post_init__(self) -> None:
-        binary = Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY)
-        text = Schema(type=OpenAPIType.STRING)
-        parts: dict[str, Reference | Schema] = {
-            CONFIG_FILE: binary,
-            WEIGHTS_FILE: binary,
-            "archive": binary,
-            "sha256": text,
-            "base_model": text,
-        }
-        form = OpenAPIMediaType(schema=Schema(type=OpenAPIType.OBJECT, properties=parts))
-        self.request_body = RequestBody(content={"multipart/form-data": form}, required=True)
 
 
 @get(
@@ -232,7 +208,7 @@ async def list_versions(
     row, page = await registry.list_versions(
         tenant, adapter, after=after, limit=limit, is_deleted=deleted
     )
-    return VersionList([_version_view(row, version) for version in page.items], page.next)
+    return VersionList([version_view(row, version) for version in page.items], page.next)
 
 
 @get(
@@ -247,7 +223,7 @@ async def get_version(
     number: FromPath[int],
     registry: NamedDependency[Registry],
 ) -> VersionView:
-    return _version_view(*await registry.get_version(tenant, adapter, number))
+    return version_view(*await registry.get_version(tenant, adapter, number))
 
 
 @delete(
@@ -306,50 +282,6 @@ async def purge_version(
     await retention.purge_version(tenant, adapter, number, actor_key_id=principal.key_id)
 
 
-@post(
-    "/tenants/{tenant:str}/adapters/{adapter:str}/versions",
-    scope="operator",
-    tags=TAGS,
-    summary="Upload an adapter",
-    description=(
-        f"Send `{CONFIG_FILE}` and `{WEIGHTS_FILE}` as two file parts, or one archive of them"
-        " (.tar, .tar.gz, .tgz, .zip). `sha256`, if sent, is that of the weights file or of the"
-        " archive. `base_model` is needed where several are served. The answer comes when the"
-        " version can be called: 201, or 200 if the adapter had these very contents already. 422"
-        " lists everything that is wrong with it."
-    ),
-    operation_class=UploadOperation,
-    responses={
-        200: ResponseSpec(
-            VersionView,
-            generate_examples=False,
-            description="The adapter had these very contents already: this is their version.",
-        )
-    },
-    # The operator's limit is enforced while the body is read, in words that name it.
-    request_max_body_size=None,
-)
-async def create_version(
-    tenant: FromPath[str],
-    adapter: FromPath[str],
-    request: Request[Any, Any, Any],
-    uploads: NamedDependency[Uploads],
-    principal: NamedDependency[Principal],
-) -> Response[VersionView]:
-    published = await uploads.publish(
-        tenant,
-        adapter,
-        content_type=request.headers.get("content-type", ""),
-        announced_bytes=request.content_length,
-        body=request.stream(),
-        actor_key_id=principal.key_id,
-    )
-    return Response(
-        _version_view(published.adapter, published.version),
-        status_code=201 if published.is_new else 200,
-    )
-
-
 def _adapter_view(entry: AdapterEntry) -> AdapterView:
     return AdapterView(
         adapter=entry.adapter.slug,
@@ -363,7 +295,7 @@ def _adapter_view(entry: AdapterEntry) -> AdapterView:
     )
 
 
-def _version_view(adapter: Adapter, version: AdapterVersion) -> VersionView:
+def version_view(adapter: Adapter, version: AdapterVersion) -> VersionView:
     return VersionView(
         model=adapter.public_name,
         pinned_model=f"{adapter.public_name}@{version.number}",
