@@ -32,6 +32,7 @@ from gateway.aliases import Canary, Meaning, bucket_of, follow_latest
 from gateway.auth import Principal
 from gateway.blobs import lock_bytes
 from gateway.database import Database
+from gateway.errors import Conflict, InvalidRequest, ModelNotFound, Unavailable
 from gateway.quotas import NO_QUOTAS, Quotas
 from gateway.tables import (
     Adapter,

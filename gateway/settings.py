@@ -56,8 +56,6 @@ class Settings:
             "MANYLORA_PORT": str(self.port),
             "MANYLORA_MAX_UPLOAD_BYTES": str(self.max_upload_bytes),
             "MANYLORA_PURGE_AFTER_DAYS": str(self.purge_after_days),
-            **({} if self.parent_pid is None else {PARENT_VARIABLE: str(self.parent_pid)}),
-            "MANYLORA_PURGE_AFTER_DAYS": str(self.purge_after_days),
             **_given("MANYLORA_MAX_ADAPTERS_PER_TENANT", self.max_adapters_per_tenant),
             **_given("MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT", self.max_adapter_bytes_per_tenant),
             **_given(PARENT_VARIABLE, self.parent_pid),
