@@ -50,7 +50,7 @@ MAX_MODEL_NAME = 256
 # Which version of which adapter a name means. Row-level security hides what is neither the caller's
 # nor shared with it, and base models that are withheld from it, so such a name finds as little as
 # one that does not exist. A base model that no engine serves is not offered, and neither are its
-# adapters.
+# adapters. Each lookup is an equality that row-level security lets an index answer.
 RESOLVE = text("""
     SELECT n.name AS public_name, b.id AS base_model_id, b.name AS base_model,
            b.text_bundle_digest AS base_text_bundle_digest, b.context_length,
@@ -61,17 +61,18 @@ RESOLVE = text("""
     FROM public_names n
     LEFT JOIN adapters a ON a.id = n.adapter_id AND a.deleted_at IS NULL
     JOIN base_models b ON b.id = coalesce(n.base_model_id, a.base_model_id)
-    LEFT JOIN adapter_aliases l ON l.adapter_id = a.id
-         AND l.alias = coalesce(CAST(:alias AS text), a.default_alias)
-    LEFT JOIN adapter_versions v ON v.state IN ('ready', 'missing') AND v.deleted_at IS NULL
-         AND v.id = CASE
-             WHEN CAST(:number AS integer) IS NOT NULL THEN (
-                 SELECT w.id FROM adapter_versions w
-                 WHERE w.adapter_id = a.id AND w.number = CAST(:number AS integer)
-             )
-             WHEN CAST(:bucket AS integer) < l.canary_percent THEN l.canary_version_id
-             ELSE l.version_id
-         END
+    LEFT JOIN LATERAL (
+        SELECT pinned.* FROM adapter_versions pinned
+        WHERE pinned.adapter_id = a.id AND pinned.number = CAST(:number AS integer)
+        UNION ALL
+        SELECT named.* FROM adapter_aliases l
+        JOIN adapter_versions named ON named.id = CASE
+            WHEN CAST(:bucket AS integer) < l.canary_percent THEN l.canary_version_id
+            ELSE l.version_id
+        END
+        WHERE CAST(:number AS integer) IS NULL AND l.adapter_id = a.id
+          AND l.alias = coalesce(CAST(:alias AS text), a.default_alias)
+    ) AS v ON v.state IN ('ready', 'missing') AND v.deleted_at IS NULL
     WHERE n.name = :name
       AND (v.id IS NOT NULL OR (n.base_model_id IS NOT NULL AND NOT :is_versioned))
       AND EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
@@ -83,8 +84,8 @@ LIST_MODELS = text("""
     SELECT b.name AS id, b.created_at, 'manylora' AS owned_by, b.name AS base_model,
            NULL::integer AS version_number, NULL::text AS version_digest
     FROM base_models b
-    JOIN public_names n ON n.name = lower(b.name) AND n.base_model_id = b.id
     WHERE EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
+      AND NOT EXISTS (SELECT FROM withheld_base_models w WHERE w.base_model_id = b.id)
     UNION ALL
     SELECT a.public_name, a.created_at,
            -- Its owner's slug, though the owner's row is nobody else's to see.
