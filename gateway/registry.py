@@ -63,7 +63,7 @@ RESOLVE = text("""
 
 # Whether a name that resolves to nothing would, were its bytes still in the store.
 IS_MISSING = text("""
-    SELECT FROM adapters a
+    SELECT v.id FROM adapters a
     LEFT JOIN adapter_aliases l ON l.adapter_id = a.id AND l.alias = :alias
     JOIN adapter_versions v ON v.adapter_id = a.id AND v.state = 'missing'
          AND (v.id = l.version_id OR v.number = :number)
