@@ -71,8 +71,16 @@ def main() -> None:
 @click.option("--store-url", help="Where adapters are kept. [default: the data directory]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR)
 @click.option("--max-upload-mib", default=1024, show_default=True)
-@click.option("--max-adapters-per-tenant", type=click.IntRange(min=0))
-@click.option("--max-adapter-bytes-per-tenant", type=click.IntRange(min=0))
+@click.option(
+    "--max-adapters-per-tenant",
+    type=click.IntRange(min=0),
+    help="For tenants without a limit of their own. [default: none]",
+)
+@click.option(
+    "--max-adapter-bytes-per-tenant",
+    type=click.IntRange(min=0),
+    help="The same for the bytes of their versions. [default: none]",
+)
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and answer together.")

@@ -23,6 +23,8 @@ def settings(tmp_path) -> Settings:
         host="127.0.0.1",
         port=8000,
         max_upload_bytes=1 << 20,
+        max_adapters_per_tenant=0,
+        max_adapter_bytes_per_tenant=5,
         parent_pid=17,
     )
 
