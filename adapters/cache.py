@@ -103,7 +103,7 @@ class DiskCache:
         folder = Path(tempfile.mkdtemp(prefix=_PASSING, dir=self._root))
         try:
             self._store.fetch_adapter(digest, folder)
-            _verify(digest, folder)
+            verify(digest, folder)
             _flush(folder)
             folder.rename(self._root / digest)
         except BaseException:
@@ -151,7 +151,8 @@ class DiskCache:
         self._remove(self._evict())
 
 
-def _verify(digest: str, folder: Path) -> None:
+def verify(digest: str, folder: Path) -> None:
+    """Read the adapter in a folder whole. Raises DigestMismatch and UnreadableArtifact. Blocks."""
     data = (folder / CONFIG_FILE).read_bytes()
     config, _ = lora_config.parse(data)
     found = manifest.read(

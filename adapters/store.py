@@ -247,7 +247,7 @@ def _open(url: str) -> ObjectStore:
         if address.startswith("memory:"):
             return MemoryStore()
         options = dict(parse_qsl(query, strict_parsing=bool(query)))
-        plain = {"allow_http": True} if _is_plain_http(options) else {}
+        plain = {"allow_http": True} if _is_plain_http(options) else None
         # Which options there are differs by kind of store; the driver refuses those it lacks.
         open_at: Callable[..., ObjectStore] = from_url
         return open_at(address, config=options, client_options=plain, retry_config=_RETRIES)

@@ -5,6 +5,7 @@ name. Parses and reports; decides nothing.
 """
 
 import asyncio
+import datetime
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 import click
 
+from adapters.errors import StoreUnavailable
+from gateway.database import DATABASE_TROUBLE
 from gateway.demo import set_up_demo
-from gateway.errors import DatabaseRefused
+from gateway.errors import DatabaseRefused, GatewayError
+from gateway.fsck import Fsck, Report
 from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS
-from gateway.supervisor import CannotServe, ServeOptions, Supervisor
+from gateway.supervisor import CannotServe, ServeOptions, Supervisor, installation
 
 DEFAULT_DATA_DIR = Path(".manylora")
 
@@ -74,8 +78,16 @@ def main() -> None:
     show_default=True,
     help="How long deleted adapters can be restored.",
 )
-@click.option("--max-adapters-per-tenant", type=click.IntRange(min=0))
-@click.option("--max-adapter-bytes-per-tenant", type=click.IntRange(min=0))
+@click.option(
+    "--max-adapters-per-tenant",
+    type=click.IntRange(min=0),
+    help="For tenants without a limit of their own. [default: none]",
+)
+@click.option(
+    "--max-adapter-bytes-per-tenant",
+    type=click.IntRange(min=0),
+    help="The same for the bytes of their versions. [default: none]",
+)
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and answer together.")
@@ -156,6 +168,57 @@ def demo(model: Path, host: str, port: int, data_dir: Path) -> None:
         )
 
     _run(options, ready)
+
+
+@main.group()
+def adapters() -> None:
+    """Look after the adapters of an installation."""
+
+
+@adapters.command()
+@click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR)
+@click.option("--database-url", help="As given to serve. [default: the embedded one]")
+@click.option("--store-url", help="As given to serve. [default: the data directory]")
+@click.option("--deep", is_flag=True, help="Read every byte, and compare it with its digest.")
+@click.option("--repair", is_flag=True, help="Remove what nobody needs, mark what is missing.")
+@click.option(
+    "--grace-hours",
+    type=click.FloatRange(min=0),
+    default=24.0,
+    show_default=True,
+    help="Leave younger files alone: an upload under way may need them.",
+)
+def fsck(
+    data_dir: Path,
+    database_url: str | None,
+    store_url: str | None,
+    deep: bool,
+    repair: bool,
+    grace_hours: float,
+) -> None:
+    """Compare the artifact store with the database, while they are in use.
+
+    The exit status is 1 where something is wrong and was not repaired, 2 where nothing could be
+    compared.
+    """
+
+    async def run() -> Report:
+        async with installation(data_dir, database_url=database_url, store_url=store_url) as (
+            database,
+            store,
+        ):
+            grace = datetime.timedelta(hours=grace_hours)
+            return await Fsck(database, store, grace=grace).run(is_deep=deep, must_repair=repair)
+
+    try:
+        report = asyncio.run(run())
+    except (CannotServe, GatewayError, StoreUnavailable, *DATABASE_TROUBLE) as error:
+        _say(f"cannot compare: {error}")
+        sys.exit(2)
+    for problem in report.problems:
+        click.echo(problem.line())
+    click.echo(report.summary())
+    sys.exit(0 if report.is_sound else 1)
 
 
 def _engine_flags(options: dict[str, object]) -> tuple[str, ...]:

@@ -346,8 +346,7 @@ class Registry:
             adapter = await _open_adapter(session, destination, base_model_id=base_model_id)
             version = await _same_contents(session, adapter.id, contents.version_digest)
             if version is not None:
-                if version.state == "missing":
-                    version.state = "probing"
+                await _revive(session, adapter, version, actor_key_id=actor_key_id)
                 return Published(adapter, version, is_new=False)
             version = await _insert_version(session, adapter, contents=contents)
             await self._quotas.check(session, version)
@@ -693,6 +692,23 @@ async def _same_contents(
     # Two of them where one was deleted, uploaded again, and restored.
     newest = query.order_by(AdapterVersion.number.desc()).limit(1)
     return (await session.scalars(newest)).one_or_none()
+
+
+async def _revive(
+    session: AsyncSession, adapter: Adapter, version: AdapterVersion, *, actor_key_id: uuid.UUID
+) -> None:
+    """A version whose bytes had gone missing has them again, and is probed again."""
+    if version.state != "missing":
+        return
+    version.state = "probing"
+    await audit.record(
+        session,
+        tenant_id=version.tenant_id,
+        actor_key_id=actor_key_id,
+        action="adapter.version.revive",
+        subject=f"{adapter.public_name}@{version.number}",
+        details={"version_digest": version.version_digest},
+    )
 
 
 async def _insert_version(

@@ -266,16 +266,16 @@ class ResumableUploads:
         Raises NotFound.
         """
         progress = await self.progress(tenant, adapter, upload_id)
-        await self._remove(progress.upload.id)
+        try:
+            await remove_upload(self._database, self._store, progress.upload.id)
+        except StoreUnavailable as error:
+            raise _store_away() from error
 
     async def sweep(self) -> int:
         """Remove what has expired; return how many uploads."""
-        async with self._database.as_worker() as session:
-            expired = (
-                await session.scalars(select(Upload.id).where(Upload.expires_at <= func.now()))
-            ).all()
+        expired = await expired_uploads(self._database)
         for upload_id in expired:
-            await self._remove(upload_id)
+            await remove_upload(self._database, self._store, upload_id)
         return len(expired)
 
     async def _sweep_forever(self) -> None:
@@ -283,7 +283,7 @@ class ResumableUploads:
             try:
                 if num_removed := await self.sweep():
                     logger.info("uploads_expired", extra={"num_uploads": num_removed})
-            except (*DATABASE_TROUBLE, StoreUnavailable, Unavailable) as error:
+            except (*DATABASE_TROUBLE, StoreUnavailable) as error:
                 logger.warning("upload_sweep_failed", extra={"reason": str(error)})
             await asyncio.sleep(SWEEP_INTERVAL_S)
 
@@ -436,18 +436,26 @@ class ResumableUploads:
             adapter = await session.get_one(Adapter, version.adapter_id)
         return Accepted(Published(adapter, version, is_new=False), list(upload.ignored_files))
 
-    async def _remove(self, upload_id: uuid.UUID) -> None:
-        """The objects first: what is left where this is cut off, the next sweep removes."""
-        try:
-            await self._store.delete_upload(upload_id)
-        except StoreUnavailable as error:
-            raise _store_away() from error
-        async with self._database.as_worker() as session:
-            row = await session.get(Upload, upload_id, with_for_update=True)
-            if row is None:
-                return
-            await session.execute(delete(UploadPart).where(UploadPart.upload_id == upload_id))
-            await session.delete(row)
+
+async def remove_upload(database: Database, store: ArtifactStore, upload_id: uuid.UUID) -> None:
+    """Forget an upload; where this is cut off in the middle, it can be done again.
+
+    Raises StoreUnavailable.
+    """
+    # The objects first: a row that is left is found again, an object that is left only by fsck.
+    await store.delete_upload(upload_id)
+    async with database.as_worker() as session:
+        row = await session.get(Upload, upload_id, with_for_update=True)
+        if row is None:
+            return
+        await session.execute(delete(UploadPart).where(UploadPart.upload_id == upload_id))
+        await session.delete(row)
+
+
+async def expired_uploads(database: Database) -> list[uuid.UUID]:
+    async with database.as_worker() as session:
+        query = select(Upload.id).where(Upload.expires_at <= func.now())
+        return list((await session.scalars(query)).all())
 
 
 async def _pieces(

@@ -17,13 +17,14 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from adapters.store import ArtifactStore
 from gateway.auth import PEPPER_VERSION, Authenticator
 from gateway.database import DATABASE_TROUBLE, Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
@@ -84,6 +85,34 @@ class Secrets:
             made = cls(*(secrets.token_hex(32) for _ in range(4)))
             write_private(path, json.dumps(asdict(made)))
         return cls(**json.loads(path.read_text()))
+
+
+@contextlib.asynccontextmanager
+async def installation(
+    data_dir: Path, *, database_url: str | None, store_url: str | None
+) -> AsyncIterator[tuple[Database, ArtifactStore]]:
+    """Database and store of an installation that `serve` made here, whether it runs or not.
+
+    Raises CannotServe where there is none; the embedded PostgreSQL has to run.
+    """
+    path = data_dir / "secrets.json"
+    if not path.exists():
+        raise CannotServe(f"{data_dir} holds no installation: give its --data-dir")
+    keys = Secrets.of(path)
+    app_url, worker_url = role_urls(
+        database_url or EmbeddedPostgres(data_dir).url,
+        app_password=keys.app_password,
+        worker_password=keys.worker_password,
+    )
+    database = Database(app_url=app_url, worker_url=worker_url, pool_size=2)
+    try:
+        yield database, ArtifactStore(store_url or _store_url(data_dir))
+    finally:
+        await database.close()
+
+
+def _store_url(data_dir: Path) -> str:
+    return (data_dir / "store").absolute().as_uri()
 
 
 def write_private(path: Path, content: str) -> None:
@@ -157,7 +186,7 @@ class Supervisor:
             engine_address=f"unix:{runtime_dir / 'engine.sock'}",
             engine_secret=keys.engine_secret,
             pepper=bytes.fromhex(keys.pepper),
-            store_url=options.store_url or (options.data_dir / "store").absolute().as_uri(),
+            store_url=options.store_url or _store_url(options.data_dir),
             data_dir=options.data_dir.absolute(),
             host=options.host,
             port=options.port,

@@ -24,6 +24,8 @@ def settings(tmp_path) -> Settings:
         port=8000,
         max_upload_bytes=1 << 20,
         purge_after_days=30,
+        max_adapters_per_tenant=0,
+        max_adapter_bytes_per_tenant=5,
         parent_pid=17,
     )
 

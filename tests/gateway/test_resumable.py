@@ -273,6 +273,45 @@ async def test_a_tenant_has_only_so_many_bytes_under_way(plane: Plane) -> None:
     assert statuses == [201] * MAX_UPLOADS_UNDER_WAY + [429] * 2
 
 
+async def test_memory_stays_constant_however_large_the_file(
+    database: Database, tmp_path: Path
+) -> None:
+    size = 64 << 20
+    chunk = np.full(1 << 18, 0.01, np.float32).tobytes()
+    digest = hashlib.sha256(chunk * (size // len(chunk))).hexdigest()
+    async with admin_plane(database, tmp_path, max_upload_bytes=size + 1000) as plane:
+        await plane.make_tenant("acme")
+        config = adapter_files()["adapter_config.json"]
+        files = declaration({"adapter_config.json": config})["files"]
+        files.append({"name": WEIGHTS, "size_bytes": size, "sha256": digest})
+        upload = (await plane.client.post(f"{BASE}/uploads", json={"files": files})).json()["id"]
+        await put(plane, upload, "adapter_config.json", config)
+        before_bytes, peaks = resident_bytes(), []
+
+        async def body() -> AsyncIterator[bytes]:
+            for _ in range(size // len(chunk)):
+                yield chunk
+                peaks.append(resident_bytes())
+
+        answer = await plane.client.put(
+            f"{BASE}/uploads/{upload}/files/{WEIGHTS}",
+            content=body(),
+            headers={"content-range": f"bytes 0-{size - 1}/{size}"},
+            timeout=300,
+        )
+        assert answer.status_code == 200, answer.text
+        assert len(parts(plane)) == 1 + size // resumable.PIECE_BYTES
+        # These bytes are no safetensors file, which is found out at the end.
+        answer = await complete(plane, upload)
+        assert answer.json()["findings"][0]["code"] == "weights_unreadable"
+        peaks.append(resident_bytes())
+    assert max(peaks) - before_bytes < 48 << 20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 DIGEST = "0" * 64
 MALFORMED: dict[str, tuple[list[dict[str, Any]], int]] = {
     "no file": ([], 400),

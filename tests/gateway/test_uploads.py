@@ -128,6 +128,12 @@ async def test_a_trainers_whole_folder_is_an_upload_and_the_answer_says_what_was
     assert (await plane.upload(files)).status_code == 200
 
 
+async def test_a_tokenizer_and_examples_come_as_parts_of_their_own(plane: Plane) -> None:
+    others = {"tokenizer_config.json": b"{}", "generation_config.json": b"{}"}
+    answer = await plane.upload({**adapter_files(), **others, "examples.jsonl": b""})
+    assert answer.status_code == 201, answer.text
+
+
 async def test_part_names_do_not_matter(plane: Plane) -> None:
     files = {name: (name, data) for name, data in adapter_files().items()}
     assert (await plane.client.post(VERSIONS, files=files)).status_code == 201
