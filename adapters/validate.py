@@ -46,25 +46,6 @@ _KNOWN_KINDS = {
 }
 
 
-class BaseShape(msgspec.Struct, frozen=True):
-    """What of a base model an adapter may change."""
-
-    # The served name.
-    base_model: str
-    # Linear layers that LoRA may target, by full path, e.g. "model.layers.0.self_attn.q_proj"
-    # -> (in_features, out_features). The output layer is one of them where it can be served.
-    modules: dict[str, tuple[int, int]]
-    # Embeddings of tokens, by full path -> (num_embeddings, dim)
-    embeddings: dict[str, tuple[int, int]] = {}
-    # What an adapter may bring whole, by full path -> shape: parameters of modules that treat each
-    # token by itself, e.g. "model.norm.weight" or "model.layers.0.self_attn.q_proj.bias"
-    parameters: dict[str, tuple[int, ...]] = {}
-    # The output layer's full path; None where it takes no adapter.
-    output_layer: str | None = None
-    # Whether the output layer's weights are those of the embedding.
-    is_tied: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What an operator allows an adapter to be."""

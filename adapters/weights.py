@@ -1,20 +1,24 @@
 """Load a stored adapter as tensors. The one file of this package that knows torch."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from adapters import lora_config, tensor_file
+from adapters import lora_config, parts, tensor_file
 from adapters.errors import Finding, InvalidAdapter
-from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, pair
+from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
+from adapters.parts import LoraEntry, TokensEntry
+from adapters.tensor_file import TensorEntry
 
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """The LoRA of one module: y = W x + scaling * B A x, and with DoRA its rows' norms."""
+    """The LoRA of one module: y = W x + scaling * (B A x + bias), and with DoRA its rows' norms."""
 
     # Full path in the base model, e.g. "model.layers.0.self_attn.q_proj".
     name: str
@@ -25,11 +29,14 @@ class LoraModule:
     scaling: float
     # [out_features] or [dim]: DoRA's trained norm of each row of W + scaling * B A; None without
     magnitude: Tensor | None = None
+    # [out_features]: a bias on lora_B, not scaled yet; None without
+    bias: Tensor | None = None
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedTokens:
-    """Rows of an embedding that an adapter brings itself."""
+    """Rows of an embedding or an output layer that an adapter brings itself."""
 
     # [num_tokens] int64, ascending
     token_ids: Tensor
@@ -39,46 +46,118 @@ class TrainedTokens:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """All that an adapter changes."""
+    """All that an adapter changes. Where the base model ties two layers, each has its entry here."""
 
     # By module path: linear layers, the output layer and embeddings.
     lora: dict[str, LoraModule]
     # By parameter path, e.g. "lm_head.weight": takes the place of the base model's own. More rows
-    # than the base model has are added tokens.
+    # than the base model has are added tokens. LoRA and trained tokens come on top of it.
     replaced: dict[str, Tensor]
-    # By module path of an embedding.
+    # By module path of an embedding or the output layer.
     tokens: dict[str, TrainedTokens]
 
 
 def load(folder: Path, *, base_model: str, dtype: torch.dtype) -> AdapterWeights:
     """Return what an adapter changes, on the CPU, in `dtype`.
 
-    `folder` holds `adapter_config.json` and `adapter_model.safetensors`. Raises UnreadableArtifact
-    when they cannot be read, and InvalidAdapter when part of them would go unused on `base_model`.
+    `folder` holds the canonical `adapter_config.json` and `adapter_model.safetensors`. Raises
+    UnreadableArtifact when they cannot be read, and InvalidAdapter when part of them would go
+    unused on `base_model`.
     """
     path = folder / WEIGHTS_FILE
     config, findings = lora_config.parse((folder / CONFIG_FILE).read_bytes())
-    entries, leftovers = pair(tensor_file.read_header(path), config)
-    findings += [_unused(name, base_model) for name in leftovers]
+    found = parts.sort(tensor_file.read_header(path), config)
+    findings += [_unused(name, base_model) for name in found.leftovers]
     if findings:
         raise InvalidAdapter(findings)
-    with safe_open(path, framework="pt") as tensors:
-        lora = {
-            module: LoraModule(
-                name=module,
-                lora_A=tensors.get_tensor(entry.lora_A.name).to(dtype),
-                lora_B=tensors.get_tensor(entry.lora_B.name).to(dtype),
-                scaling=entry.scaling,
-            )
-            for module, entry in entries.items()
-        }
-    return AdapterWeights(lora=lora, replaced={}, tokens={})
+    with safe_open(path, framework="pt") as file:
+        tensors = _Tensors(file, dtype)
+        return AdapterWeights(
+            lora={module: _lora(module, entry, tensors) for module, entry in found.lora.items()},
+            replaced={name: tensors.read(entry) for name, entry in found.replaced.items()},
+            tokens={module: _tokens(entry, tensors) for module, entry in found.tokens.items()},
+        )
+
+
+def settle(loaded: AdapterWeights, base_parameter: Callable[[str], Tensor]) -> AdapterWeights:
+    """Return the same function with each module changed in one way only.
+
+    Leaves out parameters that are the base model's own in every bit, which PEFT saves beside LoRA
+    on embeddings and output layers; works LoRA and trained tokens into those that are not.
+    `base_parameter` returns a parameter of the base model by its full path.
+    """
+    replaced = {
+        name: tensor
+        for name, tensor in loaded.replaced.items()
+        if not _is_same(tensor, base_parameter(name))
+    }
+    own = {name.removesuffix(".weight") for name in replaced if name.endswith(".weight")}
+    for module in own:
+        name = f"{module}.weight"
+        if lora := loaded.lora.get(module):
+            replaced[name] = _merged(replaced[name], lora)
+        if trained := loaded.tokens.get(module):
+            replaced[name] = replaced[name].index_copy(0, trained.token_ids, trained.rows)
+    return AdapterWeights(
+        lora={module: lora for module, lora in loaded.lora.items() if module not in own},
+        replaced=replaced,
+        tokens={module: rows for module, rows in loaded.tokens.items() if module not in own},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """The tensors of an open file; one that is asked for twice is read once."""
+
+    _file: Any
+    _dtype: torch.dtype
+    _read: dict[str, Tensor] = field(default_factory=dict)
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        if entry.name not in self._read:
+            self._read[entry.name] = self._file.get_tensor(entry.name).to(self._dtype)
+        return self._read[entry.name]
+
+    def read_if(self, entry: TensorEntry | None) -> Tensor | None:
+        return self.read(entry) if entry else None
+
+
+def _lora(module: str, entry: LoraEntry, tensors: _Tensors) -> LoraModule:
+    return LoraModule(
+        name=module,
+        lora_A=tensors.read(entry.lora_A),
+        lora_B=tensors.read(entry.lora_B),
+        scaling=entry.scaling,
+        magnitude=tensors.read_if(entry.magnitude),
+        bias=tensors.read_if(entry.bias),
+        is_embedding=entry.is_embedding,
+    )
+
+
+def _tokens(entry: TokensEntry, tensors: _Tensors) -> TrainedTokens:
+    token_ids, order = torch.tensor(entry.token_ids).sort()
+    return TrainedTokens(token_ids, tensors.read(entry.rows)[order])
+
+
+def _is_same(tensor: Tensor, base: Tensor) -> bool:
+    return tensor.shape == base.shape and torch.equal(tensor, base.to(tensor.device, tensor.dtype))
+
+
+def _merged(weight: Tensor, lora: LoraModule) -> Tensor:
+    """The weight [num_tokens, dim] of an embedding or output layer with LoRA, or DoRA, in it."""
+    delta = (lora.lora_B.float() @ lora.lora_A.float()) * lora.scaling
+    merged = weight.float() + (delta.T if lora.is_embedding else delta)
+    if lora.magnitude is None:
+        return merged.to(weight.dtype)
+    dim = 0 if lora.is_embedding else 1
+    gain = lora.magnitude.float() / torch.linalg.vector_norm(merged, dim=dim)
+    return (merged * gain.unsqueeze(dim)).to(weight.dtype)
 
 
 def _unused(name: str, base_model: str) -> Finding:
     return Finding(
         code="unused_tensor",
         where=name,
-        message=f"belongs to no LoRA pair on {base_model!r}",
+        message=f"changes nothing on {base_model!r}",
         fix="validate the adapter before it is stored",
     )
