@@ -125,9 +125,7 @@ class _Sorter:
     def _lora(self, module: str) -> LoraEntry | None:
         config = self._config
         is_embedding = self._has(module, Part.EMBEDDING_A, Part.EMBEDDING_B)
-        sides = (
-            (Part.EMBEDDING_A, Part.EMBEDDING_B) if is_embedding else (Part.LORA_A, Part.LORA_B)
-        )
+        sides = (Part.EMBEDDING_A, Part.EMBEDDING_B) if is_embedding else (Part.LORA_A, Part.LORA_B)
         if not self._has(module, *sides):
             return None
         halves = [self._found.pop(TensorName(module, side)) for side in sides]

@@ -46,7 +46,7 @@ class TrainedTokens:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """All that an adapter changes. Where the base model ties two layers, each has its entry here."""
+    """All that an adapter changes. Of two layers that the base model ties, each has its entry."""
 
     # By module path: linear layers, the output layer and embeddings.
     lora: dict[str, LoraModule]

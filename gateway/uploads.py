@@ -49,7 +49,7 @@ class Artifact:
         return Contents(
             weights_digest=self.manifest.weights_digest,
             text_bundle_digest=None,
-            rank=max(entry.rank for entry in self.manifest.modules.values()),
+            rank=self.manifest.max_rank,
             num_modules=len(self.manifest.modules),
             size_bytes=self.manifest.size_bytes,
         )
@@ -216,7 +216,9 @@ def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) ->
     with config_path.open("rb") as file:
         # One byte more than allowed is enough for the reader to refuse it.
         config = file.read(lora_config.MAX_SIZE_BYTES + 1)
-    read = manifest.read(config, weights_path, base_model=base_model.name)
+    read = manifest.read(
+        config, weights_path, base_model=base_model.name, base_shape=_shape_of(base_model)
+    )
     return Artifact(read, weights_path, findings)
 
 

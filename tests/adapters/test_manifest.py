@@ -7,7 +7,7 @@ import torch
 
 from adapters import manifest, validate, weights
 from adapters.errors import InvalidAdapter
-from adapters.manifest import is_canonical, split_key
+from adapters.manifest import is_canonical
 from adapters.validate import BaseShape
 from tests.adapters.tiny_adapters import BASE, LIMITS, Saved
 
