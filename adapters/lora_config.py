@@ -4,12 +4,13 @@ The meaning of each field is PEFT's own (0.21). A field that would change what t
 and that we do not serve becomes a finding; it is never dropped.
 """
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -20,6 +21,8 @@ FILE_NAME = "adapter_config.json"
 MAX_SIZE_BYTES = 4 << 20
 MAX_RANK = 65_536
 ALL_LINEAR = "all-linear"
+
+Number = TypeVar("Number", int, int | float)
 
 # Ways to begin training that leave the base model's weights as they are. The others (pissa, olora,
 # corda, loftq, lora_ga) train against a changed base, which no server has.
@@ -79,6 +82,30 @@ _NOT_SERVED = {
     "velora_config": "VeLoRA",
 }
 
+# What `Manifest.canonical_config` writes.
+_CANONICAL_FIELDS = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+}
+# Written only where they say something.
+_CANONICAL_EXTRAS = {
+    "bias",
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+    "parameter_tensors",
+    "trainable_token_indices",
+    "use_dora",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
@@ -95,6 +122,8 @@ class LoraConfig:
     # None means all.
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
+    # Whether we wrote it ourselves, so that every module is named in full.
+    is_canonical: bool
     # What the trainer called the base model: a name or a path of theirs.
     base_model_name: str | None
     bias: str
@@ -112,17 +141,24 @@ class LoraConfig:
     # `Manifest.canonical_config` writes it.
     parameter_tensors: dict[str, str]
 
-    def rank_of(self, module: str) -> int:
-        rank = self.rank_pattern.find(module)
-        return self.rank if rank is None else rank
+    def rank_of(self, *names: str) -> int:
+        """The rank of a module, whose names are tried in turn."""
+        return _first(self.rank_pattern, names, default=self.rank)
 
-    def alpha_of(self, module: str) -> int | float:
-        alpha = self.alpha_pattern.find(module)
-        return self.alpha if alpha is None else alpha
+    def alpha_of(self, *names: str) -> int | float:
+        return _first(self.alpha_pattern, names, default=self.alpha)
 
-    def scaling_of(self, module: str) -> float:
-        rank = self.rank_of(module)
-        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+    def scaling_of(self, *names: str) -> float:
+        rank = self.rank_of(*names)
+        return self.alpha_of(*names) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def renamed(self, resolve: Callable[[str], str]) -> "LoraConfig":
+        """Return it with paths of modules as the base model has them; plain names stay."""
+        ids = self.token_ids
+        if isinstance(ids, dict):
+            ids = {resolve(end) if "." in end else end: each for end, each in ids.items()}
+        saved = (resolve(end) if "." in end else end for end in self.modules_to_save)
+        return dataclasses.replace(self, modules_to_save=tuple(saved), token_ids=ids)
 
     def targets(self, module: str, *, is_inner_linear: bool = True) -> bool:
         """Whether PEFT would put LoRA on the module at this path.
@@ -161,6 +197,11 @@ class LoraConfig:
         return index is not None and index in self.layers_to_transform
 
 
+def _first(table: PatternTable[Number], names: tuple[str, ...], *, default: Number) -> Number:
+    found = (table.find(name) for name in dict.fromkeys(names))
+    return next((value for value in found if value is not None), default)
+
+
 def _is_named(module: str, names: frozenset[str] | Pattern) -> bool:
     if isinstance(names, Pattern):
         return names.matches(module)
@@ -186,6 +227,9 @@ def parse(data: bytes) -> tuple[LoraConfig, list[Finding]]:
     fields = _decode(data)
     _require_lora(fields)
     config = _build(_typed(fields))
+    is_literal = config.rank_pattern.is_literal and config.alpha_pattern.is_literal
+    is_ours = _CANONICAL_FIELDS <= set(fields) <= _CANONICAL_FIELDS | _CANONICAL_EXTRAS
+    config = dataclasses.replace(config, is_canonical=is_literal and is_ours)
     return config, _unserved(fields)
 
 
@@ -326,6 +370,7 @@ def _build(typed: dict[str, Any]) -> LoraConfig:
         exclude_modules=_selection("exclude_modules", typed.get("exclude_modules") or ()),
         layers_to_transform=_layers(layers),
         layers_pattern=tuple(_names(typed.get("layers_pattern"))),
+        is_canonical=False,
         base_model_name=typed.get("base_model_name_or_path"),
         bias=typed["bias"],
         use_dora=typed.get("use_dora", False),

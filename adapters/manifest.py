@@ -33,29 +33,6 @@ __all__ = [
 CONFIG_FILE = lora_config.FILE_NAME
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_CANONICAL_FIELDS = {
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "inference_mode",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-}
-# Written only where they say something.
-_CANONICAL_EXTRAS = {
-    "bias",
-    "fan_in_fan_out",
-    "lora_bias",
-    "modules_to_save",
-    "parameter_tensors",
-    "trainable_token_indices",
-    "use_dora",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -182,7 +159,7 @@ def read(
     sorted_out = parts.sort(tensors, parsed, base_shape)
     return Manifest(
         base_model=base_model,
-        config=parsed,
+        config=sorted_out.config,
         modules=sorted_out.lora,
         replaced=sorted_out.replaced,
         tokens=sorted_out.tokens,
@@ -202,10 +179,7 @@ def is_canonical(config: bytes) -> bool:
 
     Raises InvalidAdapter when it is none at all.
     """
-    parsed, _ = lora_config.parse(config)
-    is_literal = parsed.rank_pattern.is_literal and parsed.alpha_pattern.is_literal
-    fields = set(json.loads(config))
-    return is_literal and _CANONICAL_FIELDS <= fields <= _CANONICAL_FIELDS | _CANONICAL_EXTRAS
+    return lora_config.parse(config)[0].is_canonical
 
 
 def _num_added_tokens(replaced: dict[str, TensorEntry], base_shape: BaseShape | None) -> int:

@@ -19,6 +19,8 @@ class LoraEntry:
     rank: int
     alpha: int | float
     scaling: float
+    # The path that the module had where it was trained, which the configuration's patterns mean.
+    trained_as: str
     # [rank, in_features]; of an embedding [rank, num_embeddings]
     lora_A: TensorEntry
     # [out_features, rank]; of an embedding [dim, rank]
@@ -53,6 +55,8 @@ class TokensEntry:
 class Parts:
     """All that an adapter changes, by where it changes it, and the tensors that change nothing."""
 
+    # With the base model's own paths of modules.
+    config: LoraConfig
     # By module path.
     lora: dict[str, LoraEntry]
     # By parameter path, e.g. "lm_head.weight".
@@ -81,32 +85,33 @@ class _Sorter:
     def __init__(
         self, tensors: dict[str, TensorEntry], config: LoraConfig, base_shape: BaseShape | None
     ) -> None:
+        names = ModuleNames(base_shape.module_paths() if base_shape else _listed(config))
         self._tensors = tensors
-        self._config = config
+        self._config = config.renamed(names.resolve)
         self._base_shape = base_shape
         self._found: dict[TensorName, TensorEntry] = {}
+        self._trained_as: dict[str, str] = {}
         self._copies: list[tuple[str, str]] = []
         self._leftovers: dict[str, str] = {}
-        self._find()
+        self._find(names)
 
     def sort(self) -> Parts:
         lora = {module: entry for module in self._modules() if (entry := self._lora(module))}
         tokens = self._tokens()
         replaced = self._replaced()
-        for name, entry in self._found.items():
-            self._leftovers[entry.name] = _why_unused(name, lora)
-        return Parts(lora, replaced, tokens, tuple(self._copies), self._leftovers)
+        for name, unused in self._found.items():
+            self._leftovers[unused.name] = _why_unused(name, lora)
+        copies = tuple(self._copies)
+        return Parts(self._config, lora, replaced, tokens, copies, self._leftovers)
 
-    def _find(self) -> None:
-        config, base_shape = self._config, self._base_shape
-        paths = base_shape.module_paths() if base_shape else _listed(config)
-        names = ModuleNames(paths)
+    def _find(self, names: ModuleNames) -> None:
         for name in sorted(self._tensors):
             meaning = parse(name)
             if meaning is None:
                 self._leftovers[name] = "unused_tensor"
                 continue
             module = names.resolve(meaning.module)
+            self._trained_as.setdefault(module, meaning.module)
             meaning = TensorName(module, meaning.part, meaning.parameter)
             if meaning in self._found:
                 self._leftovers[name] = "duplicate_tensor"
@@ -129,10 +134,13 @@ class _Sorter:
         if not self._has(module, *sides):
             return None
         halves = [self._found.pop(TensorName(module, side)) for side in sides]
+        # The second name is the one that a canonical configuration has.
+        names = (self._trained_as[module], module)
         return LoraEntry(
-            rank=config.rank_of(module),
-            alpha=config.alpha_of(module),
-            scaling=config.scaling_of(module),
+            rank=config.rank_of(*names),
+            alpha=config.alpha_of(*names),
+            scaling=config.scaling_of(*names),
+            trained_as=names[0],
             lora_A=halves[0],
             lora_B=halves[1],
             is_embedding=is_embedding,
@@ -175,7 +183,7 @@ class _Sorter:
         yield from ((s, target) for target in listed if target not in tokens for s in tokens)
 
     def _replaced(self) -> dict[str, TensorEntry]:
-        own = {}
+        own: dict[str, TensorEntry] = {}
         for part in (Part.PARAMETER, Part.SAVED):
             for name in [name for name in self._found if name.part is part]:
                 entry = self._found.pop(name)
@@ -209,7 +217,9 @@ class _Sorter:
 
 
 def _listed(config: LoraConfig) -> Iterator[str]:
-    """Names of modules in a configuration; all of an adapter's, in full, in a canonical one."""
+    """All modules that a canonical configuration names, which are all that the adapter changes."""
+    if not config.is_canonical:
+        return
     if isinstance(config.target_modules, frozenset):
         yield from config.target_modules
     yield from config.modules_to_save

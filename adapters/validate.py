@@ -218,7 +218,7 @@ class _Fit:
             return
         yield from self._shapes(entry, *features)
         yield from self._beside_lora(module, entry)
-        if not self._is_targeted(module):
+        if not (self._is_targeted(module) or self._is_targeted(module, name=entry.trained_as)):
             yield Finding(
                 code="not_targeted",
                 where=module,
@@ -396,16 +396,16 @@ class _Fit:
                 yield _missing("trainable_token_indices", f"has no trained rows of {end!r}")
 
     def _is_to_save(self, path: str) -> bool:
-        module, _, parameter = path.rpartition(".")
-        if self._config.saves(module):
+        if self._config.saves(path.rpartition(".")[0]):
             return True
-        tied = self._base.tied_modules if self._config.is_tying else None
-        is_output = bool(tied) and tied[1] == module and parameter == "weight"
-        return is_output and self._config.saves(tied[0])
+        tied = self._base.tied_modules
+        if tied is None or not self._config.is_tying:
+            return False
+        return path == f"{tied[1]}.weight" and self._config.saves(tied[0])
 
-    def _is_targeted(self, module: str) -> bool:
+    def _is_targeted(self, module: str, *, name: str | None = None) -> bool:
         is_inner = module in self._base.modules and module != self._base.output_layer
-        return self._config.targets(module, is_inner_linear=is_inner)
+        return self._config.targets(name or module, is_inner_linear=is_inner)
 
 
 # Findings

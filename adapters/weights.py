@@ -114,9 +114,10 @@ class _Tensors:
     _read: dict[str, Tensor] = field(default_factory=dict)
 
     def read(self, entry: TensorEntry) -> Tensor:
-        if entry.name not in self._read:
-            self._read[entry.name] = self._file.get_tensor(entry.name).to(self._dtype)
-        return self._read[entry.name]
+        tensor = self._read.get(entry.name)
+        if tensor is None:
+            tensor = self._read[entry.name] = self._file.get_tensor(entry.name).to(self._dtype)
+        return tensor
 
     def read_if(self, entry: TensorEntry | None) -> Tensor | None:
         return self.read(entry) if entry else None
@@ -146,11 +147,11 @@ def _is_same(tensor: Tensor, base: Tensor) -> bool:
 def _merged(weight: Tensor, lora: LoraModule) -> Tensor:
     """The weight [num_tokens, dim] of an embedding or output layer with LoRA, or DoRA, in it."""
     delta = (lora.lora_B.float() @ lora.lora_A.float()) * lora.scaling
-    merged = weight.float() + (delta.T if lora.is_embedding else delta)
+    merged: Tensor = weight.float() + (delta.T if lora.is_embedding else delta)
     if lora.magnitude is None:
         return merged.to(weight.dtype)
     dim = 0 if lora.is_embedding else 1
-    gain = lora.magnitude.float() / torch.linalg.vector_norm(merged, dim=dim)
+    gain = lora.magnitude.float() / merged.norm(dim=dim)
     return (merged * gain.unsqueeze(dim)).to(weight.dtype)
 
 
