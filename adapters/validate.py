@@ -20,14 +20,15 @@ __all__ = ["BaseShape", "Finding", "Limits", "check", "check_values"]
 # More would tell nobody more, and a hostile file has a hundred thousand.
 MAX_FINDINGS = 1000
 
-# A layer's weights are absurd where their root mean square is a hundred times that of the largest
-# which training is known to leave: 0.1 in linear layers, 1 in embeddings and output layers (those
-# of 0.02 and 0.1 are usual). ||scaling * B|| * ||A|| is an upper bound for the norm of what LoRA
-# adds, and at most sqrt(rank) times too large where A and B are of full rank.
-MAX_RMS_LINEAR = 10.0
-MAX_RMS_EMBEDDING = 100.0
-# Biases, norms' weights and DoRA's magnitudes are single numbers and larger: biases of keys reach
-# some hundreds.
+# Bounds beyond which numbers are absurd, each a hundred times what training is known to leave.
+# How much louder a linear layer's output is than its input, as root mean squares: with weights of
+# 0.1, which is much, 16,384 inputs make it 13. What LoRA adds to it is at most
+# ||scaling * B|| * ||A|| / sqrt(out_features).
+MAX_GAIN = 1000.0
+# The root mean square of a matrix that is looked up or takes a whole layer's place, and of what
+# LoRA adds to an embedding; 0.02 to 1 is usual.
+MAX_RMS_MATRIX = 100.0
+# The same of biases, norms' weights and DoRA's magnitudes: biases of keys reach some hundreds.
 MAX_RMS_VECTOR = 10_000.0
 
 _DTYPES = ("F32", "F16", "BF16")
@@ -69,7 +70,7 @@ def check_values(path: Path, manifest: Manifest) -> list[Finding]:
     should be copies of each other and are not. Raises UnreadableArtifact when the file has changed
     since its manifest was read.
     """
-    values = _Values(path, output_layer=manifest.output_layer)
+    values = _Values(path)
     findings: list[Finding] = []
     for module, entry in manifest.modules.items():
         findings += values.lora(module, entry)
@@ -90,9 +91,8 @@ def check_values(path: Path, manifest: Manifest) -> list[Finding]:
 class _Values:
     """Reads each tensor of a file once, a chunk at a time."""
 
-    def __init__(self, path: Path, *, output_layer: str | None) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._output_layer = output_layer
         # By name: the sum of the squares of a tensor's numbers; not finite where one is not.
         self._energies: dict[str, float] = {}
 
@@ -110,24 +110,26 @@ class _Values:
         has_more = entry.magnitude or (entry.bias and self._energy(entry.bias))
         if 0.0 in energies and not has_more:
             yield _no_effect(module, "one of its two matrices is all zero")
-        size = math.prod(_size(half) for half in halves)
-        product = math.sqrt(energies[0]) * math.sqrt(energies[1])
-        rms = abs(entry.scaling) * entry.rank * product / math.sqrt(size) if size else 0.0
-        is_of_tokens = entry.is_embedding or module == self._output_layer
-        bound = MAX_RMS_EMBEDDING if is_of_tokens else MAX_RMS_LINEAR
-        if bound < rms < math.inf:
-            yield _absurd(module, "what it adds", rms, bound)
+        norm = abs(entry.scaling) * math.sqrt(energies[0]) * math.sqrt(energies[1])
+        num_inputs, num_outputs = (_size(half) / entry.rank for half in halves)
+        if not (num_inputs and num_outputs and math.isfinite(norm)):
+            return
+        gain = norm / math.sqrt(num_outputs)
+        if entry.is_embedding and gain / math.sqrt(num_inputs) > MAX_RMS_MATRIX:
+            yield _absurd(module, "LoRA's rows", gain / math.sqrt(num_inputs), MAX_RMS_MATRIX)
+        if not entry.is_embedding and gain > MAX_GAIN:
+            yield _absurd(module, "LoRA's output for inputs of 1", gain, MAX_GAIN)
 
     def tensor(self, entry: TensorEntry) -> Iterator[Finding]:
         if entry.dtype not in _DTYPES or not _size(entry):
             return
         energy = self._energy(entry)
         rms = math.sqrt(energy / _size(entry))
-        bound = MAX_RMS_VECTOR if len(entry.shape) == 1 else MAX_RMS_EMBEDDING
+        bound = MAX_RMS_VECTOR if len(entry.shape) == 1 else MAX_RMS_MATRIX
         if not math.isfinite(energy):
             yield _not_finite(entry.name)
         elif rms > bound:
-            yield _absurd(entry.name, "it", rms, bound)
+            yield _absurd(entry.name, "its numbers", rms, bound)
 
     def _energy(self, entry: TensorEntry) -> float:
         if entry.name not in self._energies:
@@ -483,9 +485,9 @@ def _absurd(where: str, what: str, rms: float, bound: float) -> Finding:
     return Finding(
         code="absurd_norm",
         where=where,
-        message=f"the root mean square of {what} is up to {rms:.3g}; trained weights stay far "
-        f"below {bound:g}",
-        fix="check lora_alpha and the training: the adapter has most likely diverged",
+        message=f"the root mean square of {what} may reach {rms:.3g}; the bound is {bound:g}, a "
+        "hundred times what trained weights have",
+        fix="check lora_alpha and the training, which has most likely diverged",
     )
 
 

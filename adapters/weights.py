@@ -151,8 +151,9 @@ def _merged(weight: Tensor, lora: LoraModule) -> Tensor:
     if lora.magnitude is None:
         return merged.to(weight.dtype)
     dim = 0 if lora.is_embedding else 1
-    gain = lora.magnitude.float() / merged.norm(dim=dim)
-    return (merged * gain.unsqueeze(dim)).to(weight.dtype)
+    gain: Tensor = lora.magnitude.float() / merged.norm(dim=dim)
+    scaled: Tensor = merged * gain.unsqueeze(dim)
+    return scaled.to(weight.dtype)
 
 
 def _unused(name: str, base_model: str) -> Finding:
