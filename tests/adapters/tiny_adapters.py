@@ -66,7 +66,6 @@ class Saved:
 
 def tiny_llama(**options: Any) -> LlamaForCausalLM:
     """A model of random weights, the same ones each time."""
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=48,
         hidden_size=32,
@@ -76,13 +75,16 @@ def tiny_llama(**options: Any) -> LlamaForCausalLM:
         num_key_value_heads=2,
         **options,
     )
-    return LlamaForCausalLM(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
     """A model with biases, whose linear layers store their weights transposed."""
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4))
 
 
 def shape_of(model: PreTrainedModel) -> BaseShape:
