@@ -43,7 +43,6 @@ _TYPES: dict[str, Any] = {
     "ensure_weight_tying": bool,
     # Whether the base stores its weights transposed, which the shapes of LoRA do not show.
     "fan_in_fan_out": bool,
-    "lora_bias": bool,
     "modules_to_save": list[str] | None,
     "trainable_token_indices": list[int] | dict[str, list[int]] | None,
     "use_dora": bool,
@@ -74,6 +73,7 @@ _NOT_SERVED = {
     "kasa_config": "KaSA",
     "layer_replication": "layer replication",
     "loftq_config": "LoftQ",
+    "lora_bias": "a bias on lora_B",
     "megatron_config": "Megatron layers",
     "monteclora_config": "MonteCLoRA",
     "target_parameters": "LoRA on bare parameters",
@@ -99,7 +99,6 @@ _CANONICAL_FIELDS = {
 _CANONICAL_EXTRAS = {
     "bias",
     "fan_in_fan_out",
-    "lora_bias",
     "modules_to_save",
     "parameter_tensors",
     "trainable_token_indices",
@@ -128,8 +127,6 @@ class LoraConfig:
     base_model_name: str | None
     bias: str
     use_dora: bool
-    # Whether lora_B has a bias.
-    has_lora_bias: bool
     is_transposed: bool
     # Ends of the paths of modules that the adapter brings whole.
     modules_to_save: tuple[str, ...]
@@ -327,8 +324,6 @@ def _out_of_range(typed: dict[str, Any]) -> list[Finding]:
     ]
     if isinstance(typed.get("target_modules"), str) and typed.get("layers_to_transform"):
         findings.append(_wrong("layers_to_transform", "needs target_modules as a list of names"))
-    if typed.get("use_dora") and typed.get("lora_bias"):
-        findings.append(_wrong("lora_bias", "has no meaning beside use_dora"))
     findings += [
         _wrong(field, f"{name[:200]!r} is not a plain module name")
         for field in ("layers_pattern", "modules_to_save", "trainable_token_indices")
@@ -374,7 +369,6 @@ def _build(typed: dict[str, Any]) -> LoraConfig:
         base_model_name=typed.get("base_model_name_or_path"),
         bias=typed["bias"],
         use_dora=typed.get("use_dora", False),
-        has_lora_bias=typed.get("lora_bias", False),
         is_transposed=typed.get("fan_in_fan_out", False),
         modules_to_save=tuple(typed.get("modules_to_save") or ()),
         token_ids=_token_ids(typed.get("trainable_token_indices")),

@@ -84,7 +84,6 @@ class Manifest:
             "rank_pattern": any(entry.rank != config.rank for entry in entries),
             "alpha_pattern": any(entry.alpha != config.alpha for entry in entries),
             "dora": any(entry.magnitude for entry in entries),
-            "lora_bias": any(entry.bias for entry in entries),
             "embedding": any(entry.is_embedding for entry in entries),
             "lm_head": self.output_layer in self.modules,
             "bias": any(is_bias),
@@ -117,7 +116,6 @@ class Manifest:
         extras = {
             "bias": config.bias if config.bias != "none" else None,
             "fan_in_fan_out": config.is_transposed,
-            "lora_bias": config.has_lora_bias,
             "modules_to_save": sorted(saved),
             "trainable_token_indices": {m: list(e.token_ids) for m, e in self.tokens.items()},
             "use_dora": config.use_dora,

@@ -14,7 +14,6 @@ class Part(Enum):
 
     LORA_A = "lora_A.weight"
     LORA_B = "lora_B.weight"
-    LORA_BIAS = "lora_B.bias"
     EMBEDDING_A = "lora_embedding_A"
     EMBEDDING_B = "lora_embedding_B"
     MAGNITUDE = "lora_magnitude_vector"
@@ -50,7 +49,6 @@ _ENDINGS = tuple(
     for ending, part in (
         (r"lora_A(?:\.default)?\.weight", Part.LORA_A),
         (r"lora_B(?:\.default)?\.weight", Part.LORA_B),
-        (r"lora_B(?:\.default)?\.bias", Part.LORA_BIAS),
         (r"lora_embedding_A(?:\.default)?", Part.EMBEDDING_A),
         (r"lora_embedding_B(?:\.default)?", Part.EMBEDDING_B),
         (r"lora_magnitude_vector(?:\.default)?(?:\.weight)?", Part.MAGNITUDE),

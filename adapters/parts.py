@@ -14,7 +14,7 @@ from adapters.tensor_file import TensorEntry
 
 @dataclass(frozen=True, slots=True)
 class LoraEntry:
-    """The LoRA of one module: y = W x + scaling * (B A x + bias)."""
+    """The LoRA of one module: y = W x + scaling * B A x, and with DoRA its rows' norms."""
 
     rank: int
     alpha: int | float
@@ -28,8 +28,6 @@ class LoraEntry:
     is_embedding: bool = False
     # [out_features] or [dim]: DoRA's trained norms
     magnitude: TensorEntry | None = None
-    # [out_features]
-    bias: TensorEntry | None = None
 
     def tensors(self) -> Iterator[tuple[str, TensorEntry]]:
         """Yield each tensor with PEFT's name for it, in the order of the digest."""
@@ -37,8 +35,6 @@ class LoraEntry:
         yield ("lora_embedding_B" if self.is_embedding else "lora_B.weight"), self.lora_B
         if self.magnitude:
             yield "lora_magnitude_vector", self.magnitude
-        if self.bias:
-            yield "lora_B.bias", self.bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +141,6 @@ class _Sorter:
             lora_B=halves[1],
             is_embedding=is_embedding,
             magnitude=self._take(module, Part.MAGNITUDE) if config.use_dora else None,
-            bias=self._take(module, Part.LORA_BIAS) if config.has_lora_bias else None,
         )
 
     def _tokens(self) -> dict[str, TokensEntry]:
@@ -231,5 +226,5 @@ def _listed(config: LoraConfig) -> Iterator[str]:
 def _why_unused(name: TensorName, lora: dict[str, LoraEntry]) -> str:
     if name.part in (Part.LORA_A, Part.LORA_B, Part.EMBEDDING_A, Part.EMBEDDING_B):
         return "missing_pair" if name.module not in lora else "unused_tensor"
-    is_for_lora = name.part in (Part.MAGNITUDE, Part.LORA_BIAS) and name.module in lora
+    is_for_lora = name.part is Part.MAGNITUDE and name.module in lora
     return "not_configured" if is_for_lora or name.part is Part.TOKENS else "unused_tensor"

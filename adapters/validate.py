@@ -98,17 +98,15 @@ class _Values:
 
     def lora(self, module: str, entry: LoraEntry) -> Iterator[Finding]:
         halves = (entry.lora_A, entry.lora_B)
-        for extra in (entry.magnitude, entry.bias):
-            if extra:
-                yield from self.tensor(extra)
+        if entry.magnitude:
+            yield from self.tensor(entry.magnitude)
         if any(half.dtype not in _DTYPES for half in halves):
             return
         energies = [self._energy(half) for half in halves]
         for half, energy in zip(halves, energies, strict=True):
             if not math.isfinite(energy):
                 yield _not_finite(half.name)
-        has_more = entry.magnitude or (entry.bias and self._energy(entry.bias))
-        if 0.0 in energies and not has_more:
+        if 0.0 in energies and not entry.magnitude:
             yield _no_effect(module, "one of its two matrices is all zero")
         norm = abs(entry.scaling) * math.sqrt(energies[0]) * math.sqrt(energies[1])
         num_inputs, num_outputs = (_size(half) / entry.rank for half in halves)
@@ -269,9 +267,9 @@ class _Fit:
                 )
             elif half.shape != shape:
                 yield self._wrong_shape(half, shape)
-        for vector in (entry.magnitude, entry.bias):
-            if vector and vector.shape != (out_features,):
-                yield self._wrong_shape(vector, (out_features,))
+        magnitude = entry.magnitude
+        if magnitude and magnitude.shape != (out_features,):
+            yield self._wrong_shape(magnitude, (out_features,))
 
     def _wrong_shape(self, entry: TensorEntry, wanted: tuple[int, ...]) -> Finding:
         return _shape_finding(
@@ -286,7 +284,7 @@ class _Fit:
         manifest, tied = self._manifest, self._base.tied_modules
         is_replaced = f"{module}.weight" in manifest.replaced
         is_dense = module in self._base.embeddings or module == self._base.output_layer
-        if is_replaced and (entry.bias or not is_dense):
+        if is_replaced and not is_dense:
             yield _not_together(module, "LoRA and a retrained weight")
         if module in manifest.tokens:
             yield _not_together(module, "LoRA and trained tokens")
@@ -299,8 +297,6 @@ class _Fit:
             )
         if self._config.use_dora and not entry.magnitude:
             yield _missing(module, "has no lora_magnitude_vector, although use_dora is set")
-        if self._config.has_lora_bias and not entry.bias:
-            yield _missing(module, "has no bias of lora_B, although lora_bias is set")
 
     def _unknown_module(self, module: str, kind: str) -> Finding:
         return Finding(
@@ -428,7 +424,7 @@ _LEFTOVERS = {
     "missing_pair": ("has no other half of its pair beside it", "save the adapter again, whole"),
     "not_configured": (
         "is of a kind that the configuration does not mention, so PEFT would ignore it",
-        "set use_dora, lora_bias or trainable_token_indices as they were in training, or remove it",
+        "set use_dora or trainable_token_indices as they were in training, or remove it",
     ),
 }
 

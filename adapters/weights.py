@@ -1,6 +1,5 @@
 """Load a stored adapter as tensors. The one file of this package that knows torch."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from adapters.tensor_file import TensorEntry
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """The LoRA of one module: y = W x + scaling * (B A x + bias), and with DoRA its rows' norms."""
+    """The LoRA of one module: y = W x + scaling * B A x, and with DoRA its rows' norms."""
 
     # Full path in the base model, e.g. "model.layers.0.self_attn.q_proj".
     name: str
@@ -29,9 +28,6 @@ class LoraModule:
     scaling: float
     # [out_features] or [dim]: DoRA's trained norm of each row of W + scaling * B A; None without
     magnitude: Tensor | None = None
-    # [out_features]: a bias on lora_B, not scaled yet; None without
-    bias: Tensor | None = None
-    is_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,11 @@ class TrainedTokens:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """All that an adapter changes. Of two layers that the base model ties, each has its entry."""
+    """All that an adapter changes.
+
+    Two layers that the base model ties have an entry each, with the same tensors where they stay
+    tied.
+    """
 
     # By module path: linear layers, the output layer and embeddings.
     lora: dict[str, LoraModule]
@@ -72,37 +72,12 @@ def load(folder: Path, *, base_model: str, dtype: torch.dtype) -> AdapterWeights
         raise InvalidAdapter(findings)
     with safe_open(path, framework="pt") as file:
         tensors = _Tensors(file, dtype)
+        tokens = {entry: _tokens(entry, tensors) for entry in found.tokens.values()}
         return AdapterWeights(
             lora={module: _lora(module, entry, tensors) for module, entry in found.lora.items()},
             replaced={name: tensors.read(entry) for name, entry in found.replaced.items()},
-            tokens={module: _tokens(entry, tensors) for module, entry in found.tokens.items()},
+            tokens={module: tokens[entry] for module, entry in found.tokens.items()},
         )
-
-
-def settle(loaded: AdapterWeights, base_parameter: Callable[[str], Tensor]) -> AdapterWeights:
-    """Return the same function with each module changed in one way only.
-
-    Leaves out parameters that are the base model's own in every bit, which PEFT saves beside LoRA
-    on embeddings and output layers; works LoRA and trained tokens into those that are not.
-    `base_parameter` returns a parameter of the base model by its full path.
-    """
-    replaced = {
-        name: tensor
-        for name, tensor in loaded.replaced.items()
-        if not _is_same(tensor, base_parameter(name))
-    }
-    own = {name.removesuffix(".weight") for name in replaced if name.endswith(".weight")}
-    for module in own:
-        name = f"{module}.weight"
-        if lora := loaded.lora.get(module):
-            replaced[name] = _merged(replaced[name], lora)
-        if trained := loaded.tokens.get(module):
-            replaced[name] = replaced[name].index_copy(0, trained.token_ids, trained.rows)
-    return AdapterWeights(
-        lora={module: lora for module, lora in loaded.lora.items() if module not in own},
-        replaced=replaced,
-        tokens={module: rows for module, rows in loaded.tokens.items() if module not in own},
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,30 +105,12 @@ def _lora(module: str, entry: LoraEntry, tensors: _Tensors) -> LoraModule:
         lora_B=tensors.read(entry.lora_B),
         scaling=entry.scaling,
         magnitude=tensors.read_if(entry.magnitude),
-        bias=tensors.read_if(entry.bias),
-        is_embedding=entry.is_embedding,
     )
 
 
 def _tokens(entry: TokensEntry, tensors: _Tensors) -> TrainedTokens:
     token_ids, order = torch.tensor(entry.token_ids).sort()
     return TrainedTokens(token_ids, tensors.read(entry.rows)[order])
-
-
-def _is_same(tensor: Tensor, base: Tensor) -> bool:
-    return tensor.shape == base.shape and torch.equal(tensor, base.to(tensor.device, tensor.dtype))
-
-
-def _merged(weight: Tensor, lora: LoraModule) -> Tensor:
-    """The weight [num_tokens, dim] of an embedding or output layer with LoRA, or DoRA, in it."""
-    delta = (lora.lora_B.float() @ lora.lora_A.float()) * lora.scaling
-    merged: Tensor = weight.float() + (delta.T if lora.is_embedding else delta)
-    if lora.magnitude is None:
-        return merged.to(weight.dtype)
-    dim = 0 if lora.is_embedding else 1
-    gain: Tensor = lora.magnitude.float() / merged.norm(dim=dim)
-    scaled: Tensor = merged * gain.unsqueeze(dim)
-    return scaled.to(weight.dtype)
 
 
 def _unused(name: str, base_model: str) -> Finding:

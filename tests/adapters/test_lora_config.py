@@ -63,6 +63,7 @@ def test_targets_are_those_that_peft_would_adapt(fields: dict[str, Any]) -> None
     [
         ("alora_invocation_tokens", [5]),
         ("layer_replication", [[0, 2], [1, 3]]),
+        ("lora_bias", True),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("megatron_config", {"a": 1}),
         ("loftq_config", {"loftq_bits": 4}),
@@ -146,11 +147,6 @@ def test_all_fields_that_make_no_sense_are_told_at_once() -> None:
     with pytest.raises(InvalidAdapter) as caught:
         lora_config.parse(config_bytes(r="a", lora_alpha="b", use_rslora="c"))
     assert {f.where for f in caught.value.findings} == {"r", "lora_alpha", "use_rslora"}
-
-
-def test_a_bias_on_lora_beside_dora_is_refused_as_peft_does() -> None:
-    with pytest.raises(InvalidAdapter, match="use_dora"):
-        lora_config.parse(config_bytes(use_dora=True, lora_bias=True))
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

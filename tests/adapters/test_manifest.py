@@ -129,7 +129,6 @@ def test_the_digest_of_plain_lora_is_what_stores_have_it_under(demo: str, digest
     ("options", "spoiled"),
     [
         ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"lora_bias": True}, "lora_B.bias"),
         ({"modules_to_save": ["norm"]}, "norm.weight"),
         ({"trainable_token_indices": [1]}, "trainable_tokens_delta"),
         ({"target_modules": ["embed_tokens"]}, "lora_embedding_B"),

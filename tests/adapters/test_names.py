@@ -52,7 +52,6 @@ def test_every_trainer_s_spelling_is_the_same_tensor(name: str) -> None:
         (f"{Q0}.lora_magnitude_vector.default.weight", TensorName(Q0, Part.MAGNITUDE)),
         (f"{Q0}.lora_magnitude_vector.weight", TensorName(Q0, Part.MAGNITUDE)),
         (f"{Q0}.lora_magnitude_vector.default", TensorName(Q0, Part.MAGNITUDE)),
-        (f"{Q0}.lora_B.default.bias", TensorName(Q0, Part.LORA_BIAS)),
         (f"{Q0}.base_layer.bias", TensorName(Q0, Part.PARAMETER, "bias")),
         (f"{Q0}.bias", TensorName(Q0, Part.PARAMETER, "bias")),
         ("wte.lora_embedding_A.default", TensorName("wte", Part.EMBEDDING_A)),
@@ -71,7 +70,14 @@ def test_every_kind_of_tensor_is_known_in_each_spelling(name: str, meaning: Tens
 
 @pytest.mark.parametrize(
     "name",
-    ["", "weight", f"{Q0}.lora_C.weight", f"{Q0}.lora_A.other.weight", "a.lora_A.b.lora_B.weight"],
+    [
+        "",
+        "weight",
+        f"{Q0}.lora_C.weight",
+        f"{Q0}.lora_B.bias",
+        f"{Q0}.lora_A.other.weight",
+        "a.lora_A.b.lora_B.weight",
+    ],
 )
 def test_what_is_no_tensor_of_an_adapter_has_no_meaning(name: str) -> None:
     assert parse(name) is None

@@ -47,7 +47,6 @@ def test_a_tensor_that_nothing_would_use_is_told(adapter: Saved, base_shape: Bas
     "name",
     [
         f"{PREFIX}{Q0}.lora_magnitude_vector",
-        f"{PREFIX}{Q0}.lora_B.bias",
         f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta",
     ],
 )
@@ -81,7 +80,6 @@ def test_a_module_to_save_that_mixes_tokens_is_told_by_its_name(
     ("options", "name", "where"),
     [
         ({"use_dora": True}, f"{PREFIX}{Q0}.lora_magnitude_vector", Q0),
-        ({"lora_bias": True}, f"{PREFIX}{Q0}.lora_B.bias", Q0),
         ({"modules_to_save": ["norm"]}, f"{PREFIX}model.norm.weight", "model.norm.weight"),
         (
             {"trainable_token_indices": [4]},
@@ -107,7 +105,6 @@ def test_a_part_that_the_configuration_promises_and_the_file_lacks_is_told(
     [
         ({"use_dora": True}, f"{PREFIX}{Q0}.lora_magnitude_vector"),
         ({"modules_to_save": ["norm"]}, f"{PREFIX}model.norm.weight"),
-        ({"lora_bias": True}, f"{PREFIX}{Q0}.lora_B.bias"),
         (
             {"trainable_token_indices": [4]},
             f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta",
@@ -345,7 +342,6 @@ def test_the_smallest_and_largest_numbers_are_neither_zero_nor_infinite(
     ("options", "name"),
     [
         ({"use_dora": True}, f"{PREFIX}{Q0}.lora_magnitude_vector"),
-        ({"lora_bias": True}, f"{PREFIX}{Q0}.lora_B.bias"),
         ({"modules_to_save": ["norm"]}, f"{PREFIX}model.norm.weight"),
         (
             {"trainable_token_indices": [4]},
@@ -383,11 +379,10 @@ def test_strong_lora_is_no_finding(adapter: Saved) -> None:
     assert values_told(adapter) == set()
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
-def test_matrices_of_zeros_are_no_finding_where_something_else_acts(
-    save_adapter: Callable[..., Saved], options: dict[str, object]
+def test_matrices_of_zeros_are_no_finding_where_a_magnitude_acts(
+    save_adapter: Callable[..., Saved],
 ) -> None:
-    adapter = save_adapter(**options)
+    adapter = save_adapter(use_dora=True)
     adapter.edit_tensors(lambda tensors: tensors[Q0_B].zero_())
     assert values_told(adapter) == set()
 
