@@ -15,11 +15,13 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from adapters.errors import Finding, InvalidAdapter, UnreadableArtifact
-from adapters.patterns import Pattern, PatternTable, tails
+from adapters.patterns import Ends, Pattern, PatternTable, tails
 
 FILE_NAME = "adapter_config.json"
 MAX_SIZE_BYTES = 4 << 20
 MAX_RANK = 65_536
+# Layers of trained tokens: models have one or two.
+MAX_TOKEN_LAYERS = 64
 ALL_LINEAR = "all-linear"
 
 Number = TypeVar("Number", int, int | float)
@@ -129,7 +131,7 @@ class LoraConfig:
     use_dora: bool
     is_transposed: bool
     # Ends of the paths of modules that the adapter brings whole.
-    modules_to_save: tuple[str, ...]
+    modules_to_save: Ends
     # Trained tokens in the order of their rows: of the input embedding, or by end of module path.
     token_ids: tuple[int, ...] | dict[str, tuple[int, ...]]
     # Whether a tied output layer is changed together with the embedding.
@@ -154,8 +156,8 @@ class LoraConfig:
         ids = self.token_ids
         if isinstance(ids, dict):
             ids = {resolve(end) if "." in end else end: each for end, each in ids.items()}
-        saved = (resolve(end) if "." in end else end for end in self.modules_to_save)
-        return dataclasses.replace(self, modules_to_save=tuple(saved), token_ids=ids)
+        saved = Ends(resolve(end) if "." in end else end for end in self.modules_to_save.names)
+        return dataclasses.replace(self, modules_to_save=saved, token_ids=ids)
 
     def targets(self, module: str, *, is_inner_linear: bool = True) -> bool:
         """Whether PEFT would put LoRA on the module at this path.
@@ -175,17 +177,20 @@ class LoraConfig:
     def saves(self, module: str) -> bool:
         """Whether the module at this path, or one around it, is among `modules_to_save`."""
         around = [module[:place] for place, char in enumerate(module) if char == "."]
-        return any(path.endswith(self.modules_to_save) for path in (module, *around))
+        return any(self.modules_to_save.find(path) for path in (module, *around))
 
     def token_ids_of(self, module: str) -> tuple[int, ...] | None:
         """Return the trained tokens of an embedding or output layer in the order of their rows."""
         if not isinstance(self.token_ids, dict):
             return self.token_ids or None
-        ends = [end for end in self.token_ids if module.endswith(end)]
-        return self.token_ids[max(ends, key=len)] if ends else None
+        end = Ends(self.token_ids).find(module)
+        return self.token_ids[end] if end else None
 
     def _is_within_saved(self, module: str) -> bool:
-        return any(f".{name}." in f".{module}." for name in self.modules_to_save)
+        parts = module.split(".")
+        ends = range(1, len(parts) + 1)
+        within = (".".join(parts[begin:end]) for end in ends for begin in range(end))
+        return any(path in self.modules_to_save.names for path in within)
 
     def _is_in_layers(self, module: str) -> bool:
         if self.layers_to_transform is None:
@@ -330,6 +335,8 @@ def _out_of_range(typed: dict[str, Any]) -> list[Finding]:
         for name in _names(typed.get(field))
         if not re.fullmatch(r"\w+(\.\w+)*", name)
     ]
+    if len(_token_lists(typed.get("trainable_token_indices"))) > MAX_TOKEN_LAYERS:
+        findings.append(_wrong("trainable_token_indices", f"names over {MAX_TOKEN_LAYERS} layers"))
     findings += [
         _wrong("trainable_token_indices", "has a token id that is negative or there twice")
         for ids in _token_lists(typed.get("trainable_token_indices"))
@@ -370,7 +377,7 @@ def _build(typed: dict[str, Any]) -> LoraConfig:
         bias=typed["bias"],
         use_dora=typed.get("use_dora", False),
         is_transposed=typed.get("fan_in_fan_out", False),
-        modules_to_save=tuple(typed.get("modules_to_save") or ()),
+        modules_to_save=Ends(typed.get("modules_to_save") or ()),
         token_ids=_token_ids(typed.get("trainable_token_indices")),
         is_tying=typed.get("ensure_weight_tying", False),
         parameter_tensors=typed.get("parameter_tensors") or {},

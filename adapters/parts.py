@@ -217,7 +217,7 @@ def _listed(config: LoraConfig) -> Iterator[str]:
         return
     if isinstance(config.target_modules, frozenset):
         yield from config.target_modules
-    yield from config.modules_to_save
+    yield from config.modules_to_save.names
     if isinstance(config.token_ids, dict):
         yield from config.token_ids
     yield from {path.rpartition(".")[0] for path in config.parameter_tensors}

@@ -134,6 +134,7 @@ def test_a_field_that_changes_nothing_is_accepted(field: str, value: Any) -> Non
         ("trainable_token_indices", [1, 1], "trainable_token_indices"),
         ("trainable_token_indices", {"embed_tokens": [1, "2"]}, "trainable_token_indices"),
         ("trainable_token_indices", {"embed.*": [1]}, "trainable_token_indices"),
+        ("trainable_token_indices", {f"e{n}": [1] for n in range(65)}, "trainable_token_indices"),
         ("ensure_weight_tying", 1, "ensure_weight_tying"),
     ],
 )
@@ -154,6 +155,14 @@ def test_a_hostile_pattern_is_refused_by_the_name_of_its_field(field: str) -> No
     with pytest.raises(InvalidAdapter) as caught:
         lora_config.parse(config_bytes(**{field: {r"(?=a)": 4}}))
     assert [f.where for f in caught.value.findings] == [field]
+
+
+def test_a_list_of_modules_to_save_without_end_costs_little_for_each_module() -> None:
+    names = [f"m{number}" for number in range(200_000)]
+    config, _ = lora_config.parse(config_bytes(modules_to_save=[*names, "norm"]))
+    saved = [config.saves(f"model.layers.{number}.input_layernorm") for number in range(1000)]
+    assert all(saved)
+    assert not config.saves("model.layers.0.self_attn")
 
 
 def test_another_kind_of_adapter_is_refused_by_name() -> None:
