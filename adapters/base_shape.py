@@ -13,7 +13,7 @@ class BaseShape(msgspec.Struct, frozen=True):
     # Linear layers that LoRA may target, by full path, e.g. "model.layers.0.self_attn.q_proj"
     # -> (in_features, out_features). The output layer is one of them where it can be served.
     modules: dict[str, tuple[int, int]]
-    # Embeddings of tokens, by full path -> (num_embeddings, dim)
+    # Embeddings, by full path -> (num_embeddings, dim); that of token ids comes first.
     embeddings: dict[str, tuple[int, int]] = {}
     # What an adapter may bring whole, by full path -> shape: parameters of modules that treat each
     # token by itself, e.g. "model.norm.weight" or "model.layers.0.self_attn.q_proj.bias"
@@ -38,7 +38,7 @@ class BaseShape(msgspec.Struct, frozen=True):
     def num_tokens_of(self, parameter: str) -> int:
         """Rows of a parameter that has one for each token, which an adapter may add to; else 0."""
         module = parameter.rpartition(".")[0]
-        if module in self.embeddings or module == self.output_layer:
+        if module in (self.input_embedding, self.output_layer):
             return self.parameters.get(parameter, (0,))[0]
         return 0
 
