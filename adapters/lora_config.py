@@ -4,26 +4,31 @@ The meaning of each field is PEFT's own (0.21). A field that would change what t
 and that we do not serve becomes a finding; it is never dropped.
 """
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from adapters.errors import Finding, InvalidAdapter, UnreadableArtifact
-from adapters.patterns import Pattern, PatternTable, tails
+from adapters.patterns import Ends, Pattern, PatternTable, tails
 
 FILE_NAME = "adapter_config.json"
 MAX_SIZE_BYTES = 4 << 20
 MAX_RANK = 65_536
+# Layers of trained tokens: models have one or two.
+MAX_TOKEN_LAYERS = 64
 ALL_LINEAR = "all-linear"
+
+Number = TypeVar("Number", int, int | float)
 
 # Ways to begin training that leave the base model's weights as they are. The others (pissa, olora,
 # corda, loftq, lora_ga) train against a changed base, which no server has.
-_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 _TYPES: dict[str, Any] = {
     "r": int,
@@ -36,6 +41,14 @@ _TYPES: dict[str, Any] = {
     "layers_to_transform": list[int] | int | None,
     "layers_pattern": list[str] | str | None,
     "base_model_name_or_path": str | None,
+    "bias": Literal["none", "all", "lora_only"],
+    "ensure_weight_tying": bool,
+    # Whether the base stores its weights transposed, which the shapes of LoRA do not show.
+    "fan_in_fan_out": bool,
+    "modules_to_save": list[str] | None,
+    "trainable_token_indices": list[int] | dict[str, list[int]] | None,
+    "use_dora": bool,
+    "parameter_tensors": dict[str, str] | None,
 }
 
 # Fields about training, provenance or the shape of PEFT's own process.
@@ -59,21 +72,39 @@ _HARMLESS = frozenset(
 _NOT_SERVED = {
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
-    "ensure_weight_tying": "weight tying",
-    "fan_in_fan_out": "transposed base weights",
     "kasa_config": "KaSA",
     "layer_replication": "layer replication",
     "loftq_config": "LoftQ",
     "lora_bias": "a bias on lora_B",
     "megatron_config": "Megatron layers",
-    "modules_to_save": "retrained modules",
     "monteclora_config": "MonteCLoRA",
     "target_parameters": "LoRA on bare parameters",
-    "trainable_token_indices": "trainable tokens",
     "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
+}
+
+# What `Manifest.canonical_config` writes.
+_CANONICAL_FIELDS = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+}
+# Written only where they say something.
+_CANONICAL_EXTRAS = {
+    "bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "parameter_tensors",
+    "trainable_token_indices",
+    "use_dora",
 }
 
 
@@ -92,38 +123,85 @@ class LoraConfig:
     # None means all.
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
+    # Whether we wrote it ourselves, so that every module is named in full.
+    is_canonical: bool
     # What the trainer called the base model: a name or a path of theirs.
     base_model_name: str | None
+    bias: str
+    use_dora: bool
+    is_transposed: bool
+    # Ends of the paths of modules that the adapter brings whole.
+    modules_to_save: Ends
+    # Trained tokens in the order of their rows: of the input embedding, or by end of module path.
+    token_ids: tuple[int, ...] | dict[str, tuple[int, ...]]
+    # Whether a tied output layer is changed together with the embedding.
+    is_tying: bool
+    # Names of the tensors that replace parameters, where their own names do not tell; only
+    # `Manifest.canonical_config` writes it.
+    parameter_tensors: dict[str, str]
 
-    def rank_of(self, module: str) -> int:
-        rank = self.rank_pattern.find(module)
-        return self.rank if rank is None else rank
+    def rank_of(self, *names: str) -> int:
+        """The rank of a module, whose names are tried in turn."""
+        return _first(self.rank_pattern, names, default=self.rank)
 
-    def alpha_of(self, module: str) -> int | float:
-        alpha = self.alpha_pattern.find(module)
-        return self.alpha if alpha is None else alpha
+    def alpha_of(self, *names: str) -> int | float:
+        return _first(self.alpha_pattern, names, default=self.alpha)
 
-    def scaling_of(self, module: str) -> float:
-        rank = self.rank_of(module)
-        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+    def scaling_of(self, *names: str) -> float:
+        rank = self.rank_of(*names)
+        return self.alpha_of(*names) / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def targets(self, module: str) -> bool:
-        """Whether PEFT would put LoRA on the module at this path."""
-        if _is_named(module, self.exclude_modules):
+    def renamed(self, resolve: Callable[[str], str]) -> "LoraConfig":
+        """Return it with paths of modules as the base model has them; plain names stay."""
+        ids = self.token_ids
+        if isinstance(ids, dict):
+            ids = {resolve(end) if "." in end else end: each for end, each in ids.items()}
+        saved = Ends(resolve(end) if "." in end else end for end in self.modules_to_save.names)
+        return dataclasses.replace(self, modules_to_save=saved, token_ids=ids)
+
+    def targets(self, module: str, *, is_inner_linear: bool = True) -> bool:
+        """Whether PEFT would put LoRA on the module at this path.
+
+        `is_inner_linear`: it is a linear layer, and not the one that computes logits.
+        """
+        if _is_named(module, self.exclude_modules) or self._is_within_saved(module):
             return False
         if self.target_modules is None:
-            return module.rpartition(".")[2] != "lm_head"
+            return is_inner_linear
         if isinstance(self.target_modules, Pattern):
             return self.target_modules.matches(module)
         if module in self.target_modules:
             return True
         return _is_named(module, self.target_modules) and self._is_in_layers(module)
 
+    def saves(self, module: str) -> bool:
+        """Whether the module at this path, or one around it, is among `modules_to_save`."""
+        around = [module[:place] for place, char in enumerate(module) if char == "."]
+        return any(self.modules_to_save.find(path) for path in (module, *around))
+
+    def token_ids_of(self, module: str) -> tuple[int, ...] | None:
+        """Return the trained tokens of an embedding or output layer in the order of their rows."""
+        if not isinstance(self.token_ids, dict):
+            return self.token_ids or None
+        end = Ends(self.token_ids).find(module)
+        return self.token_ids[end] if end else None
+
+    def _is_within_saved(self, module: str) -> bool:
+        parts = module.split(".")
+        ends = range(1, len(parts) + 1)
+        within = (".".join(parts[begin:end]) for end in ends for begin in range(end))
+        return any(path in self.modules_to_save.names for path in within)
+
     def _is_in_layers(self, module: str) -> bool:
         if self.layers_to_transform is None:
             return True
         index = _layer_index(module, self.layers_pattern)
         return index is not None and index in self.layers_to_transform
+
+
+def _first(table: PatternTable[Number], names: tuple[str, ...], *, default: Number) -> Number:
+    found = (table.find(name) for name in dict.fromkeys(names))
+    return next((value for value in found if value is not None), default)
 
 
 def _is_named(module: str, names: frozenset[str] | Pattern) -> bool:
@@ -151,6 +229,9 @@ def parse(data: bytes) -> tuple[LoraConfig, list[Finding]]:
     fields = _decode(data)
     _require_lora(fields)
     config = _build(_typed(fields))
+    is_literal = config.rank_pattern.is_literal and config.alpha_pattern.is_literal
+    is_ours = _CANONICAL_FIELDS <= set(fields) <= _CANONICAL_FIELDS | _CANONICAL_EXTRAS
+    config = dataclasses.replace(config, is_canonical=is_literal and is_ours)
     return config, _unserved(fields)
 
 
@@ -207,7 +288,7 @@ def _require_lora(fields: dict[str, Any]) -> None:
 
 def _typed(fields: dict[str, Any]) -> dict[str, Any]:
     # What PEFT assumes where an older version left a field out.
-    typed: dict[str, Any] = {"r": 8, "lora_alpha": 8, "use_rslora": False}
+    typed: dict[str, Any] = {"r": 8, "lora_alpha": 8, "use_rslora": False, "bias": "none"}
     findings = []
     for name, kind in _TYPES.items():
         if name not in fields:
@@ -249,9 +330,17 @@ def _out_of_range(typed: dict[str, Any]) -> list[Finding]:
     if isinstance(typed.get("target_modules"), str) and typed.get("layers_to_transform"):
         findings.append(_wrong("layers_to_transform", "needs target_modules as a list of names"))
     findings += [
-        _wrong("layers_pattern", f"{name!r} is not a plain module name")
-        for name in _names(typed.get("layers_pattern"))
+        _wrong(field, f"{name[:200]!r} is not a plain module name")
+        for field in ("layers_pattern", "modules_to_save", "trainable_token_indices")
+        for name in _names(typed.get(field))
         if not re.fullmatch(r"\w+(\.\w+)*", name)
+    ]
+    if len(_token_lists(typed.get("trainable_token_indices"))) > MAX_TOKEN_LAYERS:
+        findings.append(_wrong("trainable_token_indices", f"names over {MAX_TOKEN_LAYERS} layers"))
+    findings += [
+        _wrong("trainable_token_indices", "has a token id that is negative or there twice")
+        for ids in _token_lists(typed.get("trainable_token_indices"))
+        if min(ids, default=0) < 0 or len(set(ids)) < len(ids)
     ]
     return findings
 
@@ -260,8 +349,15 @@ def _entries(field: str, typed: dict[str, Any]) -> dict[str, Any]:
     return {f"{field}[{key!r}]": value for key, value in (typed.get(field) or {}).items()}
 
 
-def _names(value: list[str] | str | None) -> list[str]:
-    return [value] if isinstance(value, str) and value else list(value or ())
+def _names(value: list[str] | list[int] | dict[str, list[int]] | str | None) -> list[str]:
+    """The module names in a field, which may hold something else instead."""
+    if isinstance(value, str):
+        return [value] if value else []
+    return [name for name in value or () if isinstance(name, str)]
+
+
+def _token_lists(value: list[int] | dict[str, list[int]] | None) -> list[list[int]]:
+    return list(value.values()) if isinstance(value, dict) else [value or []]
 
 
 def _build(typed: dict[str, Any]) -> LoraConfig:
@@ -276,8 +372,24 @@ def _build(typed: dict[str, Any]) -> LoraConfig:
         exclude_modules=_selection("exclude_modules", typed.get("exclude_modules") or ()),
         layers_to_transform=_layers(layers),
         layers_pattern=tuple(_names(typed.get("layers_pattern"))),
+        is_canonical=False,
         base_model_name=typed.get("base_model_name_or_path"),
+        bias=typed["bias"],
+        use_dora=typed.get("use_dora", False),
+        is_transposed=typed.get("fan_in_fan_out", False),
+        modules_to_save=Ends(typed.get("modules_to_save") or ()),
+        token_ids=_token_ids(typed.get("trainable_token_indices")),
+        is_tying=typed.get("ensure_weight_tying", False),
+        parameter_tensors=typed.get("parameter_tensors") or {},
     )
+
+
+def _token_ids(
+    value: list[int] | dict[str, list[int]] | None,
+) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    if isinstance(value, dict):
+        return {end: tuple(ids) for end, ids in value.items() if ids}
+    return tuple(value or ())
 
 
 def _table(field: str, entries: dict[str, Any] | None) -> PatternTable[Any]:
@@ -306,15 +418,13 @@ def _unserved(fields: dict[str, Any]) -> list[Finding]:
         for field, what in _NOT_SERVED.items()
         if not _is_default(fields.get(field))
     ]
-    if fields.get("bias", "none") != "none":
-        findings.append(_not_served("bias", "trained biases are not served yet"))
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
         findings.append(_not_served("task_type", "only CAUSAL_LM adapters are served"))
     if fields.get("init_lora_weights", True) not in _HARMLESS_INITS:
         findings.append(
             _not_served("init_lora_weights", "the adapter was trained against changed base weights")
         )
-    known = {*_TYPES, *_HARMLESS, *_NOT_SERVED, "bias", "task_type", "init_lora_weights"}
+    known = {*_TYPES, *_HARMLESS, *_NOT_SERVED, "task_type", "init_lora_weights"}
     findings += [
         _not_served(field[:200], "is a field that this server does not know")
         for field, value in fields.items()

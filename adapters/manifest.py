@@ -1,4 +1,4 @@
-"""List what an adapter's two files hold: which modules it changes, by which tensors, how strongly.
+"""List what an adapter's two files hold: what of the base model they change, by which tensors.
 
 Reads the header; of the weights themselves only their digest. Whether the adapter fits a base model
 is for `validate` to say.
@@ -6,13 +6,18 @@ is for `validate` to say.
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from adapters import lora_config, tensor_file
+from adapters import lora_config, parts, tensor_file
+from adapters.base_shape import BaseShape
 from adapters.errors import Finding
 from adapters.lora_config import LoraConfig
+from adapters.parts import LoraEntry, TokensEntry
 from adapters.tensor_file import TensorEntry
 
 __all__ = [
@@ -20,43 +25,13 @@ __all__ = [
     "LoraEntry",
     "Manifest",
     "TensorEntry",
+    "TokensEntry",
     "is_canonical",
-    "pair",
     "read",
-    "split_key",
 ]
 
 CONFIG_FILE = lora_config.FILE_NAME
 WEIGHTS_FILE = "adapter_model.safetensors"
-
-_CANONICAL_FIELDS = {
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "inference_mode",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-}
-
-# PEFT wraps the model twice; some trainers unwrap it, some keep the adapter's local name.
-_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class LoraEntry:
-    """The LoRA of one module: y = W x + scaling * B A x."""
-
-    rank: int
-    alpha: int | float
-    scaling: float
-    # [rank, in_features]
-    lora_A: TensorEntry
-    # [out_features, rank]
-    lora_B: TensorEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,28 +41,86 @@ class Manifest:
     # The served name.
     base_model: str
     config: LoraConfig
-    # By the module's full path, e.g. "model.layers.0.self_attn.q_proj".
+    # LoRA by the module's full path, e.g. "model.layers.0.self_attn.q_proj".
     modules: dict[str, LoraEntry]
+    # Parameters of the base model whose place the adapter's take, by full path.
+    replaced: dict[str, TensorEntry]
+    # Trained rows of embeddings and output layers, by module path.
+    tokens: dict[str, TokensEntry]
+    # Pairs of tensors that must be equal: one that is not used, one that is.
+    copies: tuple[tuple[str, str], ...]
     # All tensors of the file, by the names they have there.
     tensors: dict[str, TensorEntry]
-    # Names of tensors that are no half of a LoRA pair.
-    leftovers: tuple[str, ...]
+    # Tensors that would go unused: name -> why, as the code of a finding.
+    leftovers: dict[str, str]
     # What the configuration asks for and we do not serve.
     findings: tuple[Finding, ...]
+    # Tokens that the base model does not have; 0 where it was read without a base model.
+    num_added_tokens: int
+    # The output layer, where the base model that it was read for has one for adapters.
+    output_layer: str | None
     size_bytes: int
-    # SHA-256 of base model, scalings and LoRA pairs: all that decides what the adapter computes.
+    # SHA-256 of base model, scalings and tensors: all that decides what the adapter computes.
     weights_digest: str
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of all modules; 0 without LoRA."""
+        return max((entry.rank for entry in self.modules.values()), default=0)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all tensors that the adapter uses, each counted once."""
+        used = {entry for _, entry in _used(self)}
+        return sum(math.prod(entry.shape) for entry in used)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What of PEFT the adapter uses beyond LoRA on linear layers inside the model."""
+        config, entries = self.config, self.modules.values()
+        is_bias = [path.endswith(".bias") and not self._is_saved(path) for path in self.replaced]
+        claims = {
+            "rslora": config.use_rslora and bool(self.modules),
+            "rank_pattern": any(entry.rank != config.rank for entry in entries),
+            "alpha_pattern": any(entry.alpha != config.alpha for entry in entries),
+            "dora": any(entry.magnitude for entry in entries),
+            "embedding": any(entry.is_embedding for entry in entries),
+            "lm_head": self.output_layer in self.modules,
+            "bias": any(is_bias),
+            "modules_to_save": not all(is_bias),
+            "trainable_tokens": bool(self.tokens),
+            "added_tokens": self.num_added_tokens > 0,
+        }
+        return tuple(name for name, is_used in claims.items() if is_used)
 
     def canonical_config(self) -> bytes:
         """Return the `adapter_config.json` under which the adapter is stored.
 
         PEFT reads it as the same adapter. Every module is named in full, so whoever loads it needs
-        no pattern of the uploader's.
+        neither a pattern of the uploader's nor the base model's own names.
         """
+        fields = self._canonical_fields()
+        data = json.dumps(fields, sort_keys=True).encode()
+        told = {path: entry.name for path, entry in self.replaced.items()}
+        understood = parts.sort(self.tensors, lora_config.parse(data)[0]).replaced
+        if told == {path: entry.name for path, entry in understood.items()}:
+            return data
+        # The tensor has another name here than in the base model, or stands for two parameters.
+        return json.dumps({**fields, "parameter_tensors": told}, sort_keys=True).encode()
+
+    def _canonical_fields(self) -> dict[str, Any]:
         config = self.config
         ranks = {re.escape(m): e.rank for m, e in self.modules.items() if e.rank != config.rank}
         alphas = {re.escape(m): e.alpha for m, e in self.modules.items() if e.alpha != config.alpha}
-        fields = {
+        saved = {path.rpartition(".")[0] for path in self.replaced if self._is_saved(path)}
+        extras = {
+            "bias": config.bias if config.bias != "none" else None,
+            "fan_in_fan_out": config.is_transposed,
+            "modules_to_save": sorted(saved),
+            "trainable_token_indices": {m: list(e.token_ids) for m, e in self.tokens.items()},
+            "use_dora": config.use_dora,
+        }
+        return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.base_model,
@@ -98,28 +131,44 @@ class Manifest:
             "rank_pattern": ranks,
             "alpha_pattern": alphas,
             "target_modules": sorted(self.modules),
+            **{field: value for field, value in extras.items() if value},
         }
-        return json.dumps(fields, sort_keys=True).encode()
+
+    def _is_saved(self, path: str) -> bool:
+        return self.config.saves(path.rpartition(".")[0])
 
 
-def read(config: bytes, weights_path: Path, *, base_model: str) -> Manifest:
+def read(
+    config: bytes,
+    weights_path: Path,
+    *,
+    base_model: str,
+    base_shape: BaseShape | None = None,
+) -> Manifest:
     """Read an adapter from its configuration's bytes and its weights file.
 
-    `base_model` is the served name of the model that it is for. Raises UnreadableArtifact when a
-    file is not what it should be, InvalidAdapter when the configuration makes no sense.
+    `base_model` is the served name of the model that it is for, `base_shape` that model's names,
+    by which a trainer's own spelling is understood; a canonical configuration needs none. Raises
+    UnreadableArtifact when a file is not what it should be, InvalidAdapter when the configuration
+    makes no sense.
     """
     parsed, findings = lora_config.parse(config)
     tensors = tensor_file.read_header(weights_path)
-    modules, leftovers = pair(tensors, parsed)
+    sorted_out = parts.sort(tensors, parsed, base_shape)
     return Manifest(
         base_model=base_model,
-        config=parsed,
-        modules=modules,
+        config=sorted_out.config,
+        modules=sorted_out.lora,
+        replaced=sorted_out.replaced,
+        tokens=sorted_out.tokens,
+        copies=sorted_out.copies,
         tensors=tensors,
-        leftovers=leftovers,
+        leftovers=sorted_out.leftovers,
         findings=tuple(findings),
+        num_added_tokens=_num_added_tokens(sorted_out.replaced, base_shape),
+        output_layer=base_shape.output_layer if base_shape else None,
         size_bytes=weights_path.stat().st_size,
-        weights_digest=_digest(weights_path, modules, base_model=base_model),
+        weights_digest=_digest(weights_path, sorted_out, base_model=base_model),
     )
 
 
@@ -128,53 +177,48 @@ def is_canonical(config: bytes) -> bool:
 
     Raises InvalidAdapter when it is none at all.
     """
-    parsed, _ = lora_config.parse(config)
-    is_literal = parsed.rank_pattern.is_literal and parsed.alpha_pattern.is_literal
-    return is_literal and set(json.loads(config)) == _CANONICAL_FIELDS
+    return lora_config.parse(config)[0].is_canonical
 
 
-def pair(
-    tensors: dict[str, TensorEntry], config: LoraConfig
-) -> tuple[dict[str, LoraEntry], tuple[str, ...]]:
-    """Return the LoRA pairs by module path, and the names of the tensors that are in none."""
-    halves: dict[str, dict[str, TensorEntry]] = {}
-    for name in sorted(tensors):
-        if key := split_key(name):
-            module, side = key
-            halves.setdefault(module, {}).setdefault(side, tensors[name])
-    modules = {
-        module: _entry(module, config, sides) for module, sides in halves.items() if len(sides) == 2
-    }
-    used = {e.name for entry in modules.values() for e in (entry.lora_A, entry.lora_B)}
-    return modules, tuple(name for name in sorted(tensors) if name not in used)
+def _num_added_tokens(replaced: dict[str, TensorEntry], base_shape: BaseShape | None) -> int:
+    if base_shape is None:
+        return 0
+    added = [
+        entry.shape[0] - base_shape.num_tokens_of(path)
+        for path, entry in replaced.items()
+        if base_shape.num_tokens_of(path) and entry.shape
+    ]
+    return max([0, *added])
 
 
-def split_key(name: str) -> tuple[str, str] | None:
-    """Return (module path, "lora_A" or "lora_B") for the name of a LoRA tensor, else None."""
-    match = _KEY.fullmatch(name)
-    return (match[1], match[2]) if match else None
+def _used(manifest: Manifest) -> Iterator[tuple[str, TensorEntry]]:
+    """Every tensor that does something, with the path of what it changes."""
+    for module, entry in manifest.modules.items():
+        yield from ((module, tensor) for _, tensor in entry.tensors())
+    yield from manifest.replaced.items()
+    yield from ((module, entry.rows) for module, entry in manifest.tokens.items())
 
 
-def _entry(module: str, config: LoraConfig, sides: dict[str, TensorEntry]) -> LoraEntry:
-    return LoraEntry(
-        rank=config.rank_of(module),
-        alpha=config.alpha_of(module),
-        scaling=config.scaling_of(module),
-        lora_A=sides["lora_A"],
-        lora_B=sides["lora_B"],
-    )
-
-
-def _digest(path: Path, modules: dict[str, LoraEntry], *, base_model: str) -> str:
+def _digest(path: Path, used: parts.Parts, *, base_model: str) -> str:
     """SHA-256 over one line of JSON about the adapter, then each tensor: a line and its bytes."""
-    scalings = {module: entry.scaling for module, entry in modules.items()}
+    scalings = {module: entry.scaling for module, entry in used.lora.items()}
     sha = hashlib.sha256(_line({"base_model": base_model, "format": 1, "scaling": scalings}))
-    for module, entry in sorted(modules.items()):
-        for side, tensor in (("lora_A", entry.lora_A), ("lora_B", entry.lora_B)):
-            sha.update(_line([f"{module}.{side}.weight", tensor.dtype, tensor.shape]))
-            for chunk in tensor_file.chunks(path, tensor):
-                sha.update(chunk)
+    for label, tensor in _labelled(used):
+        sha.update(_line([*label, tensor.dtype, tensor.shape]))
+        for chunk in tensor_file.chunks(path, tensor):
+            sha.update(chunk)
     return sha.hexdigest()
+
+
+def _labelled(used: parts.Parts) -> Iterator[tuple[list[Any], TensorEntry]]:
+    """What the digest says of each tensor, in its order, which no spelling changes."""
+    for module, lora in sorted(used.lora.items()):
+        for name, tensor in lora.tensors():
+            yield [f"{module}.{name}"], tensor
+    for path, tensor in sorted(used.replaced.items()):
+        yield ["replaced", path], tensor
+    for module, tokens in sorted(used.tokens.items()):
+        yield ["tokens", module, tokens.token_ids], tokens.rows
 
 
 def _line(value: object) -> bytes:

@@ -146,6 +146,22 @@ class PatternTable(Generic[Value]):
         return first[1] if first else None
 
 
+class Ends:
+    """Names that a path may end with, in the middle of a word too, as `str.endswith` takes them.
+
+    A stranger's list may be long: finding costs one look for each length of a name.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        self._lengths = sorted({len(name) for name in self.names}, reverse=True)
+
+    def find(self, path: str) -> str | None:
+        """Return the longest of the names that the path ends with, None where there is none."""
+        ends = (path[-length:] for length in self._lengths if 0 < length <= len(path))
+        return next((end for end in ends if end in self.names), None)
+
+
 def tails(path: str) -> Iterator[str]:
     """Yield the path and what follows each of its dots: what a module may be called by."""
     yield path

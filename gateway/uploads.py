@@ -63,7 +63,7 @@ class Artifact:
         return Contents(
             weights_digest=self.manifest.weights_digest,
             text_bundle_digest=None,
-            rank=max(entry.rank for entry in self.manifest.modules.values()),
+            rank=self.manifest.max_rank,
             num_modules=len(self.manifest.modules),
             size_bytes=self.manifest.size_bytes,
         )
@@ -278,7 +278,12 @@ def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) ->
         # One byte more than allowed is enough for the reader to refuse it.
         config = file.read(lora_config.MAX_SIZE_BYTES + 1)
     return Artifact(
-        manifest=manifest.read(config, files[WEIGHTS_FILE], base_model=base_model.name),
+        manifest=manifest.read(
+            config,
+            files[WEIGHTS_FILE],
+            base_model=base_model.name,
+            base_shape=_shape_of(base_model),
+        ),
         weights_path=files[WEIGHTS_FILE],
         text_files={name: path for name, path in files.items() if name in TEXT_FILES},
         examples_path=files.get(EXAMPLES_FILE),

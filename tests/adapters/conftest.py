@@ -6,10 +6,9 @@ from typing import Any
 
 import hypothesis
 import pytest
-import torch
 
 from adapters.validate import BaseShape
-from tests.adapters.tiny_adapters import BASE, Saved, save_random, tiny_llama
+from tests.adapters.tiny_adapters import Saved, save_random, shape_of, tiny_llama
 
 # A shared machine makes any single example slow at times.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -18,12 +17,7 @@ hypothesis.settings.load_profile("untimed")
 
 @pytest.fixture(scope="session")
 def base_shape() -> BaseShape:
-    linears = {
-        name: (module.in_features, module.out_features)
-        for name, module in tiny_llama().named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
-    return BaseShape(base_model=BASE, modules=linears)
+    return shape_of(tiny_llama())
 
 
 @pytest.fixture

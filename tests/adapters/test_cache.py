@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from adapters import manifest
+from adapters import manifest, weights
 from adapters.cache import DiskCache
 from adapters.errors import ArtifactMissing, DigestMismatch
 from adapters.store import ArtifactStore
-from tests.adapters.tiny_adapters import BASE, Saved
+from tests.adapters.tiny_adapters import BASE, Saved, shape_of, tiny_llama
 
 ROOMY = 1 << 30
 
@@ -62,6 +63,36 @@ def size_of_one(store: CountingStore, digest: str, scratch: Path) -> int:
 def digest_of(folder: Path) -> str:
     config = (folder / manifest.CONFIG_FILE).read_bytes()
     return manifest.read(config, folder / manifest.WEIGHTS_FILE, base_model=BASE).weights_digest
+
+
+async def test_what_changes_more_than_linear_layers_is_verified_too(
+    store: CountingStore, save_adapter: Callable[..., Saved], root: Path
+) -> None:
+    """Saved under other names than the base model's, of which the cache knows nothing."""
+    model = tiny_llama(attention_bias=True, tie_word_embeddings=True)
+    base_shape = shape_of(model)
+    adapter = save_adapter(
+        model=model,
+        use_dora=True,
+        bias="all",
+        target_modules=["q_proj", "embed_tokens"],
+        modules_to_save=["norm"],
+    )
+    adapter.edit_tensors(spell_as_with_vision)
+    one = adapter.read(base_shape)
+    assert one.leftovers == {}
+    await store.put_adapter(one.weights_digest, one.canonical_config(), adapter.weights_path)
+    with DiskCache(store, root, max_bytes=ROOMY).fetch(one.weights_digest) as folder:
+        loaded = weights.load(folder, base_model=BASE, dtype=torch.float32)
+    assert loaded.lora.keys() == one.modules.keys()
+    assert loaded.replaced.keys() == one.replaced.keys()
+
+
+def spell_as_with_vision(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.replace("model.model.model.", "model.model.language_model.")] = tensors.pop(
+            name
+        )
 
 
 def held(root: Path) -> set[str]:

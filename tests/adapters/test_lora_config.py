@@ -45,6 +45,9 @@ def config_bytes(**fields: Any) -> bytes:
         {"layers_to_transform": []},
         {"layers_to_transform": [0], "layers_pattern": "layers"},
         {"layers_to_transform": [2], "layers_pattern": ["layers", "transformer.h"]},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["self_attn"]},
+        {"modules_to_save": ["layers.1", "_proj"]},
     ],
 )
 def test_targets_are_those_that_peft_would_adapt(fields: dict[str, Any]) -> None:
@@ -58,13 +61,7 @@ def test_targets_are_those_that_peft_would_adapt(fields: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1, 2]),
         ("alora_invocation_tokens", [5]),
-        ("fan_in_fan_out", True),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("lora_bias", True),
         ("target_parameters", ["experts.gate_up_proj"]),
@@ -76,6 +73,13 @@ def test_targets_are_those_that_peft_would_adapt(fields: dict[str, Any]) -> None
         ("init_lora_weights", "corda"),
         ("task_type", "SEQ_CLS"),
         ("use_qalora", True),
+        ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}),
+        ("arrow_config", {"top_k": 3}),
+        ("kasa_config", {"beta": 1e-4}),
+        ("monteclora_config", {"num_samples": 8}),
+        ("velora_config", {"num_groups": 32}),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "loftq"),
         ("invented_next_year", {"a": 1}),
         ("invented_next_year", 0.5),
     ],
@@ -121,6 +125,17 @@ def test_a_field_that_changes_nothing_is_accepted(field: str, value: Any) -> Non
         ("target_modules", [1], "target_modules"),
         ("layers_pattern", "(a+)+", "layers_pattern"),
         ("layers_to_transform", "all", "layers_to_transform"),
+        ("bias", "some", "bias"),
+        ("bias", None, "bias"),
+        ("use_dora", "yes", "use_dora"),
+        ("modules_to_save", "lm_head", "modules_to_save"),
+        ("modules_to_save", [".*"], "modules_to_save"),
+        ("trainable_token_indices", [1, -1], "trainable_token_indices"),
+        ("trainable_token_indices", [1, 1], "trainable_token_indices"),
+        ("trainable_token_indices", {"embed_tokens": [1, "2"]}, "trainable_token_indices"),
+        ("trainable_token_indices", {"embed.*": [1]}, "trainable_token_indices"),
+        ("trainable_token_indices", {f"e{n}": [1] for n in range(65)}, "trainable_token_indices"),
+        ("ensure_weight_tying", 1, "ensure_weight_tying"),
     ],
 )
 def test_a_field_that_makes_no_sense_is_named(field: str, value: Any, where: str) -> None:
@@ -140,6 +155,14 @@ def test_a_hostile_pattern_is_refused_by_the_name_of_its_field(field: str) -> No
     with pytest.raises(InvalidAdapter) as caught:
         lora_config.parse(config_bytes(**{field: {r"(?=a)": 4}}))
     assert [f.where for f in caught.value.findings] == [field]
+
+
+def test_a_list_of_modules_to_save_without_end_costs_little_for_each_module() -> None:
+    names = [f"m{number}" for number in range(200_000)]
+    config, _ = lora_config.parse(config_bytes(modules_to_save=[*names, "norm"]))
+    saved = [config.saves(f"model.layers.{number}.input_layernorm") for number in range(1000)]
+    assert all(saved)
+    assert not config.saves("model.layers.0.self_attn")
 
 
 def test_another_kind_of_adapter_is_refused_by_name() -> None:

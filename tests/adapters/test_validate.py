@@ -9,7 +9,7 @@ from torch import Tensor
 from adapters import validate
 from adapters.errors import Finding
 from adapters.validate import BaseShape, Limits
-from tests.adapters.tiny_adapters import LIMITS, Saved
+from tests.adapters.tiny_adapters import LIMITS, Saved, shape_of, tiny_llama
 
 PREFIX = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -22,7 +22,7 @@ def adapter(save_adapter: Callable[..., Saved]) -> Saved:
 
 
 def findings_of(adapter: Saved, base: BaseShape, *, limits: Limits = LIMITS) -> list[Finding]:
-    return validate.check(adapter.read(), base, limits=limits)
+    return validate.check(adapter.read(base), base, limits=limits)
 
 
 def told(findings: list[Finding]) -> set[tuple[str, str]]:
@@ -46,18 +46,154 @@ def test_a_tensor_that_nothing_would_use_is_told(adapter: Saved, base_shape: Bas
 @pytest.mark.parametrize(
     "name",
     [
-        f"{PREFIX}model.embed_tokens.lora_embedding_A",
-        f"{PREFIX}{Q0}.lora_magnitude_vector.weight",
-        f"{PREFIX}{Q0}.lora_B.bias",
-        f"{PREFIX}lm_head.modules_to_save.weight",
+        f"{PREFIX}{Q0}.lora_magnitude_vector",
         f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta",
     ],
 )
-def test_a_kind_of_tensor_that_is_not_served_is_told(
+def test_a_tensor_that_the_configuration_does_not_mention_is_told(
     adapter: Saved, base_shape: BaseShape, name: str
 ) -> None:
     adapter.edit_tensors(lambda tensors: tensors.update({name: torch.ones(1)}))
-    assert told(findings_of(adapter, base_shape)) == {("tensor_not_served", name)}
+    assert told(findings_of(adapter, base_shape)) == {("not_configured", name)}
+
+
+def test_a_parameter_that_the_base_model_does_not_have_is_told(
+    adapter: Saved, base_shape: BaseShape
+) -> None:
+    name = f"{PREFIX}{Q0}.base_layer.bias"
+    adapter.edit_tensors(lambda tensors: tensors.update({name: torch.ones(32)}))
+    assert told(findings_of(adapter, base_shape)) == {("unused_tensor", name)}
+
+
+def test_a_module_to_save_that_mixes_tokens_is_told_by_its_name(
+    adapter: Saved, base_shape: BaseShape
+) -> None:
+    adapter.edit_config(modules_to_save=["router"])
+    name = f"{PREFIX}model.layers.0.router.weight"
+    adapter.edit_tensors(lambda tensors: tensors.update({name: torch.ones(4, 32)}))
+    assert told(findings_of(adapter, base_shape)) == {
+        ("module_not_served", "model.layers.0.router")
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "where"),
+    [
+        ({"use_dora": True}, f"{PREFIX}{Q0}.lora_magnitude_vector", Q0),
+        ({"modules_to_save": ["norm"]}, f"{PREFIX}model.norm.weight", "model.norm.weight"),
+        (
+            {"trainable_token_indices": [4]},
+            f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta",
+            "trainable_token_indices",
+        ),
+    ],
+)
+def test_a_part_that_the_configuration_promises_and_the_file_lacks_is_told(
+    save_adapter: Callable[..., Saved],
+    base_shape: BaseShape,
+    options: dict[str, object],
+    name: str,
+    where: str,
+) -> None:
+    adapter = save_adapter(**options)
+    adapter.edit_tensors(lambda tensors: tensors.pop(name))
+    assert told(findings_of(adapter, base_shape)) == {("missing_tensors", where)}
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"use_dora": True}, f"{PREFIX}{Q0}.lora_magnitude_vector"),
+        ({"modules_to_save": ["norm"]}, f"{PREFIX}model.norm.weight"),
+        (
+            {"trainable_token_indices": [4]},
+            f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta",
+        ),
+    ],
+)
+def test_a_part_of_another_shape_or_dtype_is_told(
+    save_adapter: Callable[..., Saved],
+    base_shape: BaseShape,
+    options: dict[str, object],
+    name: str,
+) -> None:
+    adapter = save_adapter(**options)
+    adapter.edit_tensors(lambda tensors: tensors.update({name: torch.ones(7).double()}))
+    assert told(findings_of(adapter, base_shape)) == {
+        ("shape_mismatch", name),
+        ("dtype_not_served", name),
+    }
+
+
+def test_an_embedding_smaller_than_the_base_model_s_is_told(
+    save_adapter: Callable[..., Saved], base_shape: BaseShape
+) -> None:
+    adapter = save_adapter(modules_to_save=["lm_head"])
+    name = f"{PREFIX}lm_head.weight"
+    adapter.edit_tensors(lambda tensors: tensors.update({name: tensors[name][:40].clone()}))
+    assert told(findings_of(adapter, base_shape)) == {("shape_mismatch", name)}
+
+
+def test_tokens_added_over_the_limit_or_to_one_layer_alone_are_told(
+    save_adapter: Callable[..., Saved], base_shape: BaseShape
+) -> None:
+    model = tiny_llama()
+    model.resize_token_embeddings(60, mean_resizing=False)
+    adapter = save_adapter(model=model, save_embedding_layers=True)
+    assert adapter.read(base_shape).num_added_tokens == 12
+    assert told(findings_of(adapter, base_shape)) == {
+        ("too_many_added_tokens", "adapter_model.safetensors")
+    }
+    adapter.edit_tensors(lambda tensors: tensors.pop(f"{PREFIX}lm_head.weight"))
+    roomy = Limits(max_rank=8, max_size_bytes=1 << 20)
+    assert told(findings_of(adapter, base_shape, limits=roomy)) == {
+        ("added_tokens_incomplete", "adapter_model.safetensors")
+    }
+
+
+def test_a_trained_token_that_the_embedding_does_not_have_is_told(
+    save_adapter: Callable[..., Saved], base_shape: BaseShape
+) -> None:
+    adapter = save_adapter(trainable_token_indices=[4])
+    adapter.edit_config(trainable_token_indices=[48])
+    assert told(findings_of(adapter, base_shape)) == {("unknown_token", "trainable_token_indices")}
+
+
+def test_trained_tokens_below_lora_are_told(save_adapter: Callable[..., Saved]) -> None:
+    adapter = save_adapter(
+        model=tiny_llama(tie_word_embeddings=True),
+        target_modules=["lm_head"],
+        trainable_token_indices=[4],
+        save_embedding_layers=False,
+    )
+    base = shape_of(tiny_llama(tie_word_embeddings=True))
+    assert told(findings_of(adapter, base)) == {("combination_not_served", "lm_head")}
+
+
+def test_a_retrained_weight_below_lora_inside_the_model_is_told(
+    adapter: Saved, base_shape: BaseShape
+) -> None:
+    weight = torch.ones(32, 32)
+    adapter.edit_tensors(lambda tensors: tensors.update({f"{Q0}.base_layer.weight": weight}))
+    assert told(findings_of(adapter, base_shape)) == {("combination_not_served", Q0)}
+
+
+def test_lora_that_tied_layers_share_is_refused_by_the_name_of_its_field(
+    save_adapter: Callable[..., Saved],
+) -> None:
+    tied = tiny_llama(tie_word_embeddings=True)
+    base = shape_of(tied)
+    adapter = save_adapter(model=tied, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    findings = told(findings_of(adapter, base))
+    assert ("field_not_served", "ensure_weight_tying") in findings
+
+
+@pytest.mark.parametrize("field", ["bias", "use_dora", "ensure_weight_tying"])
+def test_an_option_without_an_effect_on_this_base_model_is_no_finding(
+    save_adapter: Callable[..., Saved], base_shape: BaseShape, field: str
+) -> None:
+    adapter = save_adapter(**{field: "all" if field == "bias" else True})
+    assert findings_of(adapter, base_shape) == []
 
 
 def test_two_spellings_of_one_tensor_are_told(adapter: Saved, base_shape: BaseShape) -> None:
@@ -136,11 +272,11 @@ def test_a_file_without_lora_is_told(adapter: Saved, base_shape: BaseShape) -> N
 def test_findings_of_configuration_and_weights_come_together(
     adapter: Saved, base_shape: BaseShape
 ) -> None:
-    adapter.edit_config(use_dora=True, bias="all", invented=1)
+    adapter.edit_config(use_qalora=True, alora_invocation_tokens=[1], invented=1)
     adapter.edit_tensors(lambda tensors: tensors.update(stray=torch.ones(1)))
     assert told(findings_of(adapter, base_shape)) == {
-        ("field_not_served", "use_dora"),
-        ("field_not_served", "bias"),
+        ("field_not_served", "use_qalora"),
+        ("field_not_served", "alora_invocation_tokens"),
         ("field_not_served", "invented"),
         ("unused_tensor", "stray"),
     }
@@ -200,6 +336,75 @@ def test_the_smallest_and_largest_numbers_are_neither_zero_nor_infinite(
 
     adapter.edit_tensors(stretch)
     assert values_told(adapter) == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"use_dora": True}, f"{PREFIX}{Q0}.lora_magnitude_vector"),
+        ({"modules_to_save": ["norm"]}, f"{PREFIX}model.norm.weight"),
+        (
+            {"trainable_token_indices": [4]},
+            f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("value", "code"), [(float("nan"), "not_finite"), (1e6, "absurd_norm")], ids=str
+)
+def test_the_numbers_of_every_part_are_read(
+    save_adapter: Callable[..., Saved],
+    options: dict[str, object],
+    name: str,
+    value: float,
+    code: str,
+) -> None:
+    adapter = save_adapter(**options)
+    adapter.edit_tensors(lambda tensors: tensors[name].fill_(value))
+    assert values_told(adapter) == {(code, name)}
+
+
+def test_lora_that_is_far_stronger_than_any_trained_is_told_with_the_bound(
+    adapter: Saved,
+) -> None:
+    adapter.edit_tensors(lambda tensors: tensors[Q0_B].mul_(1e5))
+    [finding] = validate.check_values(adapter.weights_path, adapter.read())
+    assert (finding.code, finding.where) == ("absurd_norm", Q0)
+    assert f"{validate.MAX_GAIN:g}" in finding.message
+
+
+def test_strong_lora_is_no_finding(adapter: Saved) -> None:
+    """An alpha of 256 at rank 4, with both matrices as large as random ones are at the start."""
+    adapter.edit_config(lora_alpha=256)
+    assert values_told(adapter) == set()
+
+
+def test_matrices_of_zeros_are_no_finding_where_a_magnitude_acts(
+    save_adapter: Callable[..., Saved],
+) -> None:
+    adapter = save_adapter(use_dora=True)
+    adapter.edit_tensors(lambda tensors: tensors[Q0_B].zero_())
+    assert values_told(adapter) == set()
+
+
+def test_an_adapter_that_nobody_trained_is_told_as_a_whole(adapter: Saved) -> None:
+    def reset(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensor.mul_("lora_A" in name)
+
+    adapter.edit_tensors(reset)
+    assert ("zero_delta", "adapter_model.safetensors") in values_told(adapter)
+
+
+def test_copies_that_differ_are_told(save_adapter: Callable[..., Saved]) -> None:
+    tied = tiny_llama(tie_word_embeddings=True)
+    base = shape_of(tied)
+    adapter = save_adapter(model=tied, save_embedding_layers=True)
+    assert validate.check_values(adapter.weights_path, adapter.read(base)) == []
+    name = f"{PREFIX}lm_head.weight"
+    adapter.edit_tensors(lambda tensors: tensors[name].add_(1))
+    found = validate.check_values(adapter.weights_path, adapter.read(base))
+    assert told(found) == {("duplicate_tensor", name)}
 
 
 def test_an_alpha_of_zero_is_told(adapter: Saved, base_shape: BaseShape) -> None:

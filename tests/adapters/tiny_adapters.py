@@ -11,14 +11,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
 
 from adapters import manifest
 from adapters.manifest import Manifest
-from adapters.validate import Limits
+from adapters.validate import BaseShape, Limits
 
 BASE = "tiny-llama"
-LIMITS = Limits(max_rank=64, max_size_bytes=1 << 20)
+LIMITS = Limits(max_rank=64, max_size_bytes=1 << 20, max_added_tokens=8)
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,9 @@ class Saved:
     def weights_path(self) -> Path:
         return self.folder / "adapter_model.safetensors"
 
-    def read(self) -> Manifest:
-        return manifest.read(self.config_path.read_bytes(), self.weights_path, base_model=BASE)
+    def read(self, base_shape: BaseShape | None = None) -> Manifest:
+        config = self.config_path.read_bytes()
+        return manifest.read(config, self.weights_path, base_model=BASE, base_shape=base_shape)
 
     def edit_config(self, **fields: Any) -> None:
         config = msgspec.json.decode(self.config_path.read_bytes())
@@ -56,7 +64,8 @@ class Saved:
         return {name: layer for name, layer in layers if isinstance(layer, LoraLayer)}
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(**options: Any) -> LlamaForCausalLM:
+    """A model of random weights, the same ones each time."""
     config = LlamaConfig(
         vocab_size=48,
         hidden_size=32,
@@ -64,15 +73,60 @@ def tiny_llama() -> LlamaForCausalLM:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+        **options,
     )
-    return LlamaForCausalLM(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
 
 
-def save_random(folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Saved:
-    """Save a LoRA adapter of which neither A nor B is zero."""
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """A model with biases, whose linear layers store their weights transposed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4))
+
+
+def shape_of(model: PreTrainedModel) -> BaseShape:
+    """What an adapter may change of a model, as the engine would export it."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    return BaseShape(
+        base_model=BASE,
+        modules={
+            name: (module.in_features, module.out_features)
+            if isinstance(module, torch.nn.Linear)
+            else (module.nx, module.nf)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D)
+        },
+        embeddings={names[embedding]: tuple(embedding.weight.shape)},
+        parameters={
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if ".wpe." not in name
+        },
+        output_layer=names[output],
+        is_tied=output.weight is embedding.weight,
+    )
+
+
+def save_random(
+    folder: Path,
+    *,
+    model: PreTrainedModel | None = None,
+    dtype: torch.dtype = torch.float32,
+    save_embedding_layers: bool | str = "auto",
+    **options: Any,
+) -> Saved:
+    """Save a LoRA adapter of which neither A nor B is zero, and all that trains is random."""
     options = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], **options}
     config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        get_peft_model(tiny_llama(), config).to(dtype).save_pretrained(folder)
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model or tiny_llama(), config).to(dtype)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data += torch.randn_like(parameter) * 0.1
+        adapted.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return Saved(folder)
