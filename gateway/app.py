@@ -43,6 +43,7 @@ from gateway.routing import Router
 from gateway.settings import Settings
 from gateway.staging import Staging
 from gateway.tables import new_id
+from gateway.templates import Templates
 from gateway.text import TextCodecs
 from gateway.uploads import Uploads
 
@@ -63,6 +64,7 @@ class Parts:
     store: ArtifactStore
     registry: Registry
     uploads: Uploads
+    templates: Templates
     journal: Journal
     ledger: Ledger
     engine: EngineLink
@@ -78,6 +80,7 @@ def build(settings: Settings) -> Parts:
     database = Database(app_url=settings.database_app_url, worker_url=settings.database_worker_url)
     store = ArtifactStore(settings.store_url)
     registry = Registry(database)
+    templates = Templates()
     journal = Journal.open(settings.data_dir / "journal")
     ledger = Ledger(database, journal)
     engine = EngineLink(
@@ -103,6 +106,7 @@ def build(settings: Settings) -> Parts:
             ),
             probe=engine.probe,
         ),
+        templates=templates,
         journal=journal,
         ledger=ledger,
         engine=engine,
@@ -110,7 +114,7 @@ def build(settings: Settings) -> Parts:
         inference=Inference(
             database=database,
             registry=registry,
-            texts=TextCodecs(store),
+            texts=TextCodecs(store, templates=templates),
             router=router,
             journal=journal,
             ledger=ledger,
@@ -142,6 +146,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await parts.database.check()
         await parts.database.prepare()
         await stack.enter_async_context(parts.authenticator)
+        stack.push_async_callback(parts.templates.close)
         await parts.ledger.start()
         stack.push_async_callback(parts.ledger.stop)
         await stack.enter_async_context(parts.engine)
