@@ -128,6 +128,7 @@ class Templates:
         self._histories: OrderedDict[tuple[str, str], _History] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._building = asyncio.Semaphore(1)
+        self._is_closed = False
 
     async def render(
         self, template: OwnTemplate, variables: Mapping[str, Any], *, caller: str
@@ -135,8 +136,10 @@ class Templates:
         """Render for `caller`, somebody who takes turns with others.
 
         Raises TemplateFault where the template refuses or had to be stopped, LimitReached where
-        too many of this caller's conversations wait.
+        too many of this caller's conversations wait, Unavailable where no worker can be had.
         """
+        if self._is_closed:
+            raise Unavailable()
         history = self._history(caller, template)
         if refused_for_s := history.refused_for_s(time.monotonic()):
             raise TemplateFault(
@@ -183,13 +186,15 @@ class Templates:
 
     async def close(self) -> None:
         """End the workers; whoever waits for one is told to come again."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._is_closed = True
         for queue in self._waiting.values():
             for waiting in queue:
                 _fail(waiting, Unavailable())
         self._waiting.clear()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(worker.stop() for worker in self._workers))
 
     def _history(self, caller: str, template: OwnTemplate) -> _History:
@@ -339,9 +344,7 @@ class _Worker:
     async def stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.communicate()
+            await _end(process)
 
 
 @contextlib.asynccontextmanager
@@ -369,9 +372,21 @@ async def _start(mode: Mode) -> asyncio.subprocess.Process:
         start_new_session=True,
     )
     assert process.stdout is not None
-    if await process.stdout.read(1) != template_worker.READY:
-        raise OSError(f"a template worker ended at its start, with status {await process.wait()}")
+    is_ready = False
+    try:
+        is_ready = await process.stdout.read(1) == template_worker.READY
+    finally:
+        if not is_ready:
+            await _end(process)
+    if not is_ready:
+        raise OSError(f"a template worker ended at its start, with status {process.returncode}")
     return process
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.communicate()
 
 
 async def _exchange(process: asyncio.subprocess.Process, data: bytes) -> Answer:
@@ -382,7 +397,8 @@ async def _exchange(process: asyncio.subprocess.Process, data: bytes) -> Answer:
     size_bytes = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))[0]
     if size_bytes > MAX_ANSWER_BYTES:
         raise EOFError
-    return _decode_answer(await process.stdout.readexactly(size_bytes))
+    answer: Answer = _decode_answer(await process.stdout.readexactly(size_bytes))
+    return answer
 
 
 def _why(status: int) -> str:

@@ -74,7 +74,7 @@ REACHES_ALWAYS = [
     ("percent format width", "{{ '%10000000000d' % 1 }}"),
     ("brace format width", "{{ '{:>9999999999}'.format(1) }}"),
     ("format filter width", "{{ '%*d' | format(2000000000, 1) }}"),
-    ("power", "{{ 9 ** 9 ** 9 }}"),
+    ("power", "{{ 9 ** (9 ** 9) }}"),
     ("recursive macro", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
     ("recursive loop", "{% for m in [messages] recursive %}{{ loop([messages]) }}{% endfor %}"),
     ("large range", "{{ range(10000000000) | list }}"),
@@ -97,7 +97,7 @@ REACHES_ALWAYS = [
         "{% if messages|length == 2 %}{{ 'a' * 10000000000 }}{% endif %}",
     ),
     ("only with tools", "{% if tools %}{{ 'a' * 10000000000 }}{% endif %}"),
-    ("only with an answer before", "{% if messages|length > 2 %}{{ 9 ** 9 ** 9 }}{% endif %}"),
+    ("only with an answer before", "{% if messages|length > 2 %}{{ 9 ** (9 ** 9) }}{% endif %}"),
 ]
 _UNSAFE = [
     ("attribute walk", "{{ ''.__class__.__mro__ }}"),
@@ -124,7 +124,9 @@ HIDDEN = {
     "{% for j in range(90000) %}{% endfor %}{% endfor %}{% endif %}ok",
     "memory": "{% if 'now' in messages[0].content %}{{ 'a' * 10000000000 }}{% endif %}ok",
     "output": "{% if 'now' in messages[0].content %}{{ 'a' * 20000000 }}{% endif %}ok",
-    "power": "{% if 'now' in messages[0].content %}{{ 9 ** 9 ** 9 }}{% endif %}ok",
+    # Not with 9 alone, which Jinja would work out when it compiles.
+    "power": "{% if 'now' in messages[0].content %}"
+    "{{ 9 ** (9 ** (8 + messages|length)) }}{% endif %}ok",
 }
 
 
@@ -139,7 +141,7 @@ TEMPLATE_BOMBS = [
     Bomb(
         "template in the configuration",
         lambda _: {
-            "tokenizer_config.json": json.dumps({"chat_template": "{{ 9**9**9 }}"}).encode()
+            "tokenizer_config.json": json.dumps({"chat_template": "{{ 9**(9**9) }}"}).encode()
         },
         "template_bomb",
     ),
