@@ -23,7 +23,7 @@ MAX_FINDINGS = 8
 # Trainers add no merges for the tokens they add; this leaves room for those who do.
 MAX_MERGES_PER_NEW_TOKEN = 64
 # WordPiece tries every prefix of what is left of a word.
-MAX_WORD_CHARACTERS = 1000
+MAX_WORD_CHARACTERS = 200
 MAX_PATTERN_CHARACTERS = 1024
 
 Check = Callable[[Any], bool]

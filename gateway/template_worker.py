@@ -24,9 +24,9 @@ from adapters.errors import Finding
 from gateway import chat_template
 
 MIB = 1 << 20
-# Rendering takes some 30; building a bundle of 262,144 tokens beside its base's some 1,000.
-MAX_MEMORY_BYTES = {"render": 384 * MIB, "build": 3072 * MIB}
-# What a job of reading, building and trying a tokenizer may take of a processor.
+# Rendering takes some 30; a bundle of 262,000 tokens beside its base's was built in 800.
+MAX_MEMORY_BYTES = {"render": 384 * MIB, "build": 2048 * MIB}
+# Of a processor, to read, build and try a tokenizer; that bundle took 5.
 BUILD_CPU_S = 20.0
 TRIAL_CPU_S = 0.5
 # For each trial, beside eight times the conversation's own length.

@@ -1,6 +1,8 @@
 """Adapters' own templates: what they cost others, and what happens to those that do harm."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -198,3 +200,10 @@ async def test_a_worker_has_nothing_to_give_away(templates):
 def _children() -> list[Path]:
     tasks = Path("/proc/self/task").glob("*/children")
     return [Path("/proc") / pid for task in tasks for pid in task.read_text().split()]
+
+
+def test_a_worker_starts_without_the_gateways_web_stack():
+    script = "import sys, gateway.template_worker; print(*sys.modules)"
+    command = [sys.executable, "-c", script]
+    loaded = set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert loaded.isdisjoint({"litestar", "sqlalchemy", "httpx", "tokenizers", "numpy", "torch"})
