@@ -50,6 +50,7 @@ from gateway.routing import Router
 from gateway.settings import Settings
 from gateway.staging import Staging
 from gateway.tables import new_id
+from gateway.templates import Templates
 from gateway.text import TextCodecs
 from gateway.uploads import Uploads
 
@@ -74,6 +75,7 @@ class Parts:
     retention: Retention
     uploads: Uploads
     resumable_uploads: ResumableUploads
+    templates: Templates
     journal: Journal
     ledger: Ledger
     engine: EngineLink
@@ -91,6 +93,7 @@ def build(settings: Settings) -> Parts:
     quotas = Quotas(settings.max_adapters_per_tenant, settings.max_adapter_bytes_per_tenant)
     registry = Registry(database, quotas)
     staging = Staging(settings.data_dir / "staging", max_upload_bytes=settings.max_upload_bytes)
+    templates = Templates()
     journal = Journal.open(settings.data_dir / "journal")
     ledger = Ledger(database, journal)
     engine = EngineLink(
@@ -119,6 +122,7 @@ def build(settings: Settings) -> Parts:
         resumable_uploads=ResumableUploads(
             database, registry, store, staging=staging, uploads=uploads
         ),
+        templates=templates,
         journal=journal,
         ledger=ledger,
         engine=engine,
@@ -126,7 +130,7 @@ def build(settings: Settings) -> Parts:
         inference=Inference(
             database=database,
             registry=registry,
-            texts=TextCodecs(store),
+            texts=TextCodecs(store, templates=templates),
             router=router,
             journal=journal,
             ledger=ledger,
@@ -158,6 +162,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await parts.database.check()
         await parts.database.prepare()
         await stack.enter_async_context(parts.authenticator)
+        stack.push_async_callback(parts.templates.close)
         await parts.ledger.start()
         stack.push_async_callback(parts.ledger.stop)
         await stack.enter_async_context(parts.retention)

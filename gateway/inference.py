@@ -237,8 +237,10 @@ class Inference:
         is held or billed then.
         """
         target = await self._registry.resolve(principal, request.model, user=request.user)
-        codec = await self._texts.get(target.text_bundle_digest)
-        prompt_ids = await _encode(codec, request.prompt)
+        codec = await self._texts.get(
+            target.text_bundle_digest, base=target.base_text_bundle_digest
+        )
+        prompt_ids = await _encode(codec, request.prompt, caller=str(principal.tenant_id))
         max_tokens = _fit(request, len(prompt_ids), target.context_length)
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
         # Before money is held, so that there is nothing to give back when no engine is there.
@@ -289,14 +291,14 @@ class Inference:
         )
 
 
-async def _encode(codec: TextCodec, prompt: Prompt) -> list[int]:
+async def _encode(codec: TextCodec, prompt: Prompt, *, caller: str) -> list[int]:
     match prompt:
         case TokenPrompt():
             return prompt.token_ids
         case str():
             return await codec.encode_text(prompt)
         case _:
-            return await codec.encode_chat(prompt)
+            return await codec.encode_chat(prompt, caller=caller)
 
 
 def _fit(request: GenerationRequest, num_prompt_tokens: int, context_length: int) -> int:

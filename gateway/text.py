@@ -5,23 +5,20 @@ nothing of requests or money.
 """
 
 import asyncio
-import datetime
-import json
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock, Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from adapters.store import ArtifactStore
 from adapters.text_bundle import TextBundle
+from gateway import chat_template
 from gateway.errors import InvalidRequest
+from gateway.templates import OwnTemplate, TemplateFault, Templates
 
 # What a decoder answers for bytes that are no whole character yet.
 REPLACEMENT = "\ufffd"
@@ -29,92 +26,79 @@ REPLACEMENT = "\ufffd"
 LONG_TEXT_CHARACTERS = 20_000
 
 
-class TemplateFault(InvalidRequest):
-    """The model's chat template does not take these messages."""
-
-    code = "invalid_messages"
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's words for training; rendering passes it through."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration is an instance attribute)
-
-    def parse(self, parser: Parser) -> Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
-
-    def _render(self, caller: Any) -> str:
-        return str(caller())
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now(datetime.UTC).strftime(pattern)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
 class TextCodec:
-    """One text bundle, ready for use."""
+    """One text bundle, ready for use.
 
-    def __init__(self, bundle: TextBundle) -> None:
+    `templates` renders the template of an adapter's own bundle; without it the template is the
+    operator's choice, as a base model's is, and is rendered here.
+    """
+
+    def __init__(
+        self,
+        bundle: TextBundle,
+        *,
+        templates: Templates | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         self.eos_token_ids = bundle.eos_token_ids
         self.generation_defaults = bundle.generation_defaults
         self.vocab_size = bundle.vocab_size
-        self._tokenizer = Tokenizer.from_buffer(bundle.tokenizer_json)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = tokenizer or _load_tokenizer(bundle.tokenizer_json)
         self._special_tokens = bundle.special_tokens
+        source = bundle.chat_template
+        self._templates = templates
+        self._own_template = OwnTemplate.of(source) if source and templates else None
         self._template = (
-            _environment().from_string(bundle.chat_template) if bundle.chat_template else None
+            chat_template.compiled(source) if source and self._own_template is None else None
         )
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, caller: str = ""
+    ) -> list[int]:
         """Render the conversation, ending where the assistant is to speak, and encode it.
 
-        Raises TemplateFault where the model has no template or the template refuses the messages.
+        `caller` is who takes turns with others for the rendering of adapters' own templates.
+        Raises TemplateFault where the model has no template or the template refuses the messages,
+        and LimitReached where too many of the caller's conversations wait for it.
         """
-        return await self._encode(self.render(messages), add_special_tokens=False)
+        text = await self._render(messages, caller=caller)
+        return await self._encode(text, add_special_tokens=False)
 
     async def encode_text(self, text: str) -> list[int]:
         """Encode a bare prompt the way that the model's tokenizer does by default."""
         return await self._encode(text, add_special_tokens=True)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    async def _render(self, messages: Sequence[Mapping[str, Any]], *, caller: str) -> str:
+        variables = {
+            "messages": messages,
+            "add_generation_prompt": True,
+            **self._special_tokens,
+        }
+        if self._templates is not None and self._own_template is not None:
+            return await self._templates.render(self._own_template, variables, caller=caller)
         if self._template is None:
             raise TemplateFault("This model has no chat template: use /v1/completions.")
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens
-            )
-        except (jinja2.TemplateError, TypeError) as error:
+            return chat_template.render(self._template, variables)
+        except chat_template.FAULTS as error:
             raise TemplateFault(
                 f"The chat template refused the messages: {error}", param="messages"
             ) from error
 
     async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         def encode() -> list[int]:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # Of a batch, because encoding a single text keeps the interpreter's lock: a long
+            # prompt would stop every other request for its half second per million characters.
+            [encoding] = self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+            ids: list[int] = encoding.ids
             return ids
 
-        return await asyncio.to_thread(encode) if len(text) > LONG_TEXT_CHARACTERS else encode()
+        try:
+            return await asyncio.to_thread(encode) if len(text) > LONG_TEXT_CHARACTERS else encode()
+        except Exception as error:  # the library raises no narrower one
+            raise InvalidRequest(f"The model's tokenizer refused the prompt: {error}") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer, special tokens left out."""
@@ -211,30 +195,50 @@ class TextStream:
         return piece
 
 
+def _load_tokenizer(tokenizer_json: bytes) -> Tokenizer:
+    tokenizer = Tokenizer.from_buffer(tokenizer_json)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 class TextCodecs:
     """The codecs in use, by bundle digest; the least used leave memory first."""
 
-    def __init__(self, store: ArtifactStore, *, max_codecs: int = 64) -> None:
+    def __init__(self, store: ArtifactStore, *, templates: Templates, max_codecs: int = 64) -> None:
         self._store = store
+        self._templates = templates
         self._max_codecs = max_codecs
-        self._codecs: OrderedDict[str, asyncio.Task[TextCodec]] = OrderedDict()
+        # By (digest, whether it is an adapter's own).
+        self._codecs: OrderedDict[tuple[str, bool], asyncio.Task[TextCodec]] = OrderedDict()
+        # By SHA-256: an adapter that brings only a template shares its base model's tokenizer.
+        self._tokenizers: WeakValueDictionary[bytes, Tokenizer] = WeakValueDictionary()
 
-    async def get(self, digest: str) -> TextCodec:
+    async def get(self, digest: str, *, base: str) -> TextCodec:
         """Return the codec of a bundle, reading it from the store at its first use.
 
-        Raises ArtifactMissing where the store has no such bundle.
+        `base` is the digest of the base model's own. Raises ArtifactMissing where the store has no
+        such bundle.
         """
-        task = self._codecs.get(digest)
+        key = (digest, digest != base)
+        task = self._codecs.get(key)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = self._codecs[digest] = asyncio.create_task(self._load(digest))
+            task = asyncio.create_task(self._load(digest, is_own=digest != base))
+            self._codecs[key] = task
             self._forget(self._codecs.keys())
-        self._codecs.move_to_end(digest)
+        self._codecs.move_to_end(key)
         return await asyncio.shield(task)
 
-    async def _load(self, digest: str) -> TextCodec:
+    async def _load(self, digest: str, *, is_own: bool) -> TextCodec:
         bundle = await self._store.get_bundle(digest)
-        return await asyncio.to_thread(TextCodec, bundle)
+        return await asyncio.to_thread(self._make, bundle, is_own=is_own)
 
-    def _forget(self, digests: Iterable[str]) -> None:
-        for digest in list(digests)[: -self._max_codecs]:
-            del self._codecs[digest]
+    def _make(self, bundle: TextBundle, *, is_own: bool) -> TextCodec:
+        content = hashlib.sha256(bundle.tokenizer_json).digest()
+        tokenizer = self._tokenizers.get(content) or _load_tokenizer(bundle.tokenizer_json)
+        self._tokenizers[content] = tokenizer
+        return TextCodec(bundle, templates=self._templates if is_own else None, tokenizer=tokenizer)
+
+    def _forget(self, keys: Iterable[tuple[str, bool]]) -> None:
+        for key in list(keys)[: -self._max_codecs]:
+            del self._codecs[key]

@@ -1,5 +1,6 @@
 """Facts about text: what the model sees, and what the client reads."""
 
+import asyncio
 import random
 
 import pytest
@@ -7,8 +8,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from adapters.demo.base_model import default_folder
+from adapters.store import ArtifactStore
 from adapters.text_bundle import TextBundle
-from gateway.text import TemplateFault, TextCodec
+from gateway.errors import InvalidRequest
+from gateway.templates import TemplateFault, Templates
+from gateway.text import TextCodec, TextCodecs
 
 CONVERSATIONS = [
     [{"role": "user", "content": "What is a slot?"}],
@@ -79,6 +83,96 @@ async def test_a_model_without_a_template_says_where_to_go():
 async def test_a_template_reaches_nothing_but_its_messages(template):
     with pytest.raises(TemplateFault):
         await TextCodec(_bundle(template)).encode_chat(CONVERSATIONS[0])
+
+
+OWN_TEMPLATE = """{{ bos_token }}{%- for m in messages %}
+{% generation %}
+[{{ m.role | upper }}] {{ m.content | trim }}{{ eos_token }}
+{% endgeneration %}
+{%- if loop.index > 8 %}{% break %}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}<sql>{% endif %}"""
+
+
+@pytest.fixture
+async def templates():
+    templates = Templates()
+    yield templates
+    await templates.close()
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory):
+    """A tokenizer as a trainer leaves it beside an adapter: own tokens, end and template."""
+    tokenizer = AutoTokenizer.from_pretrained(default_folder())
+    tokenizer.add_tokens(["<sql>", "</sql>"])
+    tokenizer.add_special_tokens({"eos_token": "<|done|>"})
+    tokenizer.chat_template = OWN_TEMPLATE
+    folder = tmp_path_factory.mktemp("own")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+async def test_an_adapters_own_text_files_mean_what_they_mean_to_transformers(
+    templates, reference, own_folder
+):
+    files = {path.name: path for path in own_folder.iterdir()}
+    base = _bundle(reference.chat_template)
+    bundle, findings = await templates.build(files, base, num_added_tokens=3)
+    assert findings == []
+    codec, expected = (
+        TextCodec(bundle, templates=templates),
+        AutoTokenizer.from_pretrained(own_folder),
+    )
+    for messages in CONVERSATIONS:
+        ids = expected.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, tokenize=True
+        )
+        assert await codec.encode_chat(messages, caller="acme") == list(ids)
+        assert ids[-1] == 49152
+    text = "SELECT <sql> 1 </sql><|done|>"
+    assert await codec.encode_text(text) == expected(text).input_ids
+    assert codec.decode([49152, 504, 49153, 49154]) == "<sql>The</sql>"
+    assert (codec.eos_token_ids, codec.vocab_size) == ((2, 49154), 49155)
+
+
+async def test_files_that_a_trainer_copied_from_the_base_model_make_no_bundle(
+    templates, reference, tmp_path
+):
+    reference.save_pretrained(tmp_path)
+    files = {path.name: path for path in tmp_path.iterdir()}
+    base = _bundle(reference.chat_template)
+    assert await templates.build(files, base, num_added_tokens=0) == (None, [])
+
+
+async def test_only_the_base_models_own_template_is_rendered_in_this_process(templates):
+    store = ArtifactStore("memory://")
+    texts = TextCodecs(store, templates=templates)
+    power = await store.put_bundle(_bundle("{{ 9 ** (9 ** 9) }}"))
+    plain = await store.put_bundle(_bundle("{{ messages[0].content }}"))
+    codec = await texts.get(power, base=plain)
+    with pytest.raises(TemplateFault, match="stopped"):
+        await codec.encode_chat(CONVERSATIONS[0], caller="acme")
+    ours = await texts.get(plain, base=plain)
+    theirs = await texts.get(plain, base=power)
+    assert ours is not theirs
+    assert await ours.encode_chat(CONVERSATIONS[0]) == await theirs.encode_chat(CONVERSATIONS[0])
+
+
+async def test_a_long_prompt_leaves_the_interpreter_to_others(codec):
+    text = "all work and no play " * 50_000
+    encoding = asyncio.create_task(codec.encode_text(text))
+    turns = 0
+    while not encoding.done():
+        turns += 1
+        await asyncio.sleep(0)
+    # Where the lock is kept there are two or three.
+    assert turns > 100
+
+
+async def test_a_text_that_the_tokenizer_cannot_take_is_the_clients_fault(codec):
+    with pytest.raises(InvalidRequest):
+        await codec.encode_text("\ud800")
 
 
 def _streamed(codec: TextCodec, token_ids: list[int], *stops: str) -> tuple[str, list[str]]:
