@@ -39,7 +39,8 @@ from gateway.inference import Inference
 from gateway.journal import Journal
 from gateway.ledger import Ledger
 from gateway.registry import Registry
-from gateway.routing import Router
+from gateway.residency import Residency
+from gateway.routing import Replica, Router
 from gateway.settings import Settings
 from gateway.staging import Staging
 from gateway.tables import new_id
@@ -67,6 +68,7 @@ class Parts:
     ledger: Ledger
     engine: EngineLink
     router: Router
+    residency: Residency
     inference: Inference
 
 
@@ -80,15 +82,16 @@ def build(settings: Settings) -> Parts:
     registry = Registry(database)
     journal = Journal.open(settings.data_dir / "journal")
     ledger = Ledger(database, journal)
+    router = Router()
+    residency = Residency(database, router)
     engine = EngineLink(
         settings.engine_address,
         worker_id=str(journal.instance_id),
         worker_epoch=journal.epoch,
         secret=settings.engine_secret,
         on_frame=lambda frame: _write_down(journal, frame),
+        on_session=residency.look,
     )
-    router = Router()
-
     return Parts(
         settings=settings,
         database=database,
@@ -107,6 +110,7 @@ def build(settings: Settings) -> Parts:
         ledger=ledger,
         engine=engine,
         router=router,
+        residency=residency,
         inference=Inference(
             database=database,
             registry=registry,
@@ -144,6 +148,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.authenticator)
         await parts.ledger.start()
         stack.push_async_callback(parts.ledger.stop)
+        await stack.enter_async_context(parts.residency)
         await stack.enter_async_context(parts.engine)
         attaching = asyncio.create_task(_attach_engine(parts))
         stack.callback(attaching.cancel)
@@ -156,14 +161,16 @@ async def _attach_engine(parts: Parts) -> None:
     while True:
         try:
             info = await parts.engine.info()
-            await parts.registry.register_base_model(info, parts.settings.engine_address)
+            address = parts.settings.engine_address
+            base_model = await parts.registry.register_base_model(info, address)
             break
         except (LinkError, GatewayError, SQLAlchemyError, OSError) as error:
             if str(error) != reason:
                 reason = str(error)
                 logger.warning("engine_not_attached", extra={"reason": reason})
             await asyncio.sleep(ENGINE_RETRY_S)
-    parts.router.attach(parts.engine)
+    parts.router.attach(Replica(parts.engine, base_model.id, base_model.name))
+    parts.residency.look()
     logger.info("engine_attached", extra={"base_model": info.base_model})
     await parts.uploads.recover()
 
@@ -210,7 +217,16 @@ def create_app(settings: Settings) -> Litestar:
 
 
 # What handlers may ask for by the name of a parameter.
-_HANDED_OUT = ("authenticator", "database", "inference", "ledger", "registry", "router", "uploads")
+_HANDED_OUT = (
+    "authenticator",
+    "database",
+    "inference",
+    "ledger",
+    "registry",
+    "residency",
+    "router",
+    "uploads",
+)
 
 
 def _provide(part: object) -> Provide:

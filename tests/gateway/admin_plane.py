@@ -28,6 +28,8 @@ from gateway.auth import Authenticator, create_key, guard, provide_principal
 from gateway.database import Database
 from gateway.errors import GatewayError
 from gateway.registry import Registry
+from gateway.residency import Residency
+from gateway.routing import Router
 from gateway.staging import Staging
 from gateway.uploads import Uploads
 
@@ -120,6 +122,7 @@ class Plane:
     # Speaks with an operator's key.
     client: httpx.AsyncClient
     registry: Registry
+    residency: Residency
     uploads: Uploads
     probe: Probe
     folder: Path
@@ -164,6 +167,7 @@ async def admin_plane(
     *,
     info: EngineInfo = INFO,
     max_upload_bytes: int = MAX_UPLOAD_BYTES,
+    router: Router | None = None,
 ) -> AsyncIterator[Plane]:
     """The plane with one engine's base model registered, and no tenant yet."""
     registry, probe = Registry(database), Probe()
@@ -175,22 +179,22 @@ async def admin_plane(
     )
     await registry.register_base_model(info, ADDRESS)
     authenticator = Authenticator(database, {1: PEPPER})
-    app = _app(database, authenticator, registry=registry, uploads=uploads)
+    residency = Residency(database, router or Router())
+    parts = {"registry": registry, "residency": residency, "uploads": uploads}
+    app = _app(database, authenticator, parts)
     async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:
         client.headers["authorization"] = f"Bearer {await _operator_key(database)}"
-        yield Plane(app, client, registry, uploads, probe, folder)
+        yield Plane(app, client, registry, residency, uploads, probe, folder)
 
 
-def _app(
-    database: Database, authenticator: Authenticator, *, registry: Registry, uploads: Uploads
-) -> Litestar:
-    parts = {"database": database, "registry": registry, "uploads": uploads}
+def _app(database: Database, authenticator: Authenticator, parts: dict[str, Any]) -> Litestar:
     app = Litestar(
         [admin_router],
         guards=[guard],
         dependencies={
             "principal": Provide(provide_principal),
             "authenticator": Provide(lambda: authenticator, sync_to_thread=False),
+            "database": _provide(database),
             **{name: _provide(part) for name, part in parts.items()},
         },
         exception_handlers={

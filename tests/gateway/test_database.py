@@ -29,6 +29,7 @@ from gateway.errors import DatabaseRefused
 from gateway.tables import (
     Adapter,
     AdapterAlias,
+    AdapterPin,
     AdapterVersion,
     ApiKey,
     AuditEntry,
@@ -128,6 +129,7 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID) -> list[Table]:
         adapter,
         PublicName(name=adapter.public_name, adapter_id=adapter.id),
         version,
+        AdapterPin(version_id=version.id, **ours),
         AdapterAlias(adapter_id=adapter.id, alias="latest", version_id=version.id, **ours),
         price,
         instance,

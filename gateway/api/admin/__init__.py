@@ -11,6 +11,12 @@ from gateway.api.admin.adapters import (
 )
 from gateway.api.admin.base_models import list_base_models
 from gateway.api.admin.keys import create_key, list_keys, revoke_key
+from gateway.api.admin.residency import (
+    list_engines,
+    pin_version,
+    unpin_version,
+    warm_version,
+)
 from gateway.api.admin.tenants import create_tenant, get_tenant, list_tenants, set_status
 
 admin_router = Router(
@@ -29,5 +35,9 @@ admin_router = Router(
         list_versions,
         create_version,
         list_base_models,
+        list_engines,
+        warm_version,
+        pin_version,
+        unpin_version,
     ],
 )
