@@ -29,7 +29,7 @@ from engine.errors import LinkError
 from engine.protocol import Frame
 from gateway import api
 from gateway.api import billing as billing_routes
-from gateway.api import chat, completions, health, models, tenant
+from gateway.api import chat, completions, health, lora, models, tenant
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
@@ -41,6 +41,7 @@ from gateway.ledger import Ledger
 from gateway.registry import Registry
 from gateway.residency import Residency
 from gateway.routing import Replica, Router
+from gateway.runtime_loras import RuntimeLoras
 from gateway.settings import Settings
 from gateway.staging import Staging
 from gateway.tables import new_id
@@ -69,6 +70,7 @@ class Parts:
     engine: EngineLink
     router: Router
     residency: Residency
+    runtime_loras: RuntimeLoras
     inference: Inference
 
 
@@ -92,25 +94,31 @@ def build(settings: Settings) -> Parts:
         on_frame=lambda frame: _write_down(journal, frame),
         on_session=residency.look,
     )
+    uploads = Uploads(
+        registry,
+        store,
+        staging=Staging(settings.data_dir / "staging", max_upload_bytes=settings.max_upload_bytes),
+        probe=engine.probe,
+    )
     return Parts(
         settings=settings,
         database=database,
         authenticator=Authenticator(database, {PEPPER_VERSION: settings.pepper}),
         store=store,
         registry=registry,
-        uploads=Uploads(
-            registry,
-            store,
-            staging=Staging(
-                settings.data_dir / "staging", max_upload_bytes=settings.max_upload_bytes
-            ),
-            probe=engine.probe,
-        ),
+        uploads=uploads,
         journal=journal,
         ledger=ledger,
         engine=engine,
         router=router,
         residency=residency,
+        runtime_loras=RuntimeLoras(
+            database,
+            uploads=uploads,
+            residency=residency,
+            shelf=registry,
+            root=settings.lora_folder,
+        ),
         inference=Inference(
             database=database,
             registry=registry,
@@ -191,6 +199,8 @@ def create_app(settings: Settings) -> Litestar:
             completions.completions,
             health.live,
             health.ready,
+            lora.load_lora_adapter,
+            lora.unload_lora_adapter,
             models.get_model,
             models.list_models,
             tenant.usage,
@@ -225,6 +235,7 @@ _HANDED_OUT = (
     "registry",
     "residency",
     "router",
+    "runtime_loras",
     "uploads",
 )
 

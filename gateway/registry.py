@@ -389,6 +389,23 @@ class Registry:
                 details={},
             )
 
+    async def restore_adapter(self, tenant: str, adapter: str, *, actor_key_id: uuid.UUID) -> None:
+        """Offer a deleted adapter again. One that is not deleted stays. Raises NotFound."""
+        async with self._database.as_worker() as session:
+            owner = await tenants.get_tenant(session, tenant)
+            row = await _find_adapter(session, owner.id, adapter, for_update=True)
+            if row is None:
+                raise NotFound(f"The tenant {tenant!r} has no adapter {adapter!r}.")
+            row.deleted_at = None
+            await audit.record(
+                session,
+                tenant_id=row.tenant_id,
+                actor_key_id=actor_key_id,
+                action="adapter.restore",
+                subject=row.public_name,
+                details={},
+            )
+
 
 def public_name(tenant: str, adapter: str) -> str:
     """The model name of an adapter. It is stored whole and never taken apart again."""

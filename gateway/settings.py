@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MEBIBYTE = 1 << 20
+LORA_FOLDER_VARIABLE = "MANYLORA_LORA_FOLDER"
 # The engine reads the same one.
 PARENT_VARIABLE = "MANYLORA_PARENT_PID"
 
@@ -33,6 +34,8 @@ class Settings:
     host: str
     port: int
     max_upload_bytes: int
+    # What /v1/load_lora_adapter may read from; None where it may not.
+    lora_folder: Path | None = None
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -49,6 +52,7 @@ class Settings:
             "MANYLORA_HOST": self.host,
             "MANYLORA_PORT": str(self.port),
             "MANYLORA_MAX_UPLOAD_BYTES": str(self.max_upload_bytes),
+            **({} if self.lora_folder is None else {LORA_FOLDER_VARIABLE: str(self.lora_folder)}),
             **({} if self.parent_pid is None else {PARENT_VARIABLE: str(self.parent_pid)}),
         }
 
@@ -66,6 +70,7 @@ class Settings:
             host=environment.get("MANYLORA_HOST", "127.0.0.1"),
             port=_integer(environment, "MANYLORA_PORT", 8000),
             max_upload_bytes=_integer(environment, "MANYLORA_MAX_UPLOAD_BYTES", 1024 * MEBIBYTE),
+            lora_folder=_path(environment, LORA_FOLDER_VARIABLE),
             parent_pid=_integer(environment, PARENT_VARIABLE, 0) or None,
         )
 
@@ -75,6 +80,11 @@ def _required(environment: Mapping[str, str], name: str) -> str:
     if not value:
         raise SettingsFault(f"{name} is not set")
     return value
+
+
+def _path(environment: Mapping[str, str], name: str) -> Path | None:
+    value = environment.get(name, "")
+    return Path(value) if value else None
 
 
 def _integer(environment: Mapping[str, str], name: str, default: int) -> int:

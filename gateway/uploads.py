@@ -22,7 +22,8 @@ from adapters.validate import BaseShape, Limits
 from engine.errors import LinkError
 from engine.protocol import ProbeReport
 from gateway.errors import EngineFailed, InvalidRequest, RejectedUpload, Unavailable
-from gateway.registry import Contents, Published, Registry, Verdict
+from gateway.lora_folder import LoraFolder
+from gateway.registry import Contents, Destination, Published, Registry, Verdict
 from gateway.staging import Form, StagedFile, Staging, too_large
 from gateway.tables import AdapterVersion, BaseModel
 
@@ -86,11 +87,28 @@ class Uploads:
             form = await self._staging.receive(
                 body, content_type=content_type, announced_bytes=announced_bytes, folder=folder
             )
-            base_model = await self._registry.base_model_for(
-                destination, form.fields.get("base_model")
-            )
-            artifact = await asyncio.to_thread(self._judge, form, folder, base_model=base_model)
-            await self._promote(artifact)
+            return await self.take(destination, form, folder, actor_key_id=actor_key_id)
+
+    async def publish_folder(
+        self, tenant: str, adapter: str, lora: LoraFolder, *, actor_key_id: uuid.UUID
+    ) -> Published:
+        """Take in an adapter that lies on this host, as if it had been uploaded.
+
+        Raises as `publish` does, and as `LoraFolder.copy_to`.
+        """
+        destination = await self._registry.destination(tenant, adapter)
+        with self._staging.folder() as folder:
+            limit_bytes = self._staging.max_upload_bytes
+            files = await asyncio.to_thread(lora.copy_to, folder, max_bytes=limit_bytes)
+            return await self.take(destination, Form(files), folder, actor_key_id=actor_key_id)
+
+    async def take(
+        self, destination: Destination, form: Form, folder: Path, *, actor_key_id: uuid.UUID
+    ) -> Published:
+        """Take in the files that lie in a staging folder. Raises as `publish` does."""
+        base_model = await self._registry.base_model_for(destination, form.fields.get("base_model"))
+        artifact = await asyncio.to_thread(self._judge, form, folder, base_model=base_model)
+        await self._promote(artifact)
         published = await self._registry.create_version(
             destination,
             artifact.contents,

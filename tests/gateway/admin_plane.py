@@ -23,6 +23,7 @@ from adapters.store import ArtifactStore
 from adapters.validate import BaseShape
 from engine.protocol import PROTOCOL_VERSION, EngineInfo, ProbeReport
 from gateway.api.admin import admin_router
+from gateway.api.lora import load_lora_adapter, unload_lora_adapter
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, create_key, guard, provide_principal
 from gateway.database import Database
@@ -30,6 +31,7 @@ from gateway.errors import GatewayError
 from gateway.registry import Registry
 from gateway.residency import Residency
 from gateway.routing import Router
+from gateway.runtime_loras import RuntimeLoras
 from gateway.staging import Staging
 from gateway.uploads import Uploads
 
@@ -168,6 +170,7 @@ async def admin_plane(
     info: EngineInfo = INFO,
     max_upload_bytes: int = MAX_UPLOAD_BYTES,
     router: Router | None = None,
+    lora_folder: Path | None = None,
 ) -> AsyncIterator[Plane]:
     """The plane with one engine's base model registered, and no tenant yet."""
     registry, probe = Registry(database), Probe()
@@ -180,7 +183,15 @@ async def admin_plane(
     await registry.register_base_model(info, ADDRESS)
     authenticator = Authenticator(database, {1: PEPPER})
     residency = Residency(database, router or Router())
-    parts = {"registry": registry, "residency": residency, "uploads": uploads}
+    runtime_loras = RuntimeLoras(
+        database, uploads=uploads, residency=residency, shelf=registry, root=lora_folder
+    )
+    parts = {
+        "registry": registry,
+        "residency": residency,
+        "runtime_loras": runtime_loras,
+        "uploads": uploads,
+    }
     app = _app(database, authenticator, parts)
     async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:
         client.headers["authorization"] = f"Bearer {await _operator_key(database)}"
@@ -189,7 +200,7 @@ async def admin_plane(
 
 def _app(database: Database, authenticator: Authenticator, parts: dict[str, Any]) -> Litestar:
     app = Litestar(
-        [admin_router],
+        [admin_router, load_lora_adapter, unload_lora_adapter],
         guards=[guard],
         dependencies={
             "principal": Provide(provide_principal),

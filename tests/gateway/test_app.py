@@ -23,6 +23,7 @@ def settings(tmp_path) -> Settings:
         host="127.0.0.1",
         port=8000,
         max_upload_bytes=1 << 20,
+        lora_folder=tmp_path / "adapters",
         parent_pid=17,
     )
 
