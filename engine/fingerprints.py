@@ -31,7 +31,7 @@ def fingerprint_of(values: Tensor) -> str:
     num_summed = len(content) - len(content) % (WORDS_PER_ROW * WORD_BYTES)
     digest = hashlib.blake2b(str(len(content)).encode(), digest_size=8)
     digest.update(_row_sums(content[:num_summed]))
-    digest.update(content[num_summed:].cpu().numpy().tobytes())
+    digest.update(bytes(content[num_summed:].cpu().numpy()))
     return f"{PREPARATION}-{str(values.dtype).removeprefix('torch.')}-{digest.hexdigest()}"
 
 
@@ -40,8 +40,8 @@ def _row_sums(content: Tensor) -> bytes:
     rows = content.view(torch.int64).view(-1, WORDS_PER_ROW)
     if rows.device.type == "cpu":
         # torch would start threads of its own for it.
-        return rows.numpy().sum(axis=1, dtype=np.int64).tobytes()
-    return rows.sum(dim=1).cpu().numpy().tobytes()
+        return bytes(rows.numpy().sum(axis=1, dtype=np.int64))
+    return bytes(rows.sum(dim=1).cpu().numpy())
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,8 @@ class ServeOptions:
     # Flags that the engine takes as they are.
     engine_flags: tuple[str, ...]
     max_upload_bytes: int = 1024 * MEBIBYTE
+    # What adapters may be loaded from by path.
+    lora_folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,7 @@ class Supervisor:
             host=options.host,
             port=options.port,
             max_upload_bytes=options.max_upload_bytes,
+            lora_folder=options.lora_folder,
             parent_pid=os.getpid(),
         )
         await self._ensure_operator_key(settings)
@@ -191,7 +194,7 @@ class Supervisor:
             },
         )
         gateway = _Child("gateway", [sys.executable, "-m", "gateway"], settings.to_environment())
-        url = f"http://{_reachable(settings.host)}:{settings.port}/health/ready"
+        url = f"http://{reachable(settings.host)}:{settings.port}/health/ready"
         async with asyncio.TaskGroup() as tasks:
             keepers = [
                 tasks.create_task(self._keep(engine)),
@@ -334,7 +337,8 @@ def _check_port(host: str, port: int) -> None:
             ) from None
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
+    """Where one who is on this host finds what listens there."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 (compared only)
 
 
