@@ -30,6 +30,8 @@ class _Held:
 
     size_bytes: int
     num_readers: int = 0
+    # To be gone as soon as nobody reads it.
+    is_leaving: bool = False
 
 
 class DiskCache:
@@ -46,6 +48,8 @@ class DiskCache:
         # Least recently used first.
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._fetching: dict[str, Future[None]] = {}
+        # Those of them that were forgotten meanwhile.
+        self._unwanted: set[str] = set()
         root.mkdir(parents=True, exist_ok=True)
         self._take_over()
 
@@ -60,6 +64,22 @@ class DiskCache:
             yield self._root / digest
         finally:
             self._unpin(digest)
+
+    def forget(self, digest: str) -> int:
+        """Remove an adapter once nobody reads it; gives the bytes that came free at once.
+
+        One that is being fetched goes when those who wait for it have read it.
+        """
+        with self._lock:
+            held = self._held.get(digest)
+            if held is None:
+                if digest in self._fetching:
+                    self._unwanted.add(digest)
+                return 0
+            held.is_leaving = True
+            leaving = self._evict()
+        self._remove(leaving)
+        return 0 if held.num_readers else held.size_bytes
 
     @property
     def size_bytes(self) -> int:
@@ -90,10 +110,13 @@ class DiskCache:
         except BaseException as error:
             with self._lock:
                 del self._fetching[digest]
+                self._unwanted.discard(digest)
             flight.set_exception(error)
             raise
         with self._lock:
-            self._held[digest] = _Held(size_bytes, num_readers=1)
+            is_leaving = digest in self._unwanted
+            self._unwanted.discard(digest)
+            self._held[digest] = _Held(size_bytes, num_readers=1, is_leaving=is_leaving)
             del self._fetching[digest]
             leaving = self._evict()
         flight.set_result(None)
@@ -122,9 +145,7 @@ class DiskCache:
         leaving = []
         total = sum(held.size_bytes for held in self._held.values())
         for digest, held in list(self._held.items()):
-            if total <= self._max_bytes:
-                break
-            if held.num_readers:
+            if held.num_readers or not (held.is_leaving or total > self._max_bytes):
                 continue
             del self._held[digest]
             total -= held.size_bytes

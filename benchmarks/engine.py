@@ -86,6 +86,9 @@ class MadeUpAdapters:
                 self._write(folder, rank, seed=number % NUM_FILES_PER_RANK)
         yield folder
 
+    def forget(self, weights_digest: str) -> int:
+        return 0
+
     def _write(self, folder: Path, rank: int, *, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
@@ -322,6 +325,9 @@ class _Later:
         assert self.bench.source is not None
         with self.bench.source.fetch(weights_digest) as folder:
             yield folder
+
+    def forget(self, weights_digest: str) -> int:
+        return 0
 
 
 def save_shape(name: str, folder: Path) -> Path:

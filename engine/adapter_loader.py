@@ -90,7 +90,8 @@ class AdapterLoader(Generic[Adapter, Window]):
     """Runs `read` and `copy_slice` in threads, and keeps what comes of it until it is asked for.
 
     `read` calls `Pace.take` before it moves each piece. `copy_slice(adapter, window, start, end)`
-    has brought these bytes of the adapter into the window when it returns.
+    has brought these bytes of the adapter into the window when it returns. `check_copy` raises
+    AdapterUnavailable where the window does not hold the adapter of that digest after all of them.
     """
 
     def __init__(
@@ -98,11 +99,13 @@ class AdapterLoader(Generic[Adapter, Window]):
         read: Callable[[str, Pace], Adapter],
         copy_slice: Callable[[Adapter, Window, int, int], None],
         *,
+        check_copy: Callable[[str, Adapter, Window], None],
         max_bytes_per_s: float | None,
         on_result: Callable[[], None],
     ) -> None:
         self._read_adapter = read
         self._copy_slice = copy_slice
+        self._check_copy = check_copy
         self._on_result = on_result
         self._pace = Pace(max_bytes_per_s)
         self._results: queue.SimpleQueue[ReadResult[Adapter] | CopyResult] = queue.SimpleQueue()
@@ -160,6 +163,7 @@ class AdapterLoader(Generic[Adapter, Window]):
                 end = min(start + SLICE_BYTES, adapter.size_bytes)
                 self._pace.take(end - start)
                 self._copy_slice(adapter, window, start, end)
+            self._check_copy(digest, adapter, window)
         except LoadsEnded:
             raise
         except Exception as error:

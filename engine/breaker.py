@@ -1,8 +1,8 @@
 """Keep adapters that fail again and again away from the batch, for a time.
 
-A circuit breaker for each weights digest: several faults in a short while open it, then one
-sequence may try, and its first token closes it. Knows digests and times; the base model alone is
-never refused.
+A circuit breaker for each weights digest: several faults in a short while open it, or one that
+leaves no doubt; then one sequence may try, and its first token closes it. Knows digests and times;
+the base model alone is never refused.
 """
 
 import math
@@ -15,6 +15,7 @@ from engine.errors import AdapterQuarantined, InvalidLogits
 from engine.sequence import SequenceKey, StepEvent
 
 NUM_FAULTS = 3
+SERIES = f"failed {NUM_FAULTS} times in a short while"
 FAULTS_WITHIN_S = 60.0
 SHORTEST_QUARANTINE_S = 30.0
 LONGEST_QUARANTINE_S = 600.0
@@ -33,6 +34,8 @@ class _Record:
     quarantine_s: float = SHORTEST_QUARANTINE_S
     # None: sequences pass.
     until_s: float | None = None
+    # Why it is in quarantine, or was.
+    reason: str = ""
     # The sequence that tries whether it works again.
     trial: SequenceKey | None = None
 
@@ -58,19 +61,25 @@ class Breaker:
         record = self._records.get(digest) if digest is not None else None
         if digest is None or record is None or record.until_s is None:
             return
-        left_s = record.until_s - self._clock_s()
-        if left_s > 0:
-            raise AdapterQuarantined(
-                f"The adapter {digest} failed {NUM_FAULTS} times in a short while. It is tried "
-                f"again in {math.ceil(left_s)} s."
-            )
+        self.check(digest)
         if record.trial is not None:
             raise AdapterQuarantined(
-                f"The adapter {digest} failed {NUM_FAULTS} times in a short while. It is being "
-                "tried again now; ask again in a few seconds."
+                f"The adapter {digest} {record.reason}. It is being tried again now; ask again in "
+                "a few seconds."
             )
         record.trial = key
         self._trials[key] = digest
+
+    def check(self, digest: str) -> None:
+        """Without a sequence that could try it. Raises AdapterQuarantined."""
+        record = self._records.get(digest)
+        if record is None or record.until_s is None:
+            return
+        left_s = record.until_s - self._clock_s()
+        if left_s > 0:
+            raise AdapterQuarantined(
+                f"The adapter {digest} {record.reason}. It is tried again in {math.ceil(left_s)} s."
+            )
 
     def record_fault(self, digest: str | None) -> None:
         """The adapter did not load, or a sequence that used it went wrong. None: the base model."""
@@ -86,7 +95,16 @@ class Breaker:
         record.last_fault_s = now_s
         record.faults_s.append(now_s)
         if record.until_s is not None or _is_series(record):
-            self._quarantine(record, now_s)
+            self._quarantine(record, now_s, reason=record.reason or SERIES)
+        self._forget_oldest()
+
+    def quarantine(self, digest: str, *, reason: str) -> None:
+        """Keep an adapter away at once. `reason` goes on after its name."""
+        now_s = self._clock_s()
+        record = self._records.setdefault(digest, _Record())
+        self._records.move_to_end(digest)
+        record.last_fault_s = now_s
+        self._quarantine(record, now_s, reason=reason)
         self._forget_oldest()
 
     def observe(self, events: Iterable[StepEvent]) -> None:
@@ -97,8 +115,9 @@ class Breaker:
             if self._trials and event.key in self._trials:
                 self._end_trial(event)
 
-    def _quarantine(self, record: _Record, now_s: float) -> None:
+    def _quarantine(self, record: _Record, now_s: float, *, reason: str) -> None:
         self._drop_trial(record)
+        record.reason = reason
         record.until_s = now_s + record.quarantine_s
         record.quarantine_s = min(2 * record.quarantine_s, LONGEST_QUARANTINE_S)
 
@@ -110,6 +129,7 @@ class Breaker:
         self._drop_trial(record)
         if event.token_ids:
             record.until_s = None
+            record.reason = ""
             record.faults_s.clear()
 
     def _drop_trial(self, record: _Record) -> None:

@@ -21,17 +21,24 @@ from engine.protocol import (
     MSGPACK,
     UNIX_PREFIX,
     Abort,
+    AdapterPlace,
     Command,
     CommandBatch,
     EngineInfo,
     EngineProblem,
     EngineStatus,
+    ForgetReport,
+    ForgetRequest,
     Frame,
+    PinRequest,
     ProbeReport,
     ProbeRequest,
     SamplingParams,
     SequenceEvent,
     Submit,
+    Tier,
+    UnpinRequest,
+    WarmRequest,
     bearer,
 )
 
@@ -45,6 +52,8 @@ _SILENCE_S = 5.0
 _CALL_S = 10.0
 # A probe runs the model many times, on a CPU perhaps.
 _PROBE_S = 600.0
+# The engine itself gives up before.
+_WARM_S = 120.0
 _SHORTEST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 # Acknowledge after so many frames, or when the first of them is so old.
@@ -120,6 +129,8 @@ class EngineLink:
 
     `on_frame` is called for each frame number exactly once, in order, before the frame's events
     reach any stream. It must not raise: if it does, the link ends and the exception with it.
+    `on_session` is called whenever an engine begins to serve this link that knows nothing of what
+    was said before: at first, and after the engine or the link was away for long.
     """
 
     def __init__(
@@ -130,11 +141,14 @@ class EngineLink:
         worker_epoch: int,
         secret: str | None,
         on_frame: Callable[[Frame], None],
+        on_session: Callable[[], None] = lambda: None,
         max_queued_events: int = 1024,
     ) -> None:
         self._worker_id = worker_id
         self._worker_epoch = worker_epoch
+        self.address = address
         self._on_frame = on_frame
+        self._on_session = on_session
         self._max_queued_events = max_queued_events
         self._http = _http_client(address, secret)
         self._tasks = asyncio.TaskGroup()
@@ -194,6 +208,7 @@ class EngineLink:
         *,
         sampling: SamplingParams,
         adapter_digest: str | None = None,
+        adapter_fingerprint: str | None = None,
         generated_token_ids: Sequence[int] = (),
         cache_salt: bytes = b"",
         fairness_key: str = "",
@@ -207,6 +222,7 @@ class EngineLink:
             prompt_token_ids=list(prompt_token_ids),
             sampling=sampling,
             adapter_digest=adapter_digest,
+            adapter_fingerprint=adapter_fingerprint,
             generated_token_ids=list(generated_token_ids),
             cache_salt=cache_salt,
             fairness_key=fairness_key,
@@ -231,9 +247,40 @@ class EngineLink:
 
     async def probe(self, adapter_digest: str) -> ProbeReport:
         """Raises EngineUnreachable, EngineRefused."""
-        body = msgspec.msgpack.encode(ProbeRequest(adapter_digest=adapter_digest))
-        answer = await self._call("POST", "/v1/probe", body=body, timeout_s=_PROBE_S)
-        return _decode(answer, ProbeReport)
+        request = ProbeRequest(adapter_digest=adapter_digest)
+        return await self._order("/v1/probe", request, ProbeReport, timeout_s=_PROBE_S)
+
+    async def warm(
+        self, adapter_digest: str, *, to: Tier, fingerprint: str | None = None
+    ) -> AdapterPlace:
+        """Returns when the adapter is there. Raises EngineUnreachable, EngineRefused."""
+        request = WarmRequest(adapter_digest=adapter_digest, to=to, fingerprint=fingerprint)
+        return await self._order("/v1/warm", request, AdapterPlace, timeout_s=_WARM_S)
+
+    async def pin(self, adapter_digest: str, *, fingerprint: str | None = None) -> AdapterPlace:
+        """Returns when the adapter is there, or has to wait for room for long.
+
+        Raises EngineUnreachable, EngineRefused.
+        """
+        request = PinRequest(adapter_digest=adapter_digest, fingerprint=fingerprint)
+        return await self._order("/v1/pin", request, AdapterPlace, timeout_s=_WARM_S)
+
+    async def unpin(self, adapter_digest: str) -> AdapterPlace:
+        """Raises EngineUnreachable, EngineRefused."""
+        return await self._order(
+            "/v1/unpin", UnpinRequest(adapter_digest=adapter_digest), AdapterPlace
+        )
+
+    async def forget(self, adapter_digest: str) -> ForgetReport:
+        """Raises EngineUnreachable, EngineRefused."""
+        request = ForgetRequest(adapter_digest=adapter_digest)
+        return await self._order("/v1/forget", request, ForgetReport)
+
+    async def _order(
+        self, path: str, request: msgspec.Struct, kind: type[T], *, timeout_s: float = _CALL_S
+    ) -> T:
+        body = msgspec.msgpack.encode(request)
+        return _decode(await self._call("POST", path, body=body, timeout_s=timeout_s), kind)
 
     async def _call(
         self, method: str, path: str, *, body: bytes | None = None, timeout_s: float = _CALL_S
@@ -328,11 +375,14 @@ class EngineLink:
         if self._loss_timer is not None:
             self._loss_timer.cancel()
             self._loss_timer = None
+        is_new_session = not self._can_resume
         self._can_resume = True
         self._pause_s = _SHORTEST_PAUSE_S
         self._trouble = ""
         self._connected.set()
         logger.info("engine_link_up", extra={"after": self._last_frame})
+        if is_new_session:
+            self._on_session()
 
     def _disconnect(self) -> None:
         self._connected.clear()

@@ -1,7 +1,7 @@
 """The engine without its process: submit sequences, step, collect events.
 
-One thread calls it, but for `prefetch`; `wake` is called from others. Knows nothing of workers,
-frames or text.
+One thread calls it, but for `prefetch` and `forget_files`; `wake` is called from others. Knows
+nothing of workers, frames or text.
 """
 
 import logging
@@ -9,11 +9,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import torch
 
@@ -24,12 +25,15 @@ from engine.block_manager import BlockManager, Window
 from engine.breaker import Breaker
 from engine.config import EngineConfig
 from engine.errors import (
+    AdapterCorrupted,
+    AdapterUnavailable,
     ConfigurationError,
     ContextLengthExceeded,
     InvalidSequence,
     OutOfMemory,
     ProbeError,
 )
+from engine.fingerprints import Fingerprints, fingerprint_of
 from engine.host_tier import HostTier
 from engine.kernels.threads import compute_alone, dismiss_helpers
 from engine.model import loader, lora
@@ -39,6 +43,7 @@ from engine.model.memory import DeviceMemory
 from engine.protocol import (
     MAX_PRIORITY,
     MIN_PRIORITY,
+    AdapterPlace,
     ProbeReport,
     SamplingParams,
     TierReport,
@@ -47,7 +52,8 @@ from engine.runner import Runner
 from engine.sampling.sampler import Sampler
 from engine.scheduler import SampledToken, ScheduledSequence, Scheduler
 from engine.sequence import Sequence, SequenceKey, StepEvent
-from engine.slots import SlotPool
+from engine.slots import Freed, SlotPool
+from engine.wishes import Wish, Wishes
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +72,12 @@ class AdapterSource(Protocol):
     def fetch(self, weights_digest: str) -> AbstractContextManager[Path]:
         """A folder with adapter_config.json and adapter_model.safetensors, pinned while inside."""
 
+    def forget(self, weights_digest: str) -> int:
+        """Give up what is kept near of an adapter, once nobody reads it.
+
+        Gives the bytes that came free at once.
+        """
+
     @property
     def size_bytes(self) -> int:
         """What it keeps near, on the local disk."""
@@ -82,6 +94,8 @@ class CoreStatus:
     # Weights digests, least recently used first.
     resident_adapters: tuple[str, ...]
     hosted_adapters: tuple[str, ...]
+    # Whether they are in a slot yet or not, in order of coming.
+    pinned_adapters: tuple[str, ...]
     quarantined_adapters: tuple[str, ...]
     tiers: TierReport
 
@@ -114,9 +128,13 @@ class EngineCore:
             block_size=config.block_size,
             device=loaded.device,
         )
+        self._memory = memory
         self._runner = Runner(loaded, memory)
         self._sampler = Sampler()
         self._breaker = Breaker()
+        self._fingerprints = Fingerprints()
+        # Windows are looked at beside what computes.
+        self._checks = torch.Stream(loaded.device) if loaded.device.type == "cuda" else None
         self._blocks = BlockManager(
             num_blocks,
             block_size=config.block_size,
@@ -126,6 +144,7 @@ class EngineCore:
         self._adapter_loader: AdapterLoader[PreparedAdapter, Window] = AdapterLoader(
             self._read_adapter,
             self._runner.copy_slice,
+            check_copy=self._check_copy,
             max_bytes_per_s=config.max_load_bytes_per_s,
             on_result=lambda: self.wake(),
         )
@@ -144,13 +163,14 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=_step_tokens(config, loaded.device),
         )
+        self._wishes = Wishes(self._slots)
         # A step found nothing to run, and nothing has changed since.
         self._is_stalled = False
         # Steps may run in another thread than this.
         dismiss_helpers()
 
     def submit(self, sequence: Sequence) -> None:
-        """Raises InvalidSequence, ContextLengthExceeded or AdapterQuarantined.
+        """Raises InvalidSequence, ContextLengthExceeded, AdapterQuarantined or AdapterCorrupted.
 
         Adapters that can't be loaded fail later, in an event.
         """
@@ -171,6 +191,8 @@ class EngineCore:
                 f"{sequence.sampling.max_tokens}: together more than the {self.max_model_len} "
                 "of this engine."
             )
+        if sequence.adapter_digest is not None:
+            self._certify(sequence.adapter_digest, sequence.adapter_fingerprint)
         self._breaker.admit(sequence.adapter_digest, sequence.key)
         self._scheduler.add(sequence)
         self._is_stalled = False
@@ -190,7 +212,7 @@ class EngineCore:
         if self._scheduler.has_events or self._adapter_loader.has_results():
             return True
         return not self._is_stalled and bool(
-            self._scheduler.num_running or self._scheduler.num_waiting
+            self._scheduler.num_running or self._scheduler.num_waiting or self._wishes.are_open
         )
 
     def step(self) -> list[StepEvent]:
@@ -198,6 +220,7 @@ class EngineCore:
         started_ns = time.perf_counter_ns()
         self._take_loaded_adapters()
         scheduled = self._scheduler.schedule()
+        self._wishes.pursue()
         self._is_stalled = not scheduled
         if not scheduled:
             return self._take_events()
@@ -242,6 +265,7 @@ class EngineCore:
             num_adapter_blocks=self._blocks.num_window_blocks,
             resident_adapters=self._slots.resident,
             hosted_adapters=self._slots.hosted,
+            pinned_adapters=self._slots.pinned,
             quarantined_adapters=self._breaker.quarantined,
             tiers=self._slots.report(disk_bytes=self._adapter_source.size_bytes),
         )
@@ -259,6 +283,52 @@ class EngineCore:
         with self._fetched(adapter_digest) as folder:
             return self._examine(folder, adapter_digest)
 
+    # What operators want
+
+    def warm(self, wish: Wish, *, fingerprint: str | None) -> None:
+        """Bring an adapter near in the coming steps.
+
+        Raises AdapterQuarantined or AdapterCorrupted.
+        """
+        self._breaker.check(wish.adapter_digest)
+        self._certify(wish.adapter_digest, fingerprint)
+        self._wishes.add(wish)
+        self._is_stalled = False
+
+    def give_up(self, wish: Wish) -> None:
+        """Nobody waits for it any more."""
+        self._wishes.drop(wish)
+
+    def pin(self, adapter_digest: str) -> None:
+        """Let an adapter stay in a slot, and come there when there is room. Raises TooManyPins.
+
+        One that turns out not to load is not pinned any more.
+        """
+        self._slots.pin(adapter_digest)
+        self._is_stalled = False
+
+    def unpin(self, adapter_digest: str) -> AdapterPlace:
+        self._slots.unpin(adapter_digest)
+        self._is_stalled = False
+        return self.place_of(adapter_digest)
+
+    def forget(self, adapter_digest: str) -> Freed:
+        """Let an adapter leave slot and host memory, once no sequence uses it."""
+        self._is_stalled = False
+        return self._slots.forget(adapter_digest)
+
+    def forget_files(self, adapter_digest: str) -> int:
+        """Remove an adapter's files from the disk tier; gives their bytes. From any thread."""
+        return self._adapter_source.forget(adapter_digest)
+
+    def place_of(self, adapter_digest: str) -> AdapterPlace:
+        return AdapterPlace(
+            adapter_digest=adapter_digest,
+            is_resident=self._slots.is_near(adapter_digest, "device"),
+            is_hosted=adapter_digest in self._slots.hosted,
+            is_pinned=adapter_digest in self._slots.pinned,
+        )
+
     def check_integrity(self) -> None:
         """Asserts that no block, slot or count has leaked."""
         self._scheduler.check_integrity()
@@ -273,7 +343,31 @@ class EngineCore:
         """Runs in a load thread."""
         compute_alone()
         with self._adapter_source.fetch(digest) as folder:
-            return self._prepare(folder, before_bytes=pace.take)
+            adapter = self._prepare(folder, before_bytes=pace.take)
+        try:
+            self._fingerprints.check(digest, fingerprint_of(adapter.values))
+        except AdapterCorrupted:
+            # What the next read finds comes from the store, and is verified on its way.
+            self._adapter_source.forget(digest)
+            raise
+        return adapter
+
+    def _check_copy(self, digest: str, adapter: PreparedAdapter, window: Window) -> None:
+        """Runs in a load thread. Raises AdapterCorrupted."""
+        memory = self._memory.window(window.first, window.num_blocks)
+        with self._checks or nullcontext():
+            found = fingerprint_of(memory[: len(adapter.values)])
+        self._fingerprints.check(digest, found)
+
+    def _certify(self, digest: str, fingerprint: str | None) -> None:
+        """Raises AdapterCorrupted."""
+        if fingerprint is None:
+            return
+        try:
+            self._fingerprints.certify(digest, fingerprint)
+        except AdapterCorrupted:
+            self._condemn(digest)
+            raise
 
     def _prepare(
         self, folder: Path, *, before_bytes: Callable[[int], None] = lambda num_bytes: None
@@ -290,12 +384,23 @@ class EngineCore:
     def _take_loaded_adapters(self) -> None:
         for result in self._adapter_loader.take_results():
             fault = self._slots.take(result)
-            if fault is None:
-                continue
-            self._scheduler.fail_waiting_for(result.digest, fault)
-            if fault.is_retryable:
-                # What is missing is no fault of what serves it, and costs nobody else anything.
-                self._breaker.record_fault(result.digest)
+            if fault is not None:
+                self._give_up_adapter(result.digest, fault)
+
+    def _give_up_adapter(self, digest: str, fault: AdapterUnavailable) -> None:
+        self._slots.unpin(digest)
+        self._scheduler.fail_waiting_for(digest, fault)
+        self._wishes.fail(digest, fault)
+        if isinstance(fault, AdapterCorrupted):
+            self._condemn(digest)
+        elif fault.is_retryable:
+            # What is missing is no fault of what serves it, and costs nobody else anything.
+            self._breaker.record_fault(digest)
+
+    def _condemn(self, digest: str) -> None:
+        """What is in memory is not the adapter: use none of it again."""
+        self._breaker.quarantine(digest, reason="is not what its probe found")
+        self._slots.forget(digest)
 
     @contextmanager
     def _fetched(self, digest: str) -> Iterator[Path]:
@@ -312,9 +417,10 @@ class EngineCore:
         adapter = self._prepare(folder)
         bank.install(slot, adapter, memory=adapter.values.to(self._loaded.device))
         try:
-            return probe.examine(
+            report = probe.examine(
                 folder, digest, slot=slot, loaded=self._loaded, runner=self._runner
             )
+            return msgspec.structs.replace(report, fingerprint=fingerprint_of(adapter.values))
         finally:
             bank.clear(slot)
 

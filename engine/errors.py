@@ -8,6 +8,7 @@ EngineError
 │   ├── ContextLengthExceeded
 │   ├── AdapterUnavailable     may come back
 │   ├── AdapterMissing         will not come back by itself
+│   ├── AdapterCorrupted       is not what its probe found; is read anew later
 │   ├── AdapterQuarantined     failed again and again; is tried again later
 │   ├── InvalidLogits
 │   ├── NoTokenLeft
@@ -19,6 +20,8 @@ EngineError
 │   ├── NotConnected
 │   ├── StaleEpoch
 │   ├── FramesGone
+│   ├── TooManyPins            an operator wants more adapters to stay than can
+│   ├── NoRoom                 an adapter that no sequence waits for found no place for a while
 │   └── EngineStopped
 └── LinkError                  what a worker sees of a link or a stream that broke
     ├── EngineLost
@@ -78,6 +81,12 @@ class AdapterMissing(AdapterUnavailable):
     """The adapter's files are missing or unusable."""
 
     is_retryable = False
+
+
+class AdapterCorrupted(AdapterUnavailable):
+    """What was loaded is not the adapter that was probed."""
+
+    code = "adapter_corrupted"
 
 
 class AdapterQuarantined(SequenceError):
@@ -149,6 +158,18 @@ class FramesGone(LinkRefused):
     """The frames asked for are gone, and so are this worker's sequences."""
 
     status, code = 410, "frames_gone"
+
+
+class TooManyPins(LinkRefused):
+    """One slot must be left to adapters that are not pinned: unpin another first."""
+
+    code = "too_many_pins"
+
+
+class NoRoom(LinkRefused):
+    """No room came free for the adapter: what could make it is in use. Try again later."""
+
+    status, code = 503, "no_room"
 
 
 class EngineStopped(LinkRefused):

@@ -59,10 +59,12 @@ class HostTier(Generic[Adapter]):
             if self.size_bytes <= self.max_bytes:
                 return
 
-    def forget(self, digest: str) -> None:
+    def forget(self, digest: str) -> int:
+        """Gives how many bytes came free."""
         adapter = self._held.pop(digest, None)
-        if adapter is not None:
-            self.size_bytes -= adapter.size_bytes
+        freed_bytes = 0 if adapter is None else adapter.size_bytes
+        self.size_bytes -= freed_bytes
+        return freed_bytes
 
     def check_integrity(self) -> None:
         held = sum(adapter.size_bytes for adapter in self._held.values())

@@ -46,6 +46,7 @@ def render(metrics: Metrics, status: EngineStatus) -> str:
         *_metric("adapter_blocks", "gauge", status.num_adapter_blocks),
         *_metric("resident_adapters", "gauge", len(status.resident_adapters)),
         *_metric("hosted_adapters", "gauge", len(status.hosted_adapters)),
+        *_metric("pinned_adapters", "gauge", len(status.pinned_adapters)),
         *_metric("quarantined_adapters", "gauge", len(status.quarantined_adapters)),
         *_metric("adapter_wait_seconds_total", "counter", metrics.adapter_wait_ns / 1e9),
         *_tiers(status.tiers),
@@ -64,6 +65,8 @@ def _tiers(tiers: TierReport) -> Iterator[str]:
     yield from _metric("adapter_copies_total", "counter", tiers.num_copies)
     yield from _metric("adapter_copied_bytes_total", "counter", tiers.num_copied_bytes)
     yield from _metric("adapter_load_failures_total", "counter", tiers.num_load_failures)
+    mismatches = tiers.num_fingerprint_mismatches
+    yield from _metric("adapter_fingerprint_mismatches_total", "counter", mismatches)
     evictions = {'tier="slot"': tiers.num_slot_evictions, 'tier="host"': tiers.num_host_evictions}
     yield from _labelled("adapter_evictions_total", "counter", evictions)
     sizes = {

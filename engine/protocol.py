@@ -5,6 +5,10 @@
     GET  /v1/info       `EngineInfo`
     GET  /v1/status     `EngineStatus`
     POST /v1/probe      `ProbeRequest` -> `ProbeReport`
+    POST /v1/warm       `WarmRequest` -> `AdapterPlace`, when the adapter is there
+    POST /v1/pin        `PinRequest` -> `AdapterPlace`, when it is there or has to wait long
+    POST /v1/unpin      `UnpinRequest` -> `AdapterPlace`
+    POST /v1/forget     `ForgetRequest` -> `ForgetReport`
     GET  /health        200 while the engine thread lives; the one route that needs no secret
 
 All bodies are msgpack, those of refusals too (`EngineProblem`). On the frames response each frame
@@ -18,12 +22,13 @@ Imports no torch: the gateway reads this module.
 
 import enum
 import struct
+from typing import Literal
 
 import msgspec
 
 from adapters.validate import BaseShape
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 FRAME_LENGTH = struct.Struct("<I")
 MSGPACK = "application/msgpack"
 # Largest body that an engine reads: a batch of a few million token ids.
@@ -95,6 +100,8 @@ class Submit(
     sampling: SamplingParams
     # Weights digest of the adapter, 64 hexadecimal digits; None is the base model alone.
     adapter_digest: str | None = None
+    # Of the adapter's probe: what is loaded must have it. None where no probe told one.
+    adapter_fingerprint: str | None = None
     # Tokens that an earlier attempt delivered: generation goes on after them.
     generated_token_ids: list[int] = []
     # Separates the KV prefixes of those who must not share them.
@@ -157,8 +164,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class SequenceFault(msgspec.Struct, frozen=True, array_like=True):
     """Why a sequence ended with `FAILED`."""
 
-    # e.g. "adapter_unavailable", "adapter_quarantined", "context_length_exceeded", "nan_logits",
-    # "engine_out_of_memory"
+    # e.g. "adapter_unavailable", "adapter_corrupted", "adapter_quarantined", "nan_logits",
+    # "context_length_exceeded", "engine_out_of_memory"
     code: str
     message: str
     # Whether the same submit may succeed later or elsewhere.
@@ -234,6 +241,8 @@ class TierReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     num_copied_bytes: int
     # Reads and copies that came to nothing.
     num_load_failures: int
+    # Adapters that were not in memory what their probe, or an earlier load, had found.
+    num_fingerprint_mismatches: int
     num_slot_evictions: int
     num_host_evictions: int
     disk_bytes: int
@@ -255,6 +264,8 @@ class EngineStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Weights digests of the adapters that sit in a slot, and of those in host memory.
     resident_adapters: list[str]
     hosted_adapters: list[str]
+    # Those that an operator wants to stay in a slot, whether they are there yet or not.
+    pinned_adapters: list[str]
     # Those that failed several times and are refused for a while.
     quarantined_adapters: list[str]
     tiers: TierReport
@@ -267,6 +278,70 @@ class EngineProblem(msgspec.Struct, frozen=True):
 
     code: str
     message: str
+
+
+Tier = Literal["host", "device"]
+
+
+class WarmRequest(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """Bring an adapter near without a sequence: into host memory, or on into a slot.
+
+    It is given what is free and what idles unwanted. Refused where it cannot be loaded, or where
+    no room came free for it in a while.
+    """
+
+    adapter_digest: str
+    to: Tier = "device"
+    # As in `Submit.adapter_fingerprint`.
+    fingerprint: str | None = None
+
+
+class PinRequest(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """Bring an adapter into a slot and let it stay there until it is unpinned or forgotten.
+
+    One slot is always left to the others, and one that fits in no other way takes a pinned one's
+    place for as long as it is used. Refused where the adapter cannot be loaded.
+    """
+
+    adapter_digest: str
+    # As in `Submit.adapter_fingerprint`.
+    fingerprint: str | None = None
+
+
+class UnpinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Let an adapter go when another needs its place; one that is not pinned is no error."""
+
+    adapter_digest: str
+
+
+class ForgetRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Unpin an adapter and let it leave slot, host memory and disk, once no sequence uses it."""
+
+    adapter_digest: str
+
+
+class AdapterPlace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where an adapter is now."""
+
+    adapter_digest: str
+    is_resident: bool
+    is_hosted: bool
+    is_pinned: bool
+
+
+class ForgetReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What came free at once."""
+
+    adapter_digest: str
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    # Whether sequences or loads still use it: what they hold comes free when they end.
+    is_in_use: bool
 
 
 class ProbeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -291,3 +366,5 @@ class ProbeReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Modules that the adapter targets and that no prompt reached, or whose output did not change.
     untouched_modules: list[str]
     is_passed: bool
+    # Of the adapter's values as they were prepared; whatever loads it later compares.
+    fingerprint: str | None = None

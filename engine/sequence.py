@@ -36,6 +36,8 @@ class Sequence:
     token_ids: list[int]
     # The class: the least goes first.
     priority: int = 0
+    # What the adapter's probe found; None where none told.
+    adapter_fingerprint: str | None = None
     # How many of token_ids have their keys and values in the cache.
     num_computed_tokens: int = 0
     # Prompt tokens that were found in the prefix cache. Filled by the scheduler at first admission.
@@ -68,6 +70,7 @@ class Sequence:
             key=(worker_id, worker_epoch, submit.sequence_id),
             sampling=submit.sampling,
             adapter_digest=submit.adapter_digest,
+            adapter_fingerprint=submit.adapter_fingerprint,
             cache_salt=submit.cache_salt,
             fairness_key=submit.fairness_key,
             weight=submit.weight,

@@ -31,6 +31,7 @@ from engine.errors import (
     LinkRefused,
     MalformedCall,
     SecretMismatch,
+    SequenceError,
 )
 from engine.metrics import Metrics, render
 from engine.protocol import (
@@ -41,7 +42,11 @@ from engine.protocol import (
     EngineInfo,
     EngineProblem,
     EngineStatus,
+    ForgetRequest,
+    PinRequest,
     ProbeRequest,
+    UnpinRequest,
+    WarmRequest,
     bearer,
 )
 from engine.sequence import StepEvent
@@ -96,6 +101,30 @@ async def status(request: Call) -> Response[bytes]:
 async def probe(request: Call) -> Response[bytes]:
     wanted = _decode(await request.body(), ProbeRequest)
     return _packed(await _desk(request).engine.probe(wanted.adapter_digest))
+
+
+@post("/v1/warm", status_code=200)
+async def warm(request: Call) -> Response[bytes]:
+    wanted = _decode(await request.body(), WarmRequest)
+    return _packed(await _desk(request).engine.warm(wanted))
+
+
+@post("/v1/pin", status_code=200)
+async def pin(request: Call) -> Response[bytes]:
+    wanted = _decode(await request.body(), PinRequest)
+    return _packed(await _desk(request).engine.pin(wanted))
+
+
+@post("/v1/unpin", status_code=200)
+async def unpin(request: Call) -> Response[bytes]:
+    wanted = _decode(await request.body(), UnpinRequest)
+    return _packed(await _desk(request).engine.unpin(wanted.adapter_digest))
+
+
+@post("/v1/forget", status_code=200)
+async def forget(request: Call) -> Response[bytes]:
+    wanted = _decode(await request.body(), ForgetRequest)
+    return _packed(await _desk(request).engine.forget(wanted.adapter_digest))
 
 
 @post("/v1/commands", status_code=204)
@@ -156,6 +185,7 @@ async def _status(desk: Desk) -> EngineStatus:
         num_adapter_blocks=core.num_adapter_blocks,
         resident_adapters=list(core.resident_adapters),
         hosted_adapters=list(core.hosted_adapters),
+        pinned_adapters=list(core.pinned_adapters),
         quarantined_adapters=list(core.quarantined_adapters),
         tiers=core.tiers,
         adapter_wait_ms=desk.metrics.adapter_wait_ns // 1_000_000,
@@ -164,10 +194,14 @@ async def _status(desk: Desk) -> EngineStatus:
 
 def create_app(desk: Desk, *, secret: str | None) -> Litestar:
     app = Litestar(
-        route_handlers=[health, metrics, info, status, probe, commands, frames],
+        route_handlers=[
+            *(health, metrics, info, status, commands, frames),
+            *(probe, warm, pin, unpin, forget),
+        ],
         guards=[_guard(secret)],
         exception_handlers={
             EngineError: _refuse,
+            SequenceError: _refuse_adapter,
             HTTPException: _refuse_http,
             Exception: _fail,
         },
@@ -229,6 +263,12 @@ def _refuse(_: Call, error: EngineError) -> Response[bytes]:
     status_code = error.status if isinstance(error, LinkRefused) else 422
     code = error.code if isinstance(error, LinkRefused) else "engine_error"
     return _packed(EngineProblem(code=code, message=str(error)), status_code=status_code)
+
+
+def _refuse_adapter(_: Call, error: SequenceError) -> Response[bytes]:
+    """It cannot be loaded: now, or as it is."""
+    problem = EngineProblem(code=error.code, message=str(error))
+    return _packed(problem, status_code=503 if error.is_retryable else 422)
 
 
 def _refuse_http(_: Call, error: HTTPException) -> Response[bytes]:

@@ -2,19 +2,20 @@
 
 An adapter is absent, being read into host memory, hosted there, being copied into a window of the
 device's memory, or resident in a slot. Its slot is pinned while a sequence uses it; what is pinned
-or being copied is never given away. Knows digests, sizes and counts. What an adapter is, and how
-windows and blocks lie in memory, it leaves to others.
+or being copied is never given away. An operator may want one to stay: it makes room only for one
+that fits in no other way. Knows digests, sizes and counts. What an adapter is, and how windows and
+blocks lie in memory, it leaves to others.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from engine.adapter_loader import NUM_READERS, CopyResult, ReadResult, Window
-from engine.errors import AdapterMissing, AdapterUnavailable
+from engine.errors import AdapterCorrupted, AdapterMissing, AdapterUnavailable, TooManyPins
 from engine.host_tier import Adapter, HostTier
-from engine.protocol import TierReport
+from engine.protocol import Tier, TierReport
 
 AdapterIn = TypeVar("AdapterIn", contravariant=True)
 WindowIn = TypeVar("WindowIn", contravariant=True)
@@ -74,6 +75,16 @@ class _Slot(Generic[Adapter, Window]):
         return self.copying is None and self.num_pins == 0
 
 
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What an unload gave back at once."""
+
+    device_bytes: int
+    host_bytes: int
+    # Sequences or loads still use the adapter.
+    is_in_use: bool
+
+
 @dataclass(slots=True)
 class _Counts:
     """What moved since the start. Mutable."""
@@ -83,6 +94,7 @@ class _Counts:
     copies: int = 0
     copied_bytes: int = 0
     failures: int = 0
+    mismatches: int = 0
     evictions: int = 0
 
 
@@ -124,6 +136,8 @@ class SlotPool(Generic[Adapter, Window]):
         self._reading: set[str] = set()
         # To be gone as soon as nobody uses them.
         self._leaving: set[str] = set()
+        # Wanted by operators in a slot, for good; in order of coming.
+        self._staying: dict[str, None] = {}
         self._counts = _Counts()
         # Of this pass: who was asked for; for whom the host tier has room, and how much of it is
         # spoken for; who gets no further sequence, so that a waiting one can have its place.
@@ -144,6 +158,21 @@ class SlotPool(Generic[Adapter, Window]):
     def hosted(self) -> tuple[str, ...]:
         return self._host.digests
 
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """What operators want to stay in a slot, whether it is there yet or not."""
+        return tuple(self._staying)
+
+    @property
+    def absent_pins(self) -> tuple[str, ...]:
+        return tuple(digest for digest in self._staying if digest not in self._slots)
+
+    def is_near(self, digest: str, tier: Tier) -> bool:
+        """Whether the adapter is in this tier or in one that is nearer."""
+        slot = self._slots.get(digest)
+        is_resident = slot is not None and slot.copying is None
+        return is_resident or (tier == "host" and digest in self._host)
+
     def report(self, *, disk_bytes: int) -> TierReport:
         return TierReport(
             num_reads=self._counts.reads,
@@ -151,6 +180,7 @@ class SlotPool(Generic[Adapter, Window]):
             num_copies=self._counts.copies,
             num_copied_bytes=self._counts.copied_bytes,
             num_load_failures=self._counts.failures,
+            num_fingerprint_mismatches=self._counts.mismatches,
             num_slot_evictions=self._counts.evictions,
             num_host_evictions=self._host.num_evictions,
             disk_bytes=disk_bytes,
@@ -200,6 +230,17 @@ class SlotPool(Generic[Adapter, Window]):
         else:
             self._bring(digest, max_reads=self._max_reads - 1, place=self._place_if_easy)
 
+    def bring(self, digest: str, tier: Tier) -> None:
+        """Bring an adapter near that no sequence asks for: after all that do, in the same pass.
+
+        Into what is free, or what idles unwanted and is not pinned, however many that are.
+        """
+        if digest in self._slots:
+            self._wanted.add(digest)
+            return
+        place = self._place_among_idle if tier == "device" else _stay_in_host
+        self._bring(digest, max_reads=self._max_reads - 1, place=place)
+
     def release(self, digest: str) -> None:
         slot = self._slots[digest]
         assert slot.num_pins > 0, "released more often than pinned"
@@ -231,14 +272,33 @@ class SlotPool(Generic[Adapter, Window]):
         else:
             fault = self._finish_read(result)
         self._counts.failures += fault is not None
+        self._counts.mismatches += isinstance(fault, AdapterCorrupted)
         return fault
 
-    def forget(self, digest: str) -> None:
-        """Unload: from the host at once, from the device as soon as no sequence uses it."""
-        self._host.forget(digest)
+    def pin(self, digest: str) -> None:
+        """Let an adapter stay in a slot from when it is in one. Raises TooManyPins."""
+        if digest not in self._staying and len(self._staying) >= self._num_slots - 1:
+            raise TooManyPins(
+                f"{len(self._staying)} of {self._num_slots} slots hold pinned adapters, and one is "
+                "left to the others: unpin one first, or give the engine more with max_loras."
+            )
+        self._staying[digest] = None
+        self._leaving.discard(digest)
+
+    def unpin(self, digest: str) -> None:
+        """Let it go when another needs its place. One that is not pinned is no error."""
+        self._staying.pop(digest, None)
+
+    def forget(self, digest: str) -> Freed:
+        """Unpin and unload: from the host at once, from the device when no sequence uses it."""
+        self.unpin(digest)
+        host_bytes, device_bytes = self._host.forget(digest), 0
         if digest in self._slots or digest in self._reading:
+            device_bytes = self._slots[digest].size_bytes if digest in self._slots else 0
             self._leaving.add(digest)
             self._let_leave(digest)
+        is_in_use = digest in self._leaving
+        return Freed(0 if is_in_use else device_bytes, host_bytes, is_in_use)
 
     def check_integrity(self, num_pins: dict[str, int]) -> None:
         """`num_pins`: how many sequences say that they pin each adapter."""
@@ -251,6 +311,8 @@ class SlotPool(Generic[Adapter, Window]):
         assert self._leaving <= self._slots.keys() | self._reading, "nobody is left to leave"
         assert not any(self._slots[digest].is_idle for digest in self._leaving & self._slots.keys())
         assert self._draining <= self._slots.keys()
+        assert not self._staying or len(self._staying) < self._num_slots, "no slot for the others"
+        assert not self._staying.keys() & self._leaving, "it shall stay, and leave"
         assert len(self._reading) <= self._max_reads
         self._host.check_integrity()
 
@@ -322,40 +384,80 @@ class SlotPool(Generic[Adapter, Window]):
     def _num_used_blocks(self) -> int:
         return sum(slot.num_blocks for slot in self._slots.values())
 
-    def _idle(self, *, but: set[str]) -> list[str]:
-        """What may be evicted: first what nobody asks for, then the longest unused."""
+    def _num_blocks_of(self, digests: Iterable[str]) -> int:
+        return sum(self._slots[digest].num_blocks for digest in digests)
+
+    def _idle(self, *, but: Container[str], spared: Container[str] | None = None) -> list[str]:
+        """What may be evicted: first what nobody asks for, then the longest unused.
+
+        `spared`: what is to stay; None for all that operators have pinned.
+        """
+        spared = self._staying if spared is None else spared
         idle = [
             digest
             for digest, slot in self._slots.items()
-            if slot.is_idle and digest not in but and digest not in self._draining
+            if slot.is_idle
+            and digest not in but
+            and digest not in spared
+            and digest not in self._draining
         ]
         return sorted(idle, key=(self._wanted | self._lately_wanted).__contains__)
+
+    def _spared_for(self, num_blocks: int) -> Container[str]:
+        """The pinned adapters, or none of them where this one fits in no other way."""
+        num_pinned_blocks = sum(
+            slot.num_blocks for digest, slot in self._slots.items() if digest in self._staying
+        )
+        return () if num_pinned_blocks + num_blocks > self._max_blocks else self._staying
 
     def _place_at_all_costs(self, digest: str, adapter: Adapter) -> None:
         """Copy the adapter to the device, or let drain what is in its way."""
         if self._is_memory_short:
             return
         num_blocks = self._memory.window_blocks(adapter.size_bytes)
-        idle = self._idle(but=set())
-        num_idle_blocks = sum(self._slots[each].num_blocks for each in idle)
+        spared = self._spared_for(num_blocks)
+        idle = self._idle(but=(), spared=spared)
         excess = self._num_used_blocks + num_blocks - self._max_blocks
-        if excess > num_idle_blocks:
-            self._wait_for_memory(num_blocks, num_drained_blocks=self._drain_blocks(excess))
+        if excess > self._num_blocks_of(idle):
+            num_drained = self._drain_blocks(excess, spared=spared)
+            self._wait_for_memory(num_blocks, num_drained_blocks=num_drained)
             return
         if not self._free and not idle:
-            self._drain_one()
+            self._drain_one(spared=spared)
             return
-        num_freed = 0
-        while idle and (not self._free or num_freed < excess):
-            num_freed += self._evict(idle.pop(0))
-        window = self._take_window(adapter.size_bytes)
-        while window is None and idle:
-            self._evict(idle.pop(0))
-            window = self._take_window(adapter.size_bytes)
+        window = self._evict_for(adapter, idle)
         if window is None:
             self._wait_for_memory(num_blocks, num_drained_blocks=0)
         else:
             self._begin_copy(digest, adapter, window)
+
+    def _place_among_idle(self, digest: str, adapter: Adapter) -> None:
+        """Copy the adapter to the device where evictions of what idles unwanted suffice for it."""
+        if self._is_memory_short:
+            return
+        num_blocks = self._memory.window_blocks(adapter.size_bytes)
+        idle = self._idle(but=self._wanted)
+        num_idle_blocks = self._num_blocks_of(idle)
+        if (
+            (not self._free and not idle)
+            or self._num_used_blocks + num_blocks - num_idle_blocks > self._max_blocks
+            or self._memory.num_free_blocks + num_idle_blocks < num_blocks
+        ):
+            return
+        window = self._evict_for(adapter, idle)
+        if window is not None:
+            self._begin_copy(digest, adapter, window)
+
+    def _evict_for(self, adapter: Adapter, idle: list[str]) -> Window | None:
+        """Evict as many of `idle`, in order, as it takes to have a slot and a window."""
+        num_blocks = self._memory.window_blocks(adapter.size_bytes)
+        while idle and (not self._free or self._num_used_blocks + num_blocks > self._max_blocks):
+            self._evict(idle.pop(0))
+        window = self._take_window(adapter.size_bytes)
+        while window is None and idle:
+            self._evict(idle.pop(0))
+            window = self._take_window(adapter.size_bytes)
+        return window
 
     def _take_window(self, size_bytes: int) -> Window | None:
         """Free blocks that lie between other adapters are brought together."""
@@ -404,22 +506,22 @@ class SlotPool(Generic[Adapter, Window]):
         self._is_memory_short = True
         self.num_reserved_blocks = max(0, num_blocks - num_drained_blocks)
 
-    def _by_pins(self) -> list[str]:
+    def _by_pins(self, *, spared: Container[str]) -> list[str]:
         """The least pinned first: it alone can only become less pinned while it drains."""
         candidates = [
             digest
             for digest, slot in self._slots.items()
-            if slot.copying is None and digest not in self._draining
+            if slot.copying is None and digest not in self._draining and digest not in spared
         ]
         return sorted(candidates, key=lambda digest: self._slots[digest].num_pins)
 
-    def _drain_one(self) -> None:
-        self._draining.update(self._by_pins()[:1])
+    def _drain_one(self, *, spared: Container[str]) -> None:
+        self._draining.update(self._by_pins(spared=spared)[:1])
 
-    def _drain_blocks(self, num_blocks: int) -> int:
+    def _drain_blocks(self, num_blocks: int, *, spared: Container[str]) -> int:
         """Let as many adapters drain as have so many blocks together; gives how many they have."""
         num_drained = 0
-        for digest in self._by_pins():
+        for digest in self._by_pins(spared=spared):
             if num_drained >= num_blocks:
                 break
             self._draining.add(digest)
@@ -447,3 +549,7 @@ class SlotPool(Generic[Adapter, Window]):
         slot = self._slots.get(digest)
         if digest in self._leaving and slot is not None and slot.is_idle:
             self._evict(digest)
+
+
+def _stay_in_host(digest: str, adapter: object) -> None:
+    """Where it is wanted it is."""

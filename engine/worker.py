@@ -12,13 +12,27 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from engine.core import CoreStatus
-from engine.errors import EngineError, EngineStopped, SequenceError
-from engine.protocol import ProbeReport, SequenceState, Submit
+from engine.errors import EngineError, EngineStopped, NoRoom, SequenceError
+from engine.protocol import (
+    AdapterPlace,
+    ForgetReport,
+    PinRequest,
+    ProbeReport,
+    SequenceState,
+    Submit,
+    Tier,
+    WarmRequest,
+)
 from engine.sequence import Sequence as EngineSequence
 from engine.sequence import SequenceKey, StepEvent
+from engine.slots import Freed
+from engine.wishes import Wish
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# How long an operator waits for room: sequences of a usual length have ended by then.
+ROOM_PATIENCE_S = 60.0
 
 
 class Core(Protocol):
@@ -34,13 +48,21 @@ class Core(Protocol):
     def status(self) -> CoreStatus: ...
     def prefetch(self, adapter_digest: str) -> None: ...
     def probe(self, adapter_digest: str) -> ProbeReport: ...
+    def warm(self, wish: Wish, *, fingerprint: str | None) -> None: ...
+    def give_up(self, wish: Wish) -> None: ...
+    def pin(self, adapter_digest: str) -> None: ...
+    def unpin(self, adapter_digest: str) -> AdapterPlace: ...
+    def forget(self, adapter_digest: str) -> Freed: ...
+    def forget_files(self, adapter_digest: str) -> int: ...
+    def place_of(self, adapter_digest: str) -> AdapterPlace: ...
 
 
 class EngineWorker:
     """Runs a core in a thread of its own until it is stopped or the core raises."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, *, room_patience_s: float = ROOM_PATIENCE_S) -> None:
         self._core = core
+        self._room_patience_s = room_patience_s
         self._inbox: deque[Callable[[], StepEvent | None]] = deque()
         self._has_news = threading.Event()
         self._is_stopping = False
@@ -91,6 +113,41 @@ class EngineWorker:
         await asyncio.to_thread(self._core.prefetch, adapter_digest)
         return await self._ask(lambda: self._core.probe(adapter_digest))
 
+    async def warm(self, wanted: WarmRequest) -> AdapterPlace:
+        """Raises NoRoom, EngineStopped, or the SequenceError for which it does not come."""
+        await self._bring(wanted.adapter_digest, to=wanted.to, fingerprint=wanted.fingerprint)
+        return await self._ask(lambda: self._core.place_of(wanted.adapter_digest))
+
+    async def pin(self, wanted: PinRequest) -> AdapterPlace:
+        """Raises TooManyPins, EngineStopped, or the SequenceError for which it does not come."""
+        digest = wanted.adapter_digest
+        await self._ask(lambda: self._core.pin(digest))
+        try:
+            await self._bring(digest, to="device", fingerprint=wanted.fingerprint)
+        except NoRoom:
+            # It stays wanted, and comes when there is room.
+            logger.info("pin_waits_for_room", extra={"digest": digest})
+        except SequenceError:
+            await self._ask(lambda: self._core.unpin(digest))
+            raise
+        return await self._ask(lambda: self._core.place_of(digest))
+
+    async def unpin(self, adapter_digest: str) -> AdapterPlace:
+        """Raises EngineStopped."""
+        return await self._ask(lambda: self._core.unpin(adapter_digest))
+
+    async def forget(self, adapter_digest: str) -> ForgetReport:
+        """Raises EngineStopped."""
+        freed = await self._ask(lambda: self._core.forget(adapter_digest))
+        disk_bytes = await asyncio.to_thread(self._core.forget_files, adapter_digest)
+        return ForgetReport(
+            adapter_digest=adapter_digest,
+            device_bytes=freed.device_bytes,
+            host_bytes=freed.host_bytes,
+            disk_bytes=disk_bytes,
+            is_in_use=freed.is_in_use,
+        )
+
     async def stop(self) -> None:
         """Let the step that runs end, then end the thread."""
         self._is_stopping = True
@@ -101,6 +158,21 @@ class EngineWorker:
     def _post(self, command: Callable[[], StepEvent | None]) -> None:
         self._inbox.append(command)
         self._has_news.set()
+
+    async def _bring(self, digest: str, *, to: Tier, fingerprint: str | None) -> None:
+        """Raises NoRoom where the adapter is not there after a while."""
+        ended: asyncio.Future[None] = self._loop.create_future()
+        wish = Wish(digest, to, on_end=lambda fault: self._tell(ended, fault))
+        self._questions.add(ended)
+        try:
+            await self._ask(lambda: self._core.warm(wish, fingerprint=fingerprint))
+            async with asyncio.timeout(self._room_patience_s):
+                await ended
+        except TimeoutError:
+            raise NoRoom from None
+        finally:
+            self._questions.discard(ended)
+            self._post(lambda: self._core.give_up(wish))
 
     async def _ask(self, question: Callable[[], T]) -> T:
         if not self.is_alive:
@@ -158,6 +230,12 @@ class EngineWorker:
             self._loop.call_soon_threadsafe(_fail, answer, error)
         else:
             self._loop.call_soon_threadsafe(_fulfil, answer, result)
+
+    def _tell(self, ended: "asyncio.Future[None]", fault: SequenceError | None) -> None:
+        if fault is None:
+            self._loop.call_soon_threadsafe(_fulfil, ended, None)
+        else:
+            self._loop.call_soon_threadsafe(_fail, ended, fault)
 
     # On the loop again.
 

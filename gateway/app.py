@@ -31,7 +31,7 @@ from engine.protocol import Frame
 from gateway import api
 from gateway.aliases import Aliases
 from gateway.api import billing as billing_routes
-from gateway.api import chat, completions, health, models, tenant
+from gateway.api import chat, completions, health, lora, models, tenant
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
@@ -44,9 +44,11 @@ from gateway.journal import Journal
 from gateway.ledger import Ledger
 from gateway.quotas import Quotas
 from gateway.registry import Registry
+from gateway.residency import Residency
 from gateway.resumable import ResumableUploads
 from gateway.retention import Retention
-from gateway.routing import Router
+from gateway.routing import Replica, Router
+from gateway.runtime_loras import RuntimeLoras
 from gateway.settings import Settings
 from gateway.staging import Staging
 from gateway.tables import new_id
@@ -80,6 +82,8 @@ class Parts:
     ledger: Ledger
     engine: EngineLink
     router: Router
+    residency: Residency
+    runtime_loras: RuntimeLoras
     inference: Inference
 
 
@@ -96,16 +100,21 @@ def build(settings: Settings) -> Parts:
     templates = Templates()
     journal = Journal.open(settings.data_dir / "journal")
     ledger = Ledger(database, journal)
+    router = Router()
+    residency = Residency(database, router)
     engine = EngineLink(
         settings.engine_address,
         worker_id=str(journal.instance_id),
         worker_epoch=journal.epoch,
         secret=settings.engine_secret,
         on_frame=lambda frame: _write_down(journal, frame),
+        on_session=residency.look,
     )
-    router = Router()
     blobs = Blobs(database, store)
     uploads = Uploads(registry, store, blobs=blobs, staging=staging, probe=engine.probe)
+    retention = Retention(
+        database, blobs, purge_after=datetime.timedelta(days=settings.purge_after_days)
+    )
 
     return Parts(
         settings=settings,
@@ -115,18 +124,24 @@ def build(settings: Settings) -> Parts:
         registry=registry,
         aliases=Aliases(database),
         grants=Grants(database),
-        retention=Retention(
-            database, blobs, purge_after=datetime.timedelta(days=settings.purge_after_days)
-        ),
-        uploads=uploads,
+        retention=retention,
         resumable_uploads=ResumableUploads(
             database, registry, store, staging=staging, uploads=uploads
         ),
         templates=templates,
+        uploads=uploads,
         journal=journal,
         ledger=ledger,
         engine=engine,
         router=router,
+        residency=residency,
+        runtime_loras=RuntimeLoras(
+            database,
+            uploads=uploads,
+            residency=residency,
+            shelf=retention,
+            root=settings.lora_folder,
+        ),
         inference=Inference(
             database=database,
             registry=registry,
@@ -167,6 +182,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         stack.push_async_callback(parts.ledger.stop)
         await stack.enter_async_context(parts.retention)
         await stack.enter_async_context(parts.resumable_uploads)
+        await stack.enter_async_context(parts.residency)
         await stack.enter_async_context(parts.engine)
         attaching = asyncio.create_task(_attach_engine(parts))
         stack.callback(attaching.cancel)
@@ -179,14 +195,16 @@ async def _attach_engine(parts: Parts) -> None:
     while True:
         try:
             info = await parts.engine.info()
-            await parts.registry.register_base_model(info, parts.settings.engine_address)
+            address = parts.settings.engine_address
+            base_model = await parts.registry.register_base_model(info, address)
             break
         except (LinkError, GatewayError, SQLAlchemyError, OSError) as error:
             if str(error) != reason:
                 reason = str(error)
                 logger.warning("engine_not_attached", extra={"reason": reason})
             await asyncio.sleep(ENGINE_RETRY_S)
-    parts.router.attach(parts.engine)
+    parts.router.attach(Replica(parts.engine, base_model.id, base_model.name))
+    parts.residency.look()
     logger.info("engine_attached", extra={"base_model": info.base_model})
     await parts.uploads.recover()
 
@@ -207,6 +225,8 @@ def create_app(settings: Settings) -> Litestar:
             completions.completions,
             health.live,
             health.ready,
+            lora.load_lora_adapter,
+            lora.unload_lora_adapter,
             models.get_model,
             models.list_models,
             tenant.usage,
@@ -235,7 +255,7 @@ def create_app(settings: Settings) -> Litestar:
 # What handlers may ask for by the name of a parameter.
 _HANDED_OUT = (
     *("aliases", "authenticator", "database", "grants", "inference", "ledger", "registry"),
-    *("resumable_uploads", "retention", "router", "uploads"),
+    *("residency", "resumable_uploads", "retention", "router", "runtime_loras", "uploads"),
 )
 
 

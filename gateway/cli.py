@@ -6,8 +6,9 @@ name. Parses and reports; decides nothing.
 
 import asyncio
 import datetime
+import itertools
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from gateway.database import DATABASE_TROUBLE
 from gateway.demo import set_up_demo
 from gateway.errors import DatabaseRefused, GatewayError
 from gateway.fsck import Fsck, Report
+from gateway.lora_modules import LoraModule, parse, register
 from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS
-from gateway.supervisor import CannotServe, ServeOptions, Supervisor, installation
+from gateway.supervisor import CannotServe, ServeOptions, Supervisor, installation, reachable
 
+LORA_MODULES = "--lora-modules"
 DEFAULT_DATA_DIR = Path(".manylora")
 
 # vLLM's flags that are known and not served, with what to do instead.
 REFUSED_FLAGS = {
-    "--lora-modules": "upload them: POST /admin/v1/tenants/{tenant}/adapters/{name}/versions",
     "--api-key": "every tenant has keys of its own: POST /admin/v1/tenants/{tenant}/keys",
     "--quantization": "the base model is served in --dtype",
     "--speculative-config": "speculative decoding is not served",
@@ -50,6 +52,36 @@ def _only_one(_: click.Context, parameter: click.Parameter, value: int) -> int:
     return value
 
 
+class _Serve(click.Command):
+    """Takes `--lora-modules a=x b=y` as vLLM does: one flag, and words up to the next."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(itertools.chain(*_spread(args, LORA_MODULES))))
+
+
+def _spread(words: list[str], flag: str) -> Iterator[tuple[str, ...]]:
+    """Repeat the flag before each of its words."""
+    is_inside = False
+    for place, word in enumerate(words):
+        if word.startswith("-"):
+            is_inside = word == flag
+            is_empty = words[place + 1 : place + 2] == [] or words[place + 1].startswith("-")
+            # An empty one stays as it is, to be refused.
+            if not is_inside or is_empty:
+                yield (word,)
+        else:
+            yield (flag, word) if is_inside else (word,)
+
+
+def _parse_modules(
+    _: click.Context, parameter: click.Parameter, words: tuple[str, ...]
+) -> tuple[LoraModule, ...]:
+    try:
+        return tuple(parse(word) for word in words)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
     for flag in REFUSED_FLAGS:
         command = click.option(flag, callback=_refuse, expose_value=False, hidden=True)(command)
@@ -62,7 +94,7 @@ def main() -> None:
     """Serve many LoRA fine-tunes of one base model to many tenants."""
 
 
-@main.command()
+@main.command(cls=_Serve)
 @click.option("--model", required=True, help="Folder or hub id of the base model.")
 @click.option("--served-model-name", help="Its public name. [default: the model's last part]")
 @click.option("--host", default="127.0.0.1", show_default=True)
@@ -100,6 +132,20 @@ def main() -> None:
 @click.option("--max-lora-rank", type=int)
 @click.option("--host-memory-mib", type=int, help="Adapters kept ready in host memory.")
 @click.option("--max-load-mib-per-s", type=int, help="Most that loads of adapters may move.")
+@click.option(
+    LORA_MODULES,
+    multiple=True,
+    callback=_parse_modules,
+    metavar="NAME=PATH...",
+    help="Adapters to upload at the start; also as JSON. A name that begins with a tenant's and a "
+    "dash is that tenant's adapter; any other NAME is served as default-NAME to the tenant "
+    "'default', which is made with a key in default.key of the data directory.",
+)
+@click.option(
+    "--lora-folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True),
+    help="What POST /v1/load_lora_adapter may load from. [default: nothing]",
+)
 @click.option("--enable-lora", is_flag=True, help="Always on; accepted for vLLM's sake.")
 @click.option("--tensor-parallel-size", default=1, callback=_only_one, expose_value=False)
 @_refused_flags
@@ -115,6 +161,8 @@ def serve(
     purge_after_days: int,
     max_adapters_per_tenant: int | None,
     max_adapter_bytes_per_tenant: int | None,
+    lora_modules: tuple[LoraModule, ...],
+    lora_folder: Path | None,
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -132,9 +180,17 @@ def serve(
         purge_after_days=purge_after_days,
         max_adapters_per_tenant=max_adapters_per_tenant,
         max_adapter_bytes_per_tenant=max_adapter_bytes_per_tenant,
+        lora_folder=lora_folder,
     )
 
     async def ready(supervisor: Supervisor) -> None:
+        await register(
+            f"http://{reachable(host)}:{port}",
+            lora_modules,
+            admin_key=supervisor.operator_key,
+            data_dir=data_dir,
+            say=_say,
+        )
         _say(f"ready: http://{host}:{port}/v1, operator key in {data_dir / 'operator.key'}")
 
     _run(options, ready)

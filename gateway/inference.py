@@ -261,6 +261,7 @@ class Inference:
             prompt_ids,
             sampling=_sampling(request, codec, max_tokens),
             adapter_digest=target.weights_digest,
+            adapter_fingerprint=target.fingerprint,
             cache_salt=principal.cache_salt,
             fairness_key=str(principal.tenant_id),
         )

@@ -55,7 +55,7 @@ RESOLVE = text("""
     SELECT n.name AS public_name, b.id AS base_model_id, b.name AS base_model,
            b.text_bundle_digest AS base_text_bundle_digest, b.context_length,
            a.id AS adapter_id, v.id AS adapter_version_id, v.number AS version_number,
-           v.weights_digest, v.version_digest,
+           v.weights_digest, v.version_digest, v.certificate ->> 'fingerprint' AS fingerprint,
            coalesce(v.text_bundle_digest, b.text_bundle_digest) AS text_bundle_digest,
            coalesce(v.state = 'missing', false) AS is_missing
     FROM public_names n
@@ -115,12 +115,14 @@ class Target:
     base_model: str
     base_text_bundle_digest: str
     context_length: int
-    # None of the following five where the base model answers alone.
+    # None of the following six where the base model answers alone.
     adapter_id: uuid.UUID | None
     adapter_version_id: uuid.UUID | None
     version_number: int | None
     weights_digest: str | None
     version_digest: str | None
+    # Of its probe: what an engine loads must have it. None also where the probe told none.
+    fingerprint: str | None
     # The adapter's own bundle, or its base model's.
     text_bundle_digest: str
 

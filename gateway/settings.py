@@ -7,6 +7,7 @@ from pathlib import Path
 
 MEBIBYTE = 1 << 20
 PURGE_AFTER_DAYS = 30
+LORA_FOLDER_VARIABLE = "MANYLORA_LORA_FOLDER"
 # The engine reads the same one.
 PARENT_VARIABLE = "MANYLORA_PARENT_PID"
 
@@ -39,6 +40,8 @@ class Settings:
     # For tenants without limits of their own; None for no limit.
     max_adapters_per_tenant: int | None = None
     max_adapter_bytes_per_tenant: int | None = None
+    # What /v1/load_lora_adapter may read from; None where it may not.
+    lora_folder: Path | None = None
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -59,6 +62,7 @@ class Settings:
             **_given("MANYLORA_MAX_ADAPTERS_PER_TENANT", self.max_adapters_per_tenant),
             **_given("MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT", self.max_adapter_bytes_per_tenant),
             **_given(PARENT_VARIABLE, self.parent_pid),
+            **_given(LORA_FOLDER_VARIABLE, self.lora_folder),
         }
 
     @classmethod
@@ -80,6 +84,7 @@ class Settings:
             max_adapter_bytes_per_tenant=_optional(
                 environment, "MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT"
             ),
+            lora_folder=_path(environment, LORA_FOLDER_VARIABLE),
             parent_pid=_optional(environment, PARENT_VARIABLE),
         )
 
@@ -89,6 +94,11 @@ def _required(environment: Mapping[str, str], name: str) -> str:
     if not value:
         raise SettingsFault(f"{name} is not set")
     return value
+
+
+def _path(environment: Mapping[str, str], name: str) -> Path | None:
+    value = environment.get(name, "")
+    return Path(value) if value else None
 
 
 def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -103,7 +113,7 @@ def _optional(environment: Mapping[str, str], name: str) -> int | None:
     return _integer(environment, name, 0) if environment.get(name) else None
 
 
-def _given(name: str, value: int | None) -> dict[str, str]:
+def _given(name: str, value: int | Path | None) -> dict[str, str]:
     return {} if value is None else {name: str(value)}
 
 

@@ -67,6 +67,8 @@ class ServeOptions:
     # None for no limit.
     max_adapters_per_tenant: int | None = None
     max_adapter_bytes_per_tenant: int | None = None
+    # What adapters may be loaded from by path.
+    lora_folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,7 @@ class Supervisor:
             purge_after_days=options.purge_after_days,
             max_adapters_per_tenant=options.max_adapters_per_tenant,
             max_adapter_bytes_per_tenant=options.max_adapter_bytes_per_tenant,
+            lora_folder=options.lora_folder,
             parent_pid=os.getpid(),
         )
         await self._ensure_operator_key(settings)
@@ -227,7 +230,7 @@ class Supervisor:
             },
         )
         gateway = _Child("gateway", [sys.executable, "-m", "gateway"], settings.to_environment())
-        url = f"http://{_reachable(settings.host)}:{settings.port}/health/ready"
+        url = f"http://{reachable(settings.host)}:{settings.port}/health/ready"
         async with asyncio.TaskGroup() as tasks:
             keepers = [
                 tasks.create_task(self._keep(engine)),
@@ -370,7 +373,8 @@ def _check_port(host: str, port: int) -> None:
             ) from None
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
+    """Where one who is on this host finds what listens there."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 (compared only)
 
 

@@ -371,6 +371,21 @@ class UploadPart(Table):
     part: Mapped[str]
 
 
+class AdapterPin(Table):
+    """A version that an operator wants to stay in a slot of every engine."""
+
+    __tablename__ = "adapter_pins"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["version_id", "tenant_id"], ["adapter_versions.id", "adapter_versions.tenant_id"]
+        ),
+    )
+
+    version_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    pinned_at: Mapped[datetime.datetime] = _now()
+
+
 class PriceVersion(Table):
     """What tokens of a base model cost during a span of time; spans of one kind never overlap.
 

@@ -31,6 +31,7 @@ from gateway.errors import (
     RejectedUpload,
     Unavailable,
 )
+from gateway.lora_folder import LoraFolder
 from gateway.registry import Contents, Destination, Published, Registry, Verdict
 from gateway.staging import Form, StagedFile, Staging, too_large
 from gateway.tables import AdapterVersion, BaseModel
@@ -116,6 +117,19 @@ class Uploads:
                 body, content_type=content_type, announced_bytes=announced_bytes, folder=folder
             )
             return await self.take(destination, form, folder.path, actor_key_id=actor_key_id)
+
+    async def publish_folder(
+        self, tenant: str, adapter: str, lora: LoraFolder, *, actor_key_id: uuid.UUID
+    ) -> Accepted:
+        """Take in an adapter that lies on this host, as if it had been uploaded.
+
+        Raises as `publish` does, and as `LoraFolder.copy_to`.
+        """
+        destination = await self._registry.destination(tenant, adapter)
+        with self._staging.folder(destination.tenant_id) as folder:
+            limit_bytes = self._staging.max_upload_bytes
+            files = await asyncio.to_thread(lora.copy_to, folder.path, max_bytes=limit_bytes)
+            return await self.take(destination, Form(files), folder.path, actor_key_id=actor_key_id)
 
     async def take(
         self, destination: Destination, form: Form, folder: Path, *, actor_key_id: uuid.UUID

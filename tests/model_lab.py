@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +88,7 @@ class FolderSource:
     failures: dict[str, Exception] = field(default_factory=dict)
     # An adapter that is named here comes when its event is set.
     delays: dict[str, threading.Event] = field(default_factory=dict)
+    forgotten: list[str] = field(default_factory=list)
 
     @property
     def size_bytes(self) -> int:
@@ -100,6 +101,10 @@ class FolderSource:
         if weights_digest in self.failures:
             raise self.failures[weights_digest]
         yield self.root / weights_digest
+
+    def forget(self, weights_digest: str) -> int:
+        self.forgotten.append(weights_digest)
+        return 0
 
 
 # Driving an engine
@@ -148,6 +153,7 @@ class Lab:
         prompt: list[int],
         *,
         adapter: str | None = None,
+        fingerprint: str | None = None,
         owner: str = WORKER,
         generated: list[int] | None = None,
         fairness_key: str = "",
@@ -163,6 +169,7 @@ class Lab:
             prompt_token_ids=prompt,
             sampling=params,
             adapter_digest=adapter,
+            adapter_fingerprint=fingerprint,
             generated_token_ids=generated or [],
             fairness_key=fairness_key,
             weight=weight,
@@ -186,10 +193,13 @@ class Lab:
 
     def run(self) -> None:
         """Until every sequence has ended; sleeps as the engine's thread does."""
-        while not self._all_complete():
+        self.run_while(lambda: not self._all_complete())
+
+    def run_while(self, is_wanting: Callable[[], bool]) -> None:
+        while is_wanting():
             self._has_news.clear()
             self.step()
-            if not self.core.has_work() and not self._all_complete():
+            if not self.core.has_work() and is_wanting():
                 assert self._has_news.wait(PATIENCE_S), "nothing can run, and nothing will come"
 
     def _all_complete(self) -> bool:

@@ -25,9 +25,11 @@ class CountingStore(ArtifactStore):
         self.fetched: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.is_asked = threading.Event()
 
     def fetch_adapter(self, digest: str, into: Path) -> None:
         self.fetched.append(digest)
+        self.is_asked.set()
         self.gate.wait()
         super().fetch_adapter(digest, into)
 
@@ -215,3 +217,49 @@ def test_many_threads_over_a_small_cache_always_read_what_they_asked_for(
         assert all(pool.map(read, range(120)))
     assert cache.size_bytes <= size
     assert held(root) <= set(digests)
+
+
+def test_a_forgotten_adapter_is_gone_and_can_be_fetched_anew(
+    store: CountingStore, digests: list[str], root: Path
+) -> None:
+    a, b, _ = digests
+    cache = DiskCache(store, root, max_bytes=ROOMY)
+    for digest in (a, b):
+        with cache.fetch(digest):
+            pass
+    size = cache.size_bytes
+    assert cache.forget(a) == size - cache.size_bytes > 0
+    assert cache.forget(a) == 0
+    assert held(root) == {b}
+    with cache.fetch(a) as folder:
+        assert digest_of(folder) == a
+    assert store.fetched == [a, b, a]
+
+
+def test_a_forgotten_adapter_stays_for_those_who_read_it(
+    store: CountingStore, digests: list[str], root: Path
+) -> None:
+    cache = DiskCache(store, root, max_bytes=ROOMY)
+    with cache.fetch(digests[0]) as folder:
+        assert cache.forget(digests[0]) == 0
+        assert digest_of(folder) == digests[0]
+    assert held(root) == set()
+
+
+def test_one_that_is_forgotten_while_it_is_fetched_does_not_stay(
+    store: CountingStore, digests: list[str], root: Path
+) -> None:
+    cache = DiskCache(store, root, max_bytes=ROOMY)
+    store.gate.clear()
+
+    def read() -> str:
+        with cache.fetch(digests[0]) as folder:
+            return digest_of(folder)
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(read)
+        assert store.is_asked.wait(60)
+        assert cache.forget(digests[0]) == 0
+        store.gate.set()
+        assert result.result() == digests[0]
+    assert held(root) == set()

@@ -119,7 +119,10 @@ def _check_that_a_stream_ends_with_an_error_when_its_engine_dies(server):
 @pytest.mark.parametrize(
     ("flag", "hint"),
     [
-        (["--lora-modules", "sql=/tmp/sql"], "--lora-modules is not supported: upload"),
+        (["--lora-modules"], "requires an argument"),
+        (["--lora-modules", "sql"], "'sql' must be name=path"),
+        (["--lora-modules", "a=/b", '{"name": "sql"}'], "missing required field `path`"),
+        (["--lora-folder", "/no/such/folder"], "does not exist"),
         (["--api-key", "abc"], "--api-key is not supported: every tenant has keys"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 is not supported"),
         (["--no-such-flag"], "No such option"),

@@ -17,10 +17,11 @@ from pathlib import Path
 from adapters.validate import BaseShape
 from engine.client import EngineLink
 from engine.core import CoreStatus
-from engine.errors import InvalidSequence, ProbeError
+from engine.errors import AdapterMissing, InvalidSequence, ProbeError, TooManyPins
 from engine.protocol import (
     PROTOCOL_VERSION,
     UNIX_PREFIX,
+    AdapterPlace,
     EngineInfo,
     Frame,
     ProbeReport,
@@ -32,12 +33,17 @@ from engine.protocol import (
 from engine.sequence import Sequence, SequenceKey, StepEvent
 from engine.server import EngineServer, bind
 from engine.sessions import LinkLimits
+from engine.slots import Freed
+from engine.wishes import Wish
 
 DEADLINE_S = 30
 
 
 class EchoCore:
-    """Answers each prompt with itself, again and again, one token of every sequence per step."""
+    """Answers each prompt with itself, again and again, one token of every sequence per step.
+
+    It has every adapter at hand but those in `missing`; those in `waiting` find no room.
+    """
 
     def __init__(self) -> None:
         self.wake: Callable[[], None] = lambda: None
@@ -45,6 +51,13 @@ class EchoCore:
         self.held: set[str] = set()
         self.seen: list[SequenceKey] = []
         self.must_fail = False
+        self.resident: list[str] = ["ab" * 32]
+        self.hosted: list[str] = ["ab" * 32, "cd" * 32]
+        self.pinned: list[str] = []
+        self.missing: set[str] = set()
+        self.waiting: set[str] = set()
+        self.given_up: list[str] = []
+        self.fingerprints: dict[str, str | None] = {}
         self._aborted: list[Sequence] = []
         # None lets it run freely; a number is how many steps it may still make.
         self._steps_left: int | None = None
@@ -91,14 +104,25 @@ class EchoCore:
             num_copies=3,
             num_copied_bytes=3072,
             num_load_failures=1,
+            num_fingerprint_mismatches=6,
             num_slot_evictions=4,
             num_host_evictions=5,
             disk_bytes=4096,
             host_bytes=2048,
             device_bytes=1024,
         )
-        hosted = ("ab" * 32, "cd" * 32)
-        return CoreStatus(len(self.running), 0, 100, 90, 5, hosted[:1], hosted, ("ef" * 32,), tiers)
+        return CoreStatus(
+            num_running=len(self.running),
+            num_waiting=0,
+            num_blocks=100,
+            num_free_blocks=90,
+            num_adapter_blocks=5,
+            resident_adapters=tuple(self.resident),
+            hosted_adapters=tuple(self.hosted),
+            pinned_adapters=tuple(self.pinned),
+            quarantined_adapters=("ef" * 32,),
+            tiers=tiers,
+        )
 
     def prefetch(self, adapter_digest: str) -> None: ...
 
@@ -107,6 +131,48 @@ class EchoCore:
         if adapter_digest != "ab" * 32:
             raise ProbeError(f"No such adapter: {adapter_digest}")
         return ProbeReport(adapter_digest, 4, 1e-6, 1e-4, 2.0, 1e-3, [], is_passed=True)
+
+    def warm(self, wish: Wish, *, fingerprint: str | None) -> None:
+        digest = wish.adapter_digest
+        self.fingerprints[digest] = fingerprint
+        if digest in self.missing:
+            wish.on_end(AdapterMissing(f"No such adapter: {digest}"))
+        elif digest not in self.waiting:
+            tier = self.resident if wish.to == "device" else self.hosted
+            tier.append(digest)
+            wish.on_end(None)
+
+    def give_up(self, wish: Wish) -> None:
+        self.given_up.append(wish.adapter_digest)
+
+    def pin(self, adapter_digest: str) -> None:
+        if adapter_digest not in self.pinned:
+            if len(self.pinned) == INFO.max_loras - 1:
+                raise TooManyPins
+            self.pinned.append(adapter_digest)
+
+    def unpin(self, adapter_digest: str) -> AdapterPlace:
+        if adapter_digest in self.pinned:
+            self.pinned.remove(adapter_digest)
+        return self.place_of(adapter_digest)
+
+    def forget(self, adapter_digest: str) -> Freed:
+        self.unpin(adapter_digest)
+        was_resident = adapter_digest in self.resident
+        for tier in (self.resident, self.hosted):
+            tier[:] = [digest for digest in tier if digest != adapter_digest]
+        return Freed(1024 * was_resident, 0, is_in_use=False)
+
+    def forget_files(self, adapter_digest: str) -> int:
+        return 4096
+
+    def place_of(self, adapter_digest: str) -> AdapterPlace:
+        return AdapterPlace(
+            adapter_digest=adapter_digest,
+            is_resident=adapter_digest in self.resident,
+            is_hosted=adapter_digest in self.hosted,
+            is_pinned=adapter_digest in self.pinned,
+        )
 
     def _free(self) -> list[Sequence]:
         return [s for s in self.running.values() if s.owner not in self.held]

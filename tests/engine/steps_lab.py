@@ -13,6 +13,7 @@ from engine.protocol import SamplingParams, Submit
 from engine.scheduler import SampledToken, ScheduledSequence, Scheduler
 from engine.sequence import Sequence, SequenceKey, StepEvent
 from engine.slots import SlotPool
+from engine.wishes import Wishes
 from tests.engine.tier_lab import BLOCK_BYTES, Device, Loads, Weights
 
 STEP_NS = 1_000_000
@@ -91,6 +92,7 @@ class StepsLab:
         self.scheduler = Scheduler(
             self.blocks, self.slots, max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens
         )
+        self.wishes = Wishes(self.slots)
         self.stories: dict[SequenceKey, Story] = {}
         self.num_steps = 0
         # How often a sequence that ran was sent back to wait.
@@ -130,6 +132,7 @@ class StepsLab:
         self._finish_loads()
         before = dict(self.scheduler._running)
         scheduled = self.scheduler.schedule()
+        self.wishes.pursue()
         self._count_preemptions(before)
         return scheduled
 
@@ -148,6 +151,8 @@ class StepsLab:
             self.loads.copies.remove(digest)
             result = CopyResult(digest, fault)
         if self.slots.take(result) is not None:
+            self.slots.unpin(digest)
+            self.wishes.fail(digest, AdapterUnavailable())
             self.scheduler.fail_waiting_for(digest, AdapterUnavailable())
 
     def _size_bytes(self, digest: str) -> int:

@@ -17,7 +17,7 @@ from engine.adapter_loader import (
     Pace,
     ReadResult,
 )
-from engine.errors import AdapterMissing, AdapterUnavailable
+from engine.errors import AdapterCorrupted, AdapterMissing, AdapterUnavailable
 
 PATIENCE_S = 60
 
@@ -43,9 +43,15 @@ class Desk:
         self.troubles: dict[str, Exception] = {}
         self.gates: dict[str, threading.Event] = {}
         self.slices: list[tuple[int, int]] = []
+        # What windows must hold after a copy, where a test says so.
+        self.expected: dict[str, bytes] = {}
         self._has_news = threading.Event()
         self.loader: Loader = AdapterLoader(
-            self._read, self._copy_slice, max_bytes_per_s=None, on_result=self._has_news.set
+            self._read,
+            self._copy_slice,
+            check_copy=self._check_copy,
+            max_bytes_per_s=None,
+            on_result=self._has_news.set,
         )
 
     def _read(self, digest: str, pace: Pace) -> Weights:
@@ -61,6 +67,10 @@ class Desk:
             raise RuntimeError("the device has gone")
         self.slices.append((start, end))
         window[start:end] = adapter.content[start:end]
+
+    def _check_copy(self, digest: str, adapter: Weights, window: bytearray) -> None:
+        if bytes(window) != self.expected.get(digest, bytes(window)):
+            raise AdapterCorrupted(f"{digest} is something else")
 
     def results(self, count: int) -> list[Result]:
         found: list[Result] = []
@@ -154,7 +164,11 @@ def test_load_threads_run_on_any_core_after_those_who_compute() -> None:
     other = threading.Thread(target=ends.wait)
     other.start()
     loader: Loader = AdapterLoader(
-        read, lambda *_: None, max_bytes_per_s=None, on_result=has_come.set
+        read,
+        lambda *_: None,
+        check_copy=lambda *_: None,
+        max_bytes_per_s=None,
+        on_result=has_come.set,
     )
     try:
         os.sched_setaffinity(0, {min(cores)})
@@ -181,7 +195,11 @@ def test_close_gives_up_a_load_that_waits_for_its_bandwidth() -> None:
 
     # At this pace the second slice's turn is next year's.
     loader: Loader = AdapterLoader(
-        lambda digest, pace: Weights(b""), copy_slice, max_bytes_per_s=0.01, on_result=lambda: None
+        lambda digest, pace: Weights(b""),
+        copy_slice,
+        check_copy=lambda *_: None,
+        max_bytes_per_s=0.01,
+        on_result=lambda: None,
     )
     loader.copy("a", Weights(bytes(2 * SLICE_BYTES)), bytearray())
     assert has_begun.wait(PATIENCE_S)
@@ -234,3 +252,12 @@ def test_nothing_moves_after_the_end(max_bytes_per_s: float | None) -> None:
     pace.end()
     with pytest.raises(LoadsEnded):
         pace.take(1)
+
+
+def test_a_copy_that_is_not_the_adapter_is_told(desk: Desk) -> None:
+    desk.expected["b"] = b"b" * 10
+    desk.loader.copy("b", Weights(b"a" * 10), bytearray(10))
+    (result,) = desk.results(1)
+    assert isinstance(result, CopyResult)
+    assert isinstance(result.fault, AdapterCorrupted)
+    assert "b is something else" in str(result.fault)

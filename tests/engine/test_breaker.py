@@ -170,3 +170,20 @@ def test_memory_is_bounded_and_trials_go_with_their_records(clock: Clock) -> Non
     assert len(breaker.quarantined) == 10
     breaker.observe([event(1, SequenceState.RUNNING, [7])])
     assert not is_refused(breaker, 2)
+
+
+def test_a_fault_without_doubt_quarantines_at_once_and_is_named_until_the_adapter_works(
+    breaker: Breaker, clock: Clock
+) -> None:
+    breaker.quarantine("a", reason="is not what its probe found")
+    with pytest.raises(AdapterQuarantined, match="a is not what its probe found"):
+        breaker.check("a")
+    clock.now_s += 30
+    breaker.check("a")
+    assert not is_refused(breaker, 1)
+    with pytest.raises(AdapterQuarantined, match="It is being tried again"):
+        breaker.admit("a", key(2))
+    breaker.observe([event(1, SequenceState.RUNNING, [7])])
+    fail(breaker)
+    with pytest.raises(AdapterQuarantined, match="failed 3 times"):
+        breaker.check("a")

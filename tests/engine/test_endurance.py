@@ -1,6 +1,7 @@
 """Whatever comes, in whatever order: nothing leaks, nothing waits for ever, no token differs."""
 
 import random
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from engine.errors import AdapterQuarantined, OutOfMemory
+from engine.errors import AdapterQuarantined, OutOfMemory, TooManyPins
 from engine.protocol import SequenceState
 from engine.sequence import Sequence, SequenceKey
+from engine.wishes import Wish
 from tests.engine.conftest import ADAPTERS
 from tests.engine.steps_lab import StepsLab
 from tests.model_lab import FolderSource, Lab, open_lab
@@ -32,7 +34,7 @@ def random_job(dice: random.Random) -> dict[str, Any]:
 
 def act(lab: Lab, dice: random.Random, jobs: dict[SequenceKey, dict[str, Any]]) -> None:
     """One thing that workers do, then a step."""
-    action = dice.choice(("submit", "submit", "abort", "hold", "release", "step", "step"))
+    action = dice.choice(("submit", "submit", "abort", "hold", "release", "operate", "step"))
     if action == "submit":
         job = random_job(dice)
         try:
@@ -43,7 +45,28 @@ def act(lab: Lab, dice: random.Random, jobs: dict[SequenceKey, dict[str, Any]]) 
         lab.core.abort(dice.choice(list(jobs)))
     elif action in ("hold", "release"):
         lab.core.hold_back(dice.choice(OWNERS), held=action == "hold")
+    elif action == "operate":
+        operate(lab, dice)
     lab.step()
+
+
+def operate(lab: Lab, dice: random.Random) -> None:
+    """One thing that operators do."""
+    name, action = (
+        dice.choice(("broken", *ADAPTERS)),
+        dice.choice(("warm", "pin", "unpin", "forget")),
+    )
+    if action == "warm":
+        wish = Wish(name, dice.choice(("host", "device")), on_end=lambda fault: None)
+        with suppress(AdapterQuarantined):
+            lab.core.warm(wish, fingerprint=None)
+    elif action == "pin":
+        with suppress(TooManyPins):
+            lab.core.pin(name)
+    elif action == "unpin":
+        lab.core.unpin(name)
+    else:
+        lab.core.forget(name)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -177,6 +200,23 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99), succeeds=st.sampled_from((True, True, False)))
     def end_a_load(self, which: int, succeeds: bool) -> None:
         self.lab.finish_load(self.lab.loading[which % len(self.lab.loading)], succeeds=succeeds)
+        self.lab.scheduler.check_integrity()
+
+    @rule(
+        digest=st.sampled_from(DIGESTS),
+        action=st.sampled_from(("host", "device", "pin", "unpin", "forget")),
+    )
+    def operate(self, digest: str, action: str) -> None:
+        if action == "pin":
+            with suppress(TooManyPins):
+                self.lab.slots.pin(digest)
+        elif action == "unpin":
+            self.lab.slots.unpin(digest)
+        elif action == "forget":
+            self.lab.slots.forget(digest)
+        else:
+            wish = Wish(digest, "host" if action == "host" else "device", on_end=lambda fault: None)
+            self.lab.wishes.add(wish)
         self.lab.scheduler.check_integrity()
 
     @rule(owner=st.sampled_from(OWNERS), held=st.booleans())

@@ -381,3 +381,35 @@ async def test_an_abort_after_the_end_is_harmless(echo: Engine) -> None:
         worker._send(Abort(stream.sequence_id))
         assert len(await collect(worker.submit([1], sampling=greedy(1)))) == 1
         await asyncio.sleep(0)
+
+
+# What operators want
+
+
+async def test_an_operator_moves_adapters_over_the_link(echo: Engine) -> None:
+    async with link(echo.address) as worker:
+        warm = await worker.warm("12" * 32, to="host", fingerprint="1-float32-aa")
+        assert (warm.is_hosted, warm.is_resident, warm.is_pinned) == (True, False, False)
+        assert echo.core.fingerprints == {"12" * 32: "1-float32-aa"}
+        assert (await worker.pin("34" * 32)).is_pinned
+        assert (await worker.status()).pinned_adapters == ["34" * 32]
+        assert not (await worker.unpin("34" * 32)).is_pinned
+        freed = await worker.forget("34" * 32)
+        assert (freed.device_bytes, freed.disk_bytes, freed.is_in_use) == (1024, 4096, False)
+        assert "34" * 32 not in (await worker.status()).resident_adapters
+
+
+async def test_a_session_is_announced_when_the_engine_knows_nothing_of_what_was(
+    folder: Path, echo: Engine, wire: Wire
+) -> None:
+    sessions: list[str] = []
+    async with link(wire.address, on_session=lambda: sessions.append("new")) as worker:
+        assert sessions == ["new"]
+        wire.drop_connections()
+        await until(lambda: wire.num_connections > 1 and worker.is_connected)
+        assert (await worker.status()).num_running == 0
+        assert sessions == ["new"]
+        wire.cut()
+        await until(lambda: not worker._can_resume)
+        wire.mend()
+        await until(lambda: len(sessions) == 2)

@@ -17,8 +17,10 @@ from engine.protocol import (
     CommandBatch,
     EngineProblem,
     Frame,
+    PinRequest,
     SequenceState,
     Submit,
+    WarmRequest,
 )
 from engine.server import bind
 from engine.sessions import LinkLimits
@@ -126,6 +128,21 @@ async def test_a_refusal_names_the_field(echo: Engine) -> None:
     async with client(echo) as http:
         response = await http.post("/v1/probe", content=body)
     assert b"fast" in response.content
+
+
+async def test_an_adapter_is_refused_by_the_reason_for_which_it_cannot_come(echo: Engine) -> None:
+    echo.core.missing.add("none")
+    async with client(echo) as http:
+        body = msgspec.msgpack.encode(WarmRequest(adapter_digest="none"))
+        response = await http.post("/v1/warm", content=body)
+        assert (response.status_code, problem(response)) == (422, "adapter_unavailable")
+        for number in range(4):
+            body = msgspec.msgpack.encode(PinRequest(adapter_digest=f"a{number}"))
+            response = await http.post("/v1/pin", content=body)
+        assert (response.status_code, problem(response)) == (409, "too_many_pins")
+        for path in ("warm", "pin", "unpin", "forget"):
+            response = await http.post(f"/v1/{path}", content=msgspec.msgpack.encode({}))
+            assert (response.status_code, problem(response)) == (400, "malformed")
 
 
 async def test_a_body_that_is_too_large_is_refused(echo: Engine) -> None:
@@ -259,7 +276,7 @@ async def test_everything_but_health_needs_the_secret(folder: Path) -> None:
         for path in ("/metrics", "/v1/info", "/v1/status", "/v1/frames"):
             response = await http.get(path)
             assert (response.status_code, problem(response)) == (401, "secret_mismatch"), path
-        for path in ("/v1/commands", "/v1/probe"):
+        for path in ("/v1/commands", "/v1/probe", "/v1/warm", "/v1/pin", "/v1/unpin", "/v1/forget"):
             assert (await http.post(path, content=batch())).status_code == 401, path
         authorized = await http.get("/v1/info", headers={"authorization": "Bearer hush"})
         assert authorized.status_code == 200
@@ -288,6 +305,7 @@ async def test_metrics_count_what_was_done(echo: Engine) -> None:
     for line in (
         "resident_adapters 1",
         "hosted_adapters 2",
+        "pinned_adapters 0",
         "quarantined_adapters 1",
         "adapter_wait_seconds_total 0.25",
         "adapter_reads_total 2",
@@ -295,6 +313,7 @@ async def test_metrics_count_what_was_done(echo: Engine) -> None:
         "adapter_copies_total 3",
         "adapter_copied_bytes_total 3072",
         "adapter_load_failures_total 1",
+        "adapter_fingerprint_mismatches_total 6",
         'adapter_evictions_total{tier="slot"} 4',
         'adapter_evictions_total{tier="host"} 5',
         'adapter_tier_bytes{tier="disk"} 4096',

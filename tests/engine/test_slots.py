@@ -1,7 +1,9 @@
 import pytest
 
-from engine.errors import AdapterMissing, AdapterUnavailable
-from tests.engine.tier_lab import BLOCK_BYTES, TierLab
+from engine.errors import AdapterMissing, AdapterUnavailable, TooManyPins
+from engine.protocol import Tier
+from engine.slots import Freed
+from tests.engine.tier_lab import BLOCK_BYTES, MOST_PASSES, TierLab
 
 # Coming near
 
@@ -286,6 +288,135 @@ def test_an_adapter_larger_than_the_host_tier_is_served_all_the_same() -> None:
     lab.pin("a5")
     assert lab.pool.hosted == ()
     lab.pool.check_integrity({"a5": 1})
+
+
+# For operators
+
+
+def warm(lab: TierLab, *digests: str, to: Tier = "device", others: tuple[str, ...] = ()) -> None:
+    """Passes in which operators want these and sequences those, until nothing moves any more."""
+    for _ in range(MOST_PASSES):
+        for digest in lab.run_pass(*others):
+            lab.pool.release(digest)
+        for digest in digests:
+            lab.pool.bring(digest, to)
+        lab.finish_all()
+
+
+def test_an_adapter_comes_to_the_host_or_to_a_slot_without_a_sequence() -> None:
+    lab = TierLab()
+    warm(lab, "a1", to="host")
+    assert (lab.pool.resident, lab.pool.hosted) == ((), ("a1",))
+    assert lab.pool.is_near("a1", "host")
+    assert not lab.pool.is_near("a1", "device")
+    warm(lab, "a1")
+    assert lab.pool.resident == ("a1",)
+    assert lab.pool.is_near("a1", "device")
+    lab.pool.check_integrity({})
+
+
+def test_what_no_sequence_asks_for_evicts_idle_adapters_however_many_and_no_other() -> None:
+    lab = TierLab(num_slots=4, num_blocks=10)
+    lab.bring("a3", "b3", "c3")
+    warm(lab, "d8", others=("c3",))
+    assert set(lab.pool.resident) == {"a3", "b3", "c3"}
+    warm(lab, "d8")
+    assert lab.pool.resident == ("d8",)
+
+
+def test_nothing_is_evicted_in_vain_for_what_no_sequence_asks_for() -> None:
+    lab = TierLab(num_slots=4, num_blocks=10)
+    lab.bring("a3", "b3")
+    lab.device.num_kv_blocks = 4
+    warm(lab, "d8")
+    assert lab.pool.resident == ("a3", "b3")
+
+
+def test_a_pinned_adapter_stays_and_an_unpinned_one_goes() -> None:
+    lab = TierLab()
+    lab.bring("a1")
+    lab.pool.pin("a1")
+    lab.bring("b1", "c1", "d1")
+    assert lab.pool.resident == ("a1", "d1")
+    assert lab.pool.pinned == ("a1",)
+    lab.run_pass()
+    assert lab.pool.make_room(100) == 1
+    lab.pool.unpin("a1")
+    lab.bring("b1", "c1")
+    assert lab.pool.resident == ("b1", "c1")
+    lab.pool.check_integrity({})
+
+
+def test_one_slot_is_left_to_what_is_not_pinned() -> None:
+    lab = TierLab(num_slots=3)
+    lab.pool.pin("a1")
+    lab.pool.pin("b1")
+    lab.pool.pin("b1")
+    with pytest.raises(TooManyPins, match="2 of 3 slots"):
+        lab.pool.pin("c1")
+    warm(lab, *lab.pool.absent_pins)
+    lab.bring("c1", "d1")
+    assert set(lab.pool.resident) == {"a1", "b1", "d1"}
+    assert lab.pool.absent_pins == ()
+
+
+def test_an_engine_of_one_slot_pins_nothing() -> None:
+    lab = TierLab(num_slots=1)
+    with pytest.raises(TooManyPins):
+        lab.pool.pin("a1")
+
+
+def test_a_pinned_adapter_makes_room_for_one_that_fits_in_no_other_way_and_comes_back() -> None:
+    lab = TierLab(num_slots=3, num_blocks=10)
+    lab.pool.pin("a3")
+    warm(lab, "a3")
+    lab.pin("b8")
+    assert lab.pool.resident == ("b8",)
+    assert lab.pool.absent_pins == ("a3",)
+    warm(lab, "a3")
+    assert lab.pool.resident == ("b8",)
+    lab.pool.release("b8")
+    lab.run_pass()
+    warm(lab, "a3")
+    assert lab.pool.resident == ("a3",)
+    lab.pool.check_integrity({})
+
+
+def test_others_drain_before_a_pinned_adapter_does() -> None:
+    lab = TierLab(num_slots=2)
+    lab.pool.pin("a1")
+    lab.pin("a1", "b1")
+    lab.run_pass("c1")
+    lab.finish_all()
+    assert lab.run_pass("c1", "a1", "b1") == ["a1"]
+
+
+def test_an_unload_unpins() -> None:
+    lab = TierLab()
+    lab.bring("a3")
+    lab.pool.pin("a3")
+    assert lab.pool.forget("a3") == Freed(30, 30, is_in_use=False)
+    assert (lab.pool.pinned, lab.pool.resident) == ((), ())
+    assert lab.pool.forget("a3") == Freed(0, 0, is_in_use=False)
+
+
+def test_an_unload_tells_what_sequences_and_loads_still_hold() -> None:
+    lab = TierLab()
+    lab.pin("a3")
+    assert lab.pool.forget("a3") == Freed(0, 30, is_in_use=True)
+    lab.run_pass("b1")
+    assert lab.pool.forget("b1") == Freed(0, 0, is_in_use=True)
+
+
+def test_a_pin_takes_an_unload_back() -> None:
+    lab = TierLab()
+    lab.pin("a3")
+    lab.pool.forget("a3")
+    lab.pool.pin("a3")
+    assert lab.run_pass("a3") == ["a3"]
+    for _ in range(2):
+        lab.pool.release("a3")
+    assert lab.pool.resident == ("a3",)
 
 
 # Going away

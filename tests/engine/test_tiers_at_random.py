@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from engine.errors import AdapterMissing, AdapterUnavailable
+from engine.errors import AdapterMissing, AdapterUnavailable, TooManyPins
+from engine.protocol import Tier
 from tests.engine.tier_lab import BLOCK_BYTES, TierLab
 
 # The last one is larger than any memory here.
@@ -17,6 +18,11 @@ digests = st.sampled_from(DIGESTS)
 LARGEST = 12
 # Enough for every adapter here to be placed after what a few sequences in between cost.
 MANY_PASSES = 60
+
+
+def lab_bytes(lab: TierLab) -> int:
+    report = lab.pool.report(disk_bytes=0)
+    return report.device_bytes + report.host_bytes
 
 
 class Tiers(RuleBasedStateMachine):
@@ -35,6 +41,7 @@ class Tiers(RuleBasedStateMachine):
             max_blocks=max_blocks,
             host_blocks=host_blocks,
         )
+        self.num_slots = num_slots
         self.pins: Counter[str] = Counter()
         self.slot_of: dict[str, int] = {}
 
@@ -85,9 +92,36 @@ class Tiers(RuleBasedStateMachine):
         device = self.lab.device
         device.num_kv_blocks = min(num_blocks, device.num_free_blocks + device.num_kv_blocks)
 
+    @rule(wanted=st.lists(st.tuples(digests, st.sampled_from(("host", "device"))), max_size=4))
+    def bring_for_operators(self, wanted: list[tuple[str, Tier]]) -> None:
+        """Only after all sequences have asked, in the same pass."""
+        before = set(self.pins)
+        for digest in self.lab.pool.absent_pins:
+            self.lab.pool.bring(digest, "device")
+        for digest, tier in wanted:
+            self.lab.pool.bring(digest, tier)
+        assert before <= set(self.lab.pool.resident)
+
+    @rule(digest=digests)
+    def pin(self, digest: str) -> None:
+        pinned = self.lab.pool.pinned
+        try:
+            self.lab.pool.pin(digest)
+        except TooManyPins:
+            assert digest not in pinned
+            assert len(pinned) == self.num_slots - 1
+
+    @rule(digest=digests)
+    def unpin(self, digest: str) -> None:
+        self.lab.pool.unpin(digest)
+        assert digest not in self.lab.pool.pinned
+
     @rule(digest=digests)
     def forget(self, digest: str) -> None:
-        self.lab.pool.forget(digest)
+        before = lab_bytes(self.lab)
+        freed = self.lab.pool.forget(digest)
+        assert before - lab_bytes(self.lab) == freed.device_bytes + freed.host_bytes
+        assert digest not in self.lab.pool.pinned
         assert digest not in self.lab.pool.hosted
         assert digest not in self.lab.pool.resident or digest in self.pins
 
@@ -140,6 +174,7 @@ TestTiers = Tiers.TestCase
     others=st.lists(st.sampled_from(GOOD), min_size=1, max_size=4),
     num_passes_each=st.integers(1, 6),
     kv_blocks_each=st.integers(0, 5),
+    pinned=st.lists(st.sampled_from(GOOD), max_size=3, unique=True),
 )
 def test_nobody_starves_an_adapter_that_is_first_in_turn(
     num_slots: int,
@@ -149,9 +184,12 @@ def test_nobody_starves_an_adapter_that_is_first_in_turn(
     others: list[str],
     num_passes_each: int,
     kv_blocks_each: int,
+    pinned: list[str],
 ) -> None:
     """Others come in every pass, take all that admission leaves them, and stay a while."""
     lab = TierLab(num_slots, num_blocks=max_blocks + sequence_blocks, max_blocks=max_blocks)
+    for digest in pinned[: num_slots - 1]:
+        lab.pool.pin(digest)
     others = [digest for digest in others if digest != patient]
     running: deque[list[str]] = deque()
 
@@ -162,9 +200,11 @@ def test_nobody_starves_an_adapter_that_is_first_in_turn(
                 lab.pool.release(digest)
                 lab.device.num_kv_blocks -= kv_blocks_each
         lab.pool.begin_pass()
-        pinned = [digest for digest in first if lab.pool.acquire(digest) is not None]
+        served = [digest for digest in first if lab.pool.acquire(digest) is not None]
         running.append([digest for digest in others if admit(digest)])
-        return pinned
+        for digest in lab.pool.absent_pins:
+            lab.pool.bring(digest, "device")
+        return served
 
     def admit(digest: str) -> bool:
         if lab.pool.acquire(digest) is None:

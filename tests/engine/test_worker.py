@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from engine.errors import EngineStopped, ProbeError
-from engine.protocol import SequenceState, Submit
+from engine.errors import AdapterMissing, EngineStopped, NoRoom, ProbeError
+from engine.protocol import PinRequest, SequenceState, Submit, WarmRequest
 from engine.sequence import StepEvent
 from engine.worker import EngineWorker
 from tests.engine.echo_engine import EchoCore, greedy, until
@@ -111,3 +111,41 @@ async def test_stopping_is_not_failing(running: Running) -> None:
     running.submit([1], max_tokens=10**6)
     await running.worker.stop()
     await until(lambda: running.has_failed is False)
+
+
+async def test_a_warm_up_ends_when_the_adapter_is_there_or_cannot_come(running: Running) -> None:
+    running.core.missing.add("none")
+    place = await running.worker.warm(WarmRequest(adapter_digest="a", to="host"))
+    assert (place.is_resident, place.is_hosted) == (False, True)
+    with pytest.raises(AdapterMissing):
+        await running.worker.warm(WarmRequest(adapter_digest="none"))
+
+
+async def test_a_warm_up_that_finds_no_room_is_given_up_and_a_pin_stays() -> None:
+    core = EchoCore()
+    core.waiting = {"big", "kept"}
+    worker = EngineWorker(core, room_patience_s=0.01)
+    worker.start(on_step=lambda events: None, on_end=lambda has_failed: None)
+    with pytest.raises(NoRoom):
+        await worker.warm(WarmRequest(adapter_digest="big"))
+    place = await worker.pin(PinRequest(adapter_digest="kept"))
+    assert (place.is_pinned, place.is_resident) == (True, False)
+    assert core.given_up == ["big", "kept"]
+    await worker.stop()
+
+
+async def test_an_adapter_that_cannot_come_is_not_pinned(running: Running) -> None:
+    running.core.missing.add("none")
+    with pytest.raises(AdapterMissing):
+        await running.worker.pin(PinRequest(adapter_digest="none"))
+    assert running.core.pinned == []
+
+
+async def test_a_failing_core_ends_a_warm_up(running: Running) -> None:
+    running.core.waiting.add("a")
+    warming = asyncio.create_task(running.worker.warm(WarmRequest(adapter_digest="a")))
+    await until(lambda: "a" in running.core.fingerprints)
+    running.core.must_fail = True
+    running.core.wake()
+    with pytest.raises(EngineStopped):
+        await warming

@@ -25,6 +25,7 @@ from adapters.validate import BaseShape
 from engine.protocol import PROTOCOL_VERSION, EngineInfo, ProbeReport
 from gateway.aliases import Aliases
 from gateway.api.admin import admin_router
+from gateway.api.lora import load_lora_adapter, unload_lora_adapter
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, create_key, guard, provide_principal
 from gateway.blobs import Blobs
@@ -33,8 +34,11 @@ from gateway.errors import GatewayError
 from gateway.grants import Grants
 from gateway.quotas import NO_QUOTAS, Quotas
 from gateway.registry import Registry
+from gateway.residency import Residency
 from gateway.resumable import LIFETIME, ResumableUploads
 from gateway.retention import Retention
+from gateway.routing import Router
+from gateway.runtime_loras import RuntimeLoras
 from gateway.staging import Staging
 from gateway.uploads import Uploads
 
@@ -130,6 +134,7 @@ class Plane:
     registry: Registry
     store: ArtifactStore
     staging: Staging
+    residency: Residency
     uploads: Uploads
     resumable: ResumableUploads
     probe: Probe
@@ -178,6 +183,8 @@ async def admin_plane(
     quotas: Quotas = NO_QUOTAS,
     store_url: str | None = None,
     lifetime: datetime.timedelta = LIFETIME,
+    router: Router | None = None,
+    lora_folder: Path | None = None,
 ) -> AsyncIterator[Plane]:
     """The plane with one engine's base model registered, and no tenant yet."""
     registry, probe = Registry(database, quotas), Probe()
@@ -190,25 +197,42 @@ async def admin_plane(
     )
     await registry.register_base_model(info, ADDRESS)
     authenticator = Authenticator(database, {1: PEPPER})
+    retention = Retention(database, blobs, purge_after=datetime.timedelta(days=30))
+    residency = Residency(database, router or Router())
+    runtime_loras = RuntimeLoras(
+        database, uploads=uploads, residency=residency, shelf=retention, root=lora_folder
+    )
     parts = {
         "registry": registry,
         "uploads": uploads,
         "resumable_uploads": resumable,
         "aliases": Aliases(database),
         "grants": Grants(database),
-        "retention": Retention(database, blobs, purge_after=datetime.timedelta(days=30)),
+        "retention": retention,
+        "residency": residency,
+        "runtime_loras": runtime_loras,
     }
     app = _app(database, authenticator, parts)
     async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:
         client.headers["authorization"] = f"Bearer {await _operator_key(database)}"
         yield Plane(
-            app, client, database, registry, store, staging, uploads, resumable, probe, folder
+            app,
+            client,
+            database,
+            registry,
+            store,
+            staging,
+            residency,
+            uploads,
+            resumable,
+            probe,
+            folder,
         )
 
 
 def _app(database: Database, authenticator: Authenticator, parts: dict[str, Any]) -> Litestar:
     app = Litestar(
-        [admin_router],
+        [admin_router, load_lora_adapter, unload_lora_adapter],
         guards=[guard],
         dependencies={
             "principal": Provide(provide_principal),

@@ -104,6 +104,7 @@ class Shop:
             version_number=1,
             weights_digest=self.version.weights_digest,
             version_digest=self.version.version_digest,
+            fingerprint=None,
             text_bundle_digest="b" * 64,
         )
 

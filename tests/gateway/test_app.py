@@ -26,6 +26,7 @@ def settings(tmp_path) -> Settings:
         purge_after_days=30,
         max_adapters_per_tenant=0,
         max_adapter_bytes_per_tenant=5,
+        lora_folder=tmp_path / "adapters",
         parent_pid=17,
     )
 

@@ -26,6 +26,12 @@ from gateway.api.admin.aliases import (
 from gateway.api.admin.base_models import list_base_models
 from gateway.api.admin.grants import grant_adapter, list_grants, revoke_grant
 from gateway.api.admin.keys import create_key, list_keys, revoke_key
+from gateway.api.admin.residency import (
+    list_engines,
+    pin_version,
+    unpin_version,
+    warm_version,
+)
 from gateway.api.admin.tenants import change_tenant, create_tenant, get_tenant, list_tenants
 from gateway.api.admin.uploads import (
     complete_upload,
@@ -73,5 +79,9 @@ admin_router = Router(
         complete_upload,
         delete_upload,
         list_base_models,
+        list_engines,
+        warm_version,
+        pin_version,
+        unpin_version,
     ],
 )

@@ -16,6 +16,7 @@ from gateway.adapter_rows import DEFAULT_PAGE, MAX_NUMBER, MAX_PAGE
 from gateway.aliases import Aliases
 from gateway.auth import Principal
 from gateway.registry import AdapterEntry, Registry
+from gateway.residency import Residency
 from gateway.retention import Retention
 from gateway.tables import Adapter, AdapterVersion
 
@@ -151,9 +152,11 @@ async def delete_adapter(
     tenant: FromPath[str],
     adapter: FromPath[str],
     retention: NamedDependency[Retention],
+    residency: NamedDependency[Residency],
     principal: NamedDependency[Principal],
 ) -> None:
     await retention.delete_adapter(tenant, adapter, actor_key_id=principal.key_id)
+    await residency.forget_adapter(tenant, adapter)
 
 
 @post(
