@@ -8,11 +8,12 @@ sizes alone.
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
+from adapters.examples import FILE_NAME as EXAMPLES_FILE
+from adapters.examples import MAX_SIZE_BYTES as MAX_EXAMPLES_BYTES
 from adapters.lora_config import MAX_SIZE_BYTES as MAX_CONFIG_BYTES
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-EXAMPLES_FILE = "examples.jsonl"
 # The tokenizer and what belongs to it, with the most bytes each may have: the largest vocabularies
 # in use, of 262,144 tokens, take 33 MB as tokenizer.json.
 TEXT_FILES = {
@@ -25,7 +26,6 @@ TEXT_FILES = {
     "generation_config.json": 1 << 20,
 }
 OPTIONAL_FILES = (*TEXT_FILES, EXAMPLES_FILE)
-MAX_EXAMPLES_BYTES = 8 << 20
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 ARCHIVE_SUFFIXES = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")

@@ -94,9 +94,14 @@ class ExampleResults(msgspec.Struct, frozen=True, rename={"this_version": "this"
     """How a version's examples went when it was published."""
 
     this_version: Score
-    # The version that was current then.
+    # The version that was current then, and its number.
     current: Score | None = None
+    current_version: int | None = None
     base: Score | None = None
+    # Which examples this version failed, the first ones, counted from 1.
+    failed: list[int] = []
+    # Not asked, of anybody, for lack of time.
+    num_left_out: int = 0
 
     @property
     def is_worse(self) -> bool:

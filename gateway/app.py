@@ -38,6 +38,7 @@ from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, pro
 from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import GatewayError, JournalFailed
+from gateway.examples import ExampleRunner
 from gateway.grants import Grants
 from gateway.inference import Inference
 from gateway.journal import Journal
@@ -111,7 +112,16 @@ def build(settings: Settings) -> Parts:
         on_session=residency.look,
     )
     blobs = Blobs(database, store)
-    uploads = Uploads(registry, store, blobs=blobs, staging=staging, probe=engine.probe)
+    texts = TextCodecs(store, templates=templates)
+    uploads = Uploads(
+        registry,
+        store,
+        blobs=blobs,
+        staging=staging,
+        probe=engine.probe,
+        templates=templates,
+        examples=ExampleRunner(texts, router),
+    )
     retention = Retention(
         database, blobs, purge_after=datetime.timedelta(days=settings.purge_after_days)
     )
@@ -145,7 +155,7 @@ def build(settings: Settings) -> Parts:
         inference=Inference(
             database=database,
             registry=registry,
-            texts=TextCodecs(store, templates=templates),
+            texts=texts,
             router=router,
             journal=journal,
             ledger=ledger,

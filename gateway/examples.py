@@ -17,12 +17,15 @@ from adapters.errors import AdapterError
 from adapters.examples import MAX_ANSWER_TOKENS, Example
 from engine.errors import LinkError
 from engine.protocol import SamplingParams, SequenceState
+from gateway.aliases import ExampleResults, Score
 from gateway.errors import GatewayError
 from gateway.routing import Router
 from gateway.text import TextCodec, TextCodecs
 
 logger = logging.getLogger(__name__)
 
+# Whose turn it is, on engines and where templates are rendered.
+CALLER = "examples"
 # Tenants' requests go first.
 PRIORITY = 1
 MAX_CONCURRENT = 4
@@ -40,27 +43,8 @@ class Contender:
     # None for the base model.
     weights_digest: str | None
     text_bundle_digest: str
-
-
-class Score(msgspec.Struct, frozen=True):
-    """How many examples were answered as expected."""
-
-    passed: int
-    total: int
-
-
-class ExampleResults(msgspec.Struct, frozen=True):
-    """What the examples of a version showed when it was published."""
-
-    base: Score
-    # Of the version that was served then; None where there was none.
-    current: Score | None
-    current_version: int | None
-    this: Score
-    # Which examples this version failed, the first ones, counted from 1.
-    failed: list[int]
-    # For lack of time.
-    num_left_out: int
+    # Of the base model's own.
+    base_text_bundle_digest: str
 
 
 class ExampleRunner:
@@ -87,7 +71,7 @@ class ExampleRunner:
         current_version: int | None,
         cache_salt: bytes,
     ) -> ExampleResults:
-        """Raises Unavailable where no engine answers any of it."""
+        """What no engine or template answers counts as not met."""
         contenders = {"base": base, "this": this}
         if current is not None:
             contenders["current"] = current
@@ -97,7 +81,7 @@ class ExampleRunner:
             base=_score(rows, "base"),
             current=_score(rows, "current") if current is not None else None,
             current_version=current_version if current is not None else None,
-            this=_score(rows, "this"),
+            this_version=_score(rows, "this"),
             failed=failed[:MAX_FAILED_LINES],
             num_left_out=len(examples) - len(rows),
         )
@@ -140,7 +124,9 @@ class ExampleRunner:
 
     async def _answer(self, example: Example, contender: Contender, *, cache_salt: bytes) -> str:
         """The greedy answer; an empty one where the engine refuses."""
-        codec = await self._texts.get(contender.text_bundle_digest)
+        codec = await self._texts.get(
+            contender.text_bundle_digest, base=contender.base_text_bundle_digest
+        )
         prompt_ids = await _encode(codec, example)
         stream = self._router.pick().submit(
             prompt_ids,
@@ -152,7 +138,7 @@ class ExampleRunner:
             ),
             adapter_digest=contender.weights_digest,
             cache_salt=cache_salt,
-            fairness_key="examples",
+            fairness_key=CALLER,
             priority=PRIORITY,
         )
         token_ids: list[int] = []
@@ -171,7 +157,7 @@ async def _encode(codec: TextCodec, example: Example) -> list[int]:
     if isinstance(example.question, str):
         return await codec.encode_text(example.question)
     messages: list[dict[str, Any]] = [msgspec.to_builtins(m) for m in example.question]
-    return await codec.encode_chat(messages)
+    return await codec.encode_chat(messages, caller=CALLER)
 
 
 async def _max_tokens(codec: TextCodec, example: Example) -> int:

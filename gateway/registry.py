@@ -392,6 +392,27 @@ class Registry:
             )
         return version
 
+    async def base_bundle_digest(self, base_model_id: uuid.UUID) -> str:
+        """Return the digest of the text bundle that a base model speaks through."""
+        async with self._database.as_worker() as session:
+            return (await session.get_one(BaseModel, base_model_id)).text_bundle_digest
+
+    async def current_version(self, version: AdapterVersion) -> AdapterVersion | None:
+        """Return what calls of the adapter get now, another than `version`; None for nothing."""
+        async with self._database.as_worker() as session:
+            query = (
+                select(AdapterVersion)
+                .join(AdapterAlias, AdapterAlias.version_id == AdapterVersion.id)
+                .join(Adapter, Adapter.id == AdapterAlias.adapter_id)
+                .where(
+                    Adapter.id == version.adapter_id,
+                    AdapterAlias.alias == Adapter.default_alias,
+                    AdapterVersion.state == "ready",
+                    AdapterVersion.id != version.id,
+                )
+            )
+            return (await session.scalars(query)).one_or_none()
+
     async def versions_in_probe(self) -> list[AdapterVersion]:
         """Return the versions whose probe has not ended, for engines that are served now."""
         served = select(EngineReplica.base_model_id)

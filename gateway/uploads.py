@@ -9,20 +9,24 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
-from adapters import archive, lora_config, manifest, validate
-from adapters.errors import Finding, InvalidAdapter, StoreUnavailable, TooLarge
-from adapters.folder import EXAMPLES_FILE, TEXT_FILES
+from adapters import archive, lora_config, manifest, text_bundle, validate
+from adapters import examples as example_files
+from adapters.errors import AdapterError, Finding, InvalidAdapter, StoreUnavailable, TooLarge
+from adapters.examples import Example
+from adapters.folder import TEXT_FILES
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest
 from adapters.store import ArtifactStore
+from adapters.text_bundle import TextBundle
 from adapters.validate import BaseShape, Limits
 from engine.errors import LinkError
 from engine.protocol import ProbeReport
+from gateway.aliases import ExampleResults
 from gateway.blobs import Blobs
 from gateway.errors import (
     EngineFailed,
@@ -31,10 +35,12 @@ from gateway.errors import (
     RejectedUpload,
     Unavailable,
 )
+from gateway.examples import Contender, ExampleRunner
 from gateway.lora_folder import LoraFolder
 from gateway.registry import Contents, Destination, Published, Registry, Verdict
 from gateway.staging import Form, StagedFile, Staging, too_large
 from gateway.tables import AdapterVersion, BaseModel
+from gateway.templates import Templates
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +59,20 @@ class Artifact:
     weights_path: Path
     # Of its own tokenizer and chat template, by name.
     text_files: dict[str, Path]
+    # Made of those, where they say what the base model's own bundle does not.
+    text_bundle: TextBundle | None
     # Prompts and what is expected of them.
-    examples_path: Path | None
+    examples: list[Example]
     # What the archive held besides: known and left aside, or not known.
     ignored_files: list[str]
     findings: list[Finding]
 
     @property
     def contents(self) -> Contents:
+        bundle = self.text_bundle
         return Contents(
             weights_digest=self.manifest.weights_digest,
-            text_bundle_digest=None,
+            text_bundle_digest=None if bundle is None else text_bundle.digest(bundle),
             rank=self.manifest.max_rank,
             num_modules=len(self.manifest.modules),
             size_bytes=self.manifest.size_bytes,
@@ -89,9 +98,13 @@ class Uploads:
         blobs: Blobs,
         staging: Staging,
         probe: Probe,
+        templates: Templates,
+        examples: ExampleRunner,
     ) -> None:
         self._registry = registry
         self._store = store
+        self._templates = templates
+        self._examples = examples
         self._blobs = blobs
         self._staging = staging
         self._probe = probe
@@ -136,13 +149,15 @@ class Uploads:
     ) -> Accepted:
         """Take in the files that lie in a staging folder. Raises as `publish` does."""
         base_model = await self._registry.base_model_for(destination, form.fields.get("base_model"))
-        artifact = await asyncio.to_thread(self._judge, form, folder, base_model=base_model)
+        artifact = await self._judge(form, folder, base_model=base_model)
         published = await self._book(
             destination, artifact, base_model_id=base_model.id, actor_key_id=actor_key_id
         )
-        version = await self._finish(published.version, actor_key_id=actor_key_id)
+        version = await self._finish(
+            published.version, artifact.examples, actor_key_id=actor_key_id
+        )
         if version.state == "rejected":
-            await self._discard(version.weights_digest)
+            await self._discard(artifact.contents)
             raise RejectedUpload(msgspec.convert(version.findings, list[Finding]))
         return Accepted(replace(published, version=version), artifact.ignored_files)
 
@@ -153,31 +168,58 @@ class Uploads:
             logger.info("staging_swept", extra={"num_folders": num_removed})
         for version in await self._registry.versions_in_probe():
             try:
-                await self._finish(version, actor_key_id=None)
+                await self._finish(version, [], actor_key_id=None)
             except (EngineFailed, Unavailable) as error:
                 # It stays under probe, for the next start or the next upload of the same contents.
                 logger.warning(
                     "probe_failed", extra={"version_id": str(version.id), "reason": error.message}
                 )
 
-    def _judge(self, form: Form, folder: Path, *, base_model: BaseModel) -> Artifact:
+    async def _judge(self, form: Form, folder: Path, *, base_model: BaseModel) -> Artifact:
+        """Raises RejectedUpload with all findings, BodyTooLarge, Unavailable."""
+        artifact = await asyncio.to_thread(self._read, form, folder, base_model=base_model)
+        bundle, findings = await self._build_bundle(artifact, base_model)
+        if artifact.findings or findings:
+            raise RejectedUpload([*artifact.findings, *findings])
+        return replace(artifact, text_bundle=bundle)
+
+    async def _build_bundle(
+        self, artifact: Artifact, base_model: BaseModel
+    ) -> tuple[TextBundle | None, list[Finding]]:
+        num_added_tokens = artifact.manifest.num_added_tokens
+        if not artifact.text_files and not num_added_tokens:
+            return None, []
+        base = await self._bundle_of(base_model)
+        return await self._templates.build(
+            artifact.text_files, base, num_added_tokens=num_added_tokens
+        )
+
+    def _read(self, form: Form, folder: Path, *, base_model: BaseModel) -> Artifact:
         """Blocking: reads every byte of the artifact. Raises RejectedUpload, BodyTooLarge."""
         limit_bytes = self._staging.max_upload_bytes
         _check_sha256(form)
         try:
             artifact = _read(form, folder, base_model=base_model, max_bytes=limit_bytes)
             limits = Limits(max_rank=base_model.max_lora_rank, max_size_bytes=limit_bytes)
-            findings = artifact.findings + validate.check(
-                artifact.manifest, _shape_of(base_model), limits=limits
+            artifact.findings.extend(
+                validate.check(artifact.manifest, _shape_of(base_model), limits=limits)
             )
-            findings += validate.check_values(artifact.weights_path, artifact.manifest)
+            artifact.findings.extend(
+                validate.check_values(artifact.weights_path, artifact.manifest)
+            )
         except InvalidAdapter as error:
             raise RejectedUpload(error.findings) from error
         except TooLarge as error:
             raise too_large(error.limit_bytes) from error
-        if findings:
-            raise RejectedUpload(findings)
         return artifact
+
+    async def _bundle_of(self, base_model: BaseModel) -> TextBundle:
+        try:
+            return await self._store.get_bundle(base_model.text_bundle_digest)
+        except AdapterError as error:
+            raise Unavailable(
+                f"The text bundle of {base_model.name!r} cannot be read now; try again shortly."
+            ) from error
 
     async def _book(
         self,
@@ -197,21 +239,26 @@ class Uploads:
                 actor_key_id=actor_key_id,
             )
         except GatewayError:
-            await self._discard(artifact.manifest.weights_digest)
+            await self._discard(artifact.contents)
             raise
         # Until there was a row, others may have taken the bytes for useless, and removed them.
         await self._promote(artifact)
         return published
 
-    async def _discard(self, digest: str) -> None:
+    async def _discard(self, contents: Contents) -> None:
         try:
-            await self._blobs.discard_adapter(digest)
+            await self._blobs.discard_adapter(contents.weights_digest)
+            if contents.text_bundle_digest is not None:
+                await self._blobs.discard_bundle(contents.text_bundle_digest)
         except StoreUnavailable as error:
+            digest = contents.version_digest
             logger.warning("bytes_left_behind", extra={"digest": digest, "reason": str(error)})
 
     async def _promote(self, artifact: Artifact) -> None:
         """Put an artifact where engines find it, under its digest. Raises Unavailable."""
         try:
+            if artifact.text_bundle is not None:
+                await self._store.put_bundle(artifact.text_bundle)
             await self._store.put_adapter(
                 artifact.manifest.weights_digest,
                 artifact.manifest.canonical_config(),
@@ -221,7 +268,11 @@ class Uploads:
             raise Unavailable("The artifact store takes nothing now; try again shortly.") from error
 
     async def _finish(
-        self, version: AdapterVersion, *, actor_key_id: uuid.UUID | None
+        self,
+        version: AdapterVersion,
+        examples: Sequence[Example],
+        *,
+        actor_key_id: uuid.UUID | None,
     ) -> AdapterVersion:
         """Have a version probed that was not yet. Raises EngineFailed or Unavailable."""
         if version.state != "probing":
@@ -234,8 +285,30 @@ class Uploads:
                 f"The upload is kept as version {version.number}, but no engine could probe it:"
                 f" {error} Send the same upload again to have it probed."
             ) from error
-        return await self._registry.finish_version(
-            version.id, verdict_of(report), actor_key_id=actor_key_id
+        verdict = verdict_of(report)
+        if verdict.state == "ready" and examples:
+            results = await self._rehearse(version, examples)
+            verdict = replace(verdict, example_results=msgspec.to_builtins(results))
+        return await self._registry.finish_version(version.id, verdict, actor_key_id=actor_key_id)
+
+    async def _rehearse(
+        self, version: AdapterVersion, examples: Sequence[Example]
+    ) -> ExampleResults:
+        """Ask the base model, what is served now and the new version the same examples."""
+        base = await self._registry.base_bundle_digest(version.base_model_id)
+        current = await self._registry.current_version(version)
+
+        def contender(of: AdapterVersion) -> Contender:
+            return Contender(of.weights_digest, of.text_bundle_digest or base, base)
+
+        return await self._examples.run(
+            examples,
+            base=Contender(None, base, base),
+            current=None if current is None else contender(current),
+            this=contender(version),
+            current_version=None if current is None else current.number,
+            # Nobody else's KV is found by it, nor it by anybody.
+            cache_salt=version.id.bytes,
         )
 
 
@@ -291,6 +364,8 @@ def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) ->
     with files[CONFIG_FILE].open("rb") as file:
         # One byte more than allowed is enough for the reader to refuse it.
         config = file.read(lora_config.MAX_SIZE_BYTES + 1)
+    examples, faults = _read_examples(files.get(example_files.FILE_NAME))
+    findings += faults
     return Artifact(
         manifest=manifest.read(
             config,
@@ -300,10 +375,18 @@ def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) ->
         ),
         weights_path=files[WEIGHTS_FILE],
         text_files={name: path for name, path in files.items() if name in TEXT_FILES},
-        examples_path=files.get(EXAMPLES_FILE),
+        text_bundle=None,
+        examples=examples,
         ignored_files=ignored_files,
         findings=findings,
     )
+
+
+def _read_examples(path: Path | None) -> tuple[list[Example], list[Finding]]:
+    if path is None:
+        return [], []
+    with path.open("rb") as file:
+        return example_files.parse(file.read(example_files.MAX_SIZE_BYTES + 1))
 
 
 def _shape_of(base_model: BaseModel) -> BaseShape:

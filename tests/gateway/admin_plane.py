@@ -31,6 +31,7 @@ from gateway.auth import Authenticator, create_key, guard, provide_principal
 from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import GatewayError
+from gateway.examples import ExampleRunner
 from gateway.grants import Grants
 from gateway.quotas import NO_QUOTAS, Quotas
 from gateway.registry import Registry
@@ -40,6 +41,8 @@ from gateway.retention import Retention
 from gateway.routing import Router
 from gateway.runtime_loras import RuntimeLoras
 from gateway.staging import Staging
+from gateway.templates import Templates
+from gateway.text import TextCodecs
 from gateway.uploads import Uploads
 
 MAX_UPLOAD_BYTES = 256 * 1024
@@ -188,17 +191,27 @@ async def admin_plane(
 ) -> AsyncIterator[Plane]:
     """The plane with one engine's base model registered, and no tenant yet."""
     registry, probe = Registry(database, quotas), Probe()
+    engines = router or Router()
     store = ArtifactStore(store_url or (folder / "store").as_uri())
     staging = Staging(folder / "staging", max_upload_bytes=max_upload_bytes)
     blobs = Blobs(database, store)
-    uploads = Uploads(registry, store, blobs=blobs, staging=staging, probe=probe)
+    templates = Templates()
+    uploads = Uploads(
+        registry,
+        store,
+        blobs=blobs,
+        staging=staging,
+        probe=probe,
+        templates=templates,
+        examples=ExampleRunner(TextCodecs(store, templates=templates), engines),
+    )
     resumable = ResumableUploads(
         database, registry, store, staging=staging, uploads=uploads, lifetime=lifetime
     )
     await registry.register_base_model(info, ADDRESS)
     authenticator = Authenticator(database, {1: PEPPER})
     retention = Retention(database, blobs, purge_after=datetime.timedelta(days=30))
-    residency = Residency(database, router or Router())
+    residency = Residency(database, engines)
     runtime_loras = RuntimeLoras(
         database, uploads=uploads, residency=residency, shelf=retention, root=lora_folder
     )
