@@ -11,7 +11,7 @@ from engine.batch import Batch, build
 from engine.kernels import reference
 from engine.kernels.choice import DENSE, Kernels, choose
 from engine.kernels.cpu import MIN_ROWS_OF_GEMM, CompiledLora
-from engine.kernels.slot_weights import AdapterLayout, SlotWeights
+from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
 from engine.model.memory import DeviceMemory, LayerShape
 from engine.scheduler import ScheduledSequence
 from engine.sequence import NO_ADAPTER, Sequence
@@ -186,8 +186,11 @@ def weights_of(adapters: Adapters, *, num_slots: int = 8) -> SlotWeights:
         layout = AdapterLayout(
             modules=np.array([1]),
             ranks=np.array([lora_A.shape[0]]),
+            out_features=np.array([lora_B.shape[0]]),
             starts_of_A=np.array([5]),
             starts_of_B=np.array([5 + lora_A.numel()]),
+            starts_of_gain=np.array([NOWHERE]),
+            starts_of_shift=np.array([NOWHERE]),
             num_elements=memory.numel(),
         )
         weights.put(slot, memory, layout)
@@ -204,7 +207,7 @@ def assert_lora_is_right(
     x, out = torch.randn(batch.num_tokens, in_features), torch.randn(batch.num_tokens, out_features)
     token_slots = torch.tensor([slot for slot, n in slots for _ in range(n)])
     expected = out + reference.lora(x, adapters, token_slots)
-    kernels.plan_lora(batch, weights).add(out, x, module=1)
+    kernels.plan_lora(batch, weights).apply(out, x, module=1)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -257,7 +260,7 @@ def test_an_overflow_in_one_row_stays_in_that_row(kernels: Kernels) -> None:
     batch = batch_of([(0, 1), (0, 1), (0, 1)], slots=[0, NO_ADAPTER, 1])
     x = torch.tensor([[1e30] * 4, [1e30] * 4, [0.0] * 4])
     out = torch.zeros(3, 3)
-    kernels.plan_lora(batch, weights_of(adapters)).add(out, x, module=1)
+    kernels.plan_lora(batch, weights_of(adapters)).apply(out, x, module=1)
     assert torch.isfinite(out).all(dim=-1).tolist() == [False, True, True]
 
 

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 from engine import batch as batches
 from engine.config import EngineConfig
 from engine.kernels.cpu import CompiledLora
-from engine.model import lora
+from engine.model import prepared
 from engine.model.loader import LoadedModel, load
 from engine.model.memory import DeviceMemory
+from engine.model.prepared import PreparedAdapter
 from engine.runner import Runner
 from engine.scheduler import ScheduledSequence
 from engine.sequence import NO_ADAPTER, Sequence
@@ -28,8 +29,10 @@ def loaded(model: str) -> LoadedModel:
     return load(EngineConfig(model=model, served_name="base"))
 
 
-def prepare(loaded: LoadedModel, folder: Path) -> lora.PreparedAdapter:
-    return lora.prepare(folder, loaded.base_shape, dtype=loaded.dtype, max_rank=64)
+def prepare(loaded: LoadedModel, folder: Path) -> PreparedAdapter:
+    return prepared.prepare(
+        folder, loaded.targets, base_model="base", dtype=loaded.dtype, max_rank=64
+    )
 
 
 def install(loaded: LoadedModel, slot: int, folder: Path) -> None:
@@ -100,7 +103,7 @@ def test_an_adapter_is_as_large_as_its_ranks(loaded: LoadedModel, adapters: Fold
             for module, rank in zip(adapter.layout.modules, adapter.layout.ranks, strict=True)
             for features in loaded.base_shape.modules[names[module]]
         ]
-        assert 0 <= adapter.values.numel() - sum(sizes) < lora.ALIGNMENT * len(sizes)
+        assert 0 <= adapter.values.numel() - sum(sizes) < prepared.ALIGNMENT * len(sizes)
 
 
 class Recorder(TorchDispatchMode):
@@ -128,13 +131,13 @@ def test_a_step_without_an_adapter_runs_exactly_the_operations_of_an_engine_with
     without_lora = load(EngineConfig(model=model, served_name="base", max_loras=0))
     install(loaded, 0, adapters.root / "all-linear")
     compiled_calls: list[int] = []
-    add = CompiledLora.add
+    apply = CompiledLora.apply
 
     def count(*arguments: Any, module: int) -> None:
         compiled_calls.append(module)
-        add(*arguments, module=module)
+        apply(*arguments, module=module)
 
-    monkeypatch.setattr(CompiledLora, "add", count)
+    monkeypatch.setattr(CompiledLora, "apply", count)
     base_rows = [NO_ADAPTER, NO_ADAPTER]
     assert operations(loaded, base_rows) == operations(without_lora, base_rows)
     assert compiled_calls == []

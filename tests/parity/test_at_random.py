@@ -87,14 +87,18 @@ class DefinedLora:
     batch: Batch
     weights: SlotWeights
 
-    def add(self, out: Tensor, x: Tensor, *, module: int) -> None:
+    def apply(self, out: Tensor, x: Tensor, *, module: int) -> None:
         token_slots = torch.full((self.batch.num_tokens,), NO_ADAPTER)
-        adapters = {}
+        adapters, affine = {}, {}
         for start, end, slot in self.batch.slot_runs.tolist():
             token_slots[start:end] = slot
             pair = self.weights.pair(module, slot)
             if pair is not None:
                 adapters[slot] = (pair[0], pair[1].T)
+            gain_and_shift = self.weights.affine(module, slot)
+            if gain_and_shift is not None:
+                affine[slot] = gain_and_shift
+        out[:] = reference.affine(out, affine, token_slots)
         if adapters:
             out += reference.lora(x, adapters, token_slots)
 
