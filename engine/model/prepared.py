@@ -164,6 +164,8 @@ class _Plan:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._parts: list[tuple[Part, Tensor, Tensor | float]] = []
+        # By identity; those in `_parts` stay alive.
+        self._shared: dict[int, Part] = {}
         self.num_elements = 0
 
     def place(self, tensor: Tensor, factor: Tensor | float = 1.0) -> Part:
@@ -175,6 +177,12 @@ class _Plan:
         )
         self.num_elements += int(_aligned(np.array(-(-size_bytes // self._dtype.itemsize))))
         return part
+
+    def share(self, tensor: Tensor) -> Part:
+        """As `place`, once for a tensor that two tied modules have in common."""
+        if id(tensor) not in self._shared:
+            self._shared[id(tensor)] = self.place(tensor)
+        return self._shared[id(tensor)]
 
     def filled(self, *, is_pinned: bool, before_bytes: Callable[[int], None]) -> Tensor:
         values = torch.zeros(self.num_elements, dtype=self._dtype, pin_memory=is_pinned)
@@ -194,21 +202,16 @@ class _Adapter:
     """An adapter's weights beside the base model's."""
 
     def __init__(self, loaded: AdapterWeights, targets: Targets, *, dtype: torch.dtype) -> None:
-        self.lora, self.tokens, self.targets = loaded.lora, dict(loaded.tokens), targets
+        self.lora, self.tokens, self.targets = loaded.lora, loaded.tokens, targets
         # Trainers save embeddings whole that nobody has trained.
         self.replaced = {
             path: tensor
             for path, tensor in loaded.replaced.items()
             if not _is_the_same(tensor, targets.parameter(path), dtype)
         }
-        ways = (targets.input_embedding, targets.output_layer)
-        if targets.is_tied and ways[1] is not None and ways[1] not in self.tokens:
-            # A tied output layer knows a trained token by the same row.
-            shared = self.tokens.get(ways[0] or "")
-            self.tokens |= {} if shared is None else {ways[1]: shared}
         self.vocabulary = Vocabulary(
-            self._num_ids(ways[0], targets.vocabulary.num_input_ids),
-            self._num_ids(ways[1], targets.vocabulary.num_output_ids),
+            self._num_ids(targets.input_embedding, targets.vocabulary.num_input_ids),
+            self._num_ids(targets.output_layer, targets.vocabulary.num_output_ids),
         )
 
     def _num_ids(self, module: str | None, num_base_ids: int) -> int:
@@ -410,7 +413,7 @@ def _plan_module(
             gain=None if gain is None else plan.place(gain),
         )
     return ModuleParts(
-        replaced={key: plan.place(part) for key, part in adapter.replaced_in(name).items()},
+        replaced={key: plan.share(part) for key, part in adapter.replaced_in(name).items()},
         tokens=tokens and TokenParts(plan.place(tokens.token_ids), plan.place(tokens.rows)),
         embedding=embedding,
     )

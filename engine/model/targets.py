@@ -115,7 +115,13 @@ class Targets:
         return BaseShape(
             base_model=base_model,
             modules={name: target.features for name, target in self.linears.items()},
-            embeddings={name: target.features for name, target in self.embeddings.items()},
+            # That of token ids first.
+            embeddings={
+                name: target.features
+                for name, target in sorted(
+                    self.embeddings.items(), key=lambda item: item[0] != self.input_embedding
+                )
+            },
             parameters={
                 path: tuple(parameter.shape)
                 for target in self.by_name.values()
