@@ -7,19 +7,24 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
+from adapters.weights import AdapterWeights, TrainedTokens
 from engine import batch as batches
 from engine.config import EngineConfig
+from engine.errors import AdapterMissing
 from engine.kernels.cpu import CompiledLora
 from engine.model import prepared
 from engine.model.loader import LoadedModel, load
 from engine.model.memory import DeviceMemory
 from engine.model.prepared import PreparedAdapter
+from engine.model.targets import Vocabulary
 from engine.runner import Runner
 from engine.scheduler import ScheduledSequence
 from engine.sequence import NO_ADAPTER, Sequence
 from tests.engine.conftest import ADAPTERS
-from tests.model_lab import FolderSource, load_with_peft
+from tests.model_lab import FolderSource, adapt, load_with_peft
+from tests.parity.peft_weights import weights_of
 
 PROMPT = [(37 * i) % 257 for i in range(40)]
 
@@ -143,3 +148,79 @@ def test_a_step_without_an_adapter_runs_exactly_the_operations_of_an_engine_with
     assert compiled_calls == []
     assert operations(loaded, [NO_ADAPTER, 0]) != operations(without_lora, base_rows)
     assert compiled_calls
+
+
+def test_what_others_change_beside_lora_costs_a_plain_step_nothing(
+    model: str, loaded: LoadedModel, adapters: FolderSource
+) -> None:
+    install(loaded, 0, adapters.root / "all-linear")
+    plain = operations(loaded, [NO_ADAPTER, 0])
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = adapt(
+        model,
+        seed=1,
+        target_modules=["q_proj", "lm_head"],
+        use_dora=True,
+        modules_to_save=["norm"],
+        trainable_token_indices=[3],
+    )
+    other = prepared.arrange(
+        weights_of(adapted, base, loaded.base_shape), loaded.targets, dtype=loaded.dtype, max_rank=9
+    )
+    loaded.bank.install(1, other, memory=other.values)
+    assert operations(loaded, [NO_ADAPTER, 0]) == plain
+    assert operations(loaded, [NO_ADAPTER, 1]) != plain
+    # What hooks there were are gone.
+    assert operations(loaded, [NO_ADAPTER, 0]) == plain
+
+
+def weights(**parts: Any) -> AdapterWeights:
+    return AdapterWeights(**({"lora": {}, "replaced": {}, "tokens": {}} | parts))
+
+
+def tokens(*ids: int, dim: int = 32) -> TrainedTokens:
+    return TrainedTokens(torch.tensor(ids), torch.randn(len(ids), dim))
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"replaced": {"model.nothing.weight": torch.ones(3)}}, "no parameter 'model.nothing"),
+        ({"replaced": {"model.norm.weight": torch.ones(3)}}, "do not fit the parameter"),
+        ({"replaced": {"model.norm.weight": torch.ones(33)}}, "more rows"),
+        ({"replaced": {"lm_head.weight": torch.ones(256, 32)}}, "do not fit the parameter"),
+        ({"tokens": {"model.norm": tokens(1)}}, "no module 'model.norm' that tokens"),
+        ({"tokens": {"lm_head": tokens(1, dim=31)}}, "tokens do not fit"),
+        ({"tokens": {"lm_head": tokens(257, 259)}}, "leave a gap"),
+        ({"replaced": {"model.norm.weight": torch.full((32,), torch.nan)}}, "not finite"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_named(
+    loaded: LoadedModel, parts: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(AdapterMissing, match=reason):
+        prepared.arrange(weights(**parts), loaded.targets, dtype=loaded.dtype, max_rank=9)
+
+
+def test_parameters_that_are_the_base_models_own_take_no_memory(loaded: LoadedModel) -> None:
+    own = loaded.targets.parameter("model.embed_tokens.weight")
+    assert own is not None
+    adapter = prepared.arrange(
+        weights(replaced={"model.embed_tokens.weight": own.clone()}),
+        loaded.targets,
+        dtype=loaded.dtype,
+        max_rank=9,
+    )
+    assert (adapter.size_bytes, dict(adapter.modules)) == (0, {})
+
+
+def test_an_adapter_tells_which_tokens_it_knows(loaded: LoadedModel) -> None:
+    wide = torch.randn(260, 32)
+    adapter = prepared.arrange(
+        weights(replaced={"model.embed_tokens.weight": wide}, tokens={"lm_head": tokens(5, 257)}),
+        loaded.targets,
+        dtype=loaded.dtype,
+        max_rank=9,
+    )
+    assert adapter.vocabulary == Vocabulary(num_input_ids=260, num_output_ids=258)
+    assert loaded.targets.vocabulary == Vocabulary(num_input_ids=257, num_output_ids=257)

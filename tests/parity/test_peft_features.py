@@ -26,6 +26,7 @@ from engine.kernels.choice import DENSE, Kernels, choose
 from engine.model.loader import LoadedModel, load
 from engine.model.memory import DeviceMemory
 from engine.model.prepared import PreparedAdapter, arrange
+from engine.probe import examine
 from engine.protocol import SequenceState
 from engine.runner import Runner, block_bytes
 from engine.scheduler import ScheduledSequence
@@ -382,6 +383,20 @@ def test_every_feature_is_computed_as_peft_does(
         assert seen[event], f"there was no {event}"
     if request.config.getoption("--write-results"):
         write(table)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_feature_passes_its_probe(family: Family, dtype: Any) -> None:
+    loaded = load(EngineConfig(model=family.path, served_name="base", dtype=dtype))
+    memory = DeviceMemory(loaded.layers, num_blocks=1, block_size=4, device=loaded.device)
+    for number, (feature, adapted) in enumerate(family.adapted.items()):
+        adapter = family.prepared(adapted, loaded)
+        loaded.bank.install(0, adapter, memory=adapter.values)
+        folder = family.source.root / str(number)
+        report = examine(folder, feature, slot=0, loaded=loaded, runner=Runner(loaded, memory))
+        assert report.is_passed, (feature, report)
+        assert report.coverage is not None
+        assert report.coverage.median_relative_norm > 0
 
 
 def write(table: dict[str, Measured]) -> None:
