@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.model.prepared import PreparedAdapter
 from engine.protocol import SamplingParams, SequenceState, Submit, TokenLogprob
 from engine.sequence import Sequence, SequenceKey, StepEvent
 
@@ -96,6 +97,11 @@ def save_quietly(adapted: peft.PeftModel, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted.save_pretrained(folder)
+
+
+def serve(lab: "Lab", prepared: Callable[[str], PreparedAdapter]) -> None:
+    """Let the engine have its adapters, by digest, from memory instead of from their files."""
+    lab.core._prepare = lambda folder, **_: prepared(folder.name)  # type: ignore[method-assign] # on purpose
 
 
 def load_with_peft(model: str, folder: Path) -> peft.PeftModel:

@@ -32,7 +32,6 @@ class AdapterLayout:
     # Both [out_features]; both NOWHERE where the module is neither scaled nor shifted
     starts_of_gain: Ints
     starts_of_shift: Ints
-    num_elements: int
 
     @property
     def affine(self) -> Ints:
@@ -60,7 +59,7 @@ class SlotWeights:
         self._affine_slots: set[int] = set()
 
     def put(self, slot: int, memory: Tensor, layout: AdapterLayout) -> None:
-        """`memory`: flat, at least `layout.num_elements`; it stays as it is until `clear`."""
+        """`memory`: flat, with all parts of the layout in it; it stays as it is until `clear`."""
         assert memory.is_contiguous(), "an adapter lies in one piece"
         self.clear(slot)
         self._memory[slot], self._layouts[slot] = memory, layout

@@ -24,24 +24,22 @@ class _Change:
 
     # The module itself, but for the parameters that are the adapter's own
     twin: nn.Module | None
-    token_ids: Tensor | None
-    token_rows: Tensor | None
-    # As `EmbeddingParts`
-    lora_A: Tensor | None
-    lora_B: Tensor | None
+    # As `TokenParts`: ids and rows
+    tokens: tuple[Tensor, Tensor] | None
+    # As `EmbeddingParts`: lora_A and lora_B, and the gain
+    lora: tuple[Tensor, Tensor] | None
     gain: Tensor | None
 
     @classmethod
     def of(cls, parts: ModuleParts, memory: Tensor, module: nn.Module) -> "_Change":
-        tokens, embedding = parts.tokens, parts.embedding
-        gain = embedding.gain if embedding else None
+        tokens, own = parts.tokens, parts.embedding
         return cls(
             twin=_twin(module, parts.replaced, memory) if parts.replaced else None,
-            token_ids=tokens and tokens.token_ids.integers_of(memory),
-            token_rows=tokens and tokens.rows.of(memory),
-            lora_A=embedding and embedding.lora_A.of(memory),
-            lora_B=embedding and embedding.lora_B.of(memory),
-            gain=gain and gain.of(memory),
+            tokens=(tokens.token_ids.integers_of(memory), tokens.rows.of(memory))
+            if tokens
+            else None,
+            lora=(own.lora_A.of(memory), own.lora_B.of(memory)) if own else None,
+            gain=own.gain.of(memory) if own and own.gain else None,
         )
 
 
@@ -87,20 +85,22 @@ class _Rows:
             out[..., : own.shape[-1]] = own
         if self.target.is_embedding:
             self._embed(x, out, change)
-        elif change.token_ids is not None and change.token_rows is not None:
-            out[..., change.token_ids] = x @ change.token_rows.T
+        elif change.tokens is not None:
+            token_ids, rows = change.tokens
+            out[..., token_ids] = x @ rows.T
 
     def _embed(self, ids: Tensor, out: Tensor, change: _Change) -> None:
         scale = self.target.embed_scale
-        if change.token_ids is not None and change.token_rows is not None:
-            places = torch.searchsorted(change.token_ids, ids)
-            places = places.clamp_(max=len(change.token_ids) - 1)
-            is_own = change.token_ids[places] == ids
-            out[:] = torch.where(is_own[..., None], change.token_rows[places] * scale, out)
+        if change.tokens is not None:
+            token_ids, rows = change.tokens
+            places = torch.searchsorted(token_ids, ids).clamp_(max=len(token_ids) - 1)
+            is_own = token_ids[places] == ids
+            out[:] = torch.where(is_own[..., None], rows[places] * scale, out)
         if change.gain is not None:
             out.mul_(change.gain)
-        if change.lora_A is not None and change.lora_B is not None:
-            out.add_((change.lora_A[ids] @ change.lora_B) * scale)
+        if change.lora is not None:
+            lora_A, lora_B = change.lora
+            out.add_((lora_A[ids] @ lora_B) * scale)
 
 
 def _widened(out: Tensor, num_columns: int) -> Tensor:

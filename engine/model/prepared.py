@@ -141,7 +141,7 @@ def arrange(
     }
     return PreparedAdapter(
         values=plan.filled(is_pinned=is_pinned, before_bytes=before_bytes),
-        layout=layout(plan.num_elements),
+        layout=layout,
         modules=modules,
         vocabulary=adapter.vocabulary,
     )
@@ -245,9 +245,9 @@ class _Adapter:
 
     def _has_shift(self, module: str) -> bool:
         """Whether the adapter brings a linear layer's bias, and not its weight."""
-        is_linear = module in self.targets.linears
+        target = self.targets.by_name.get(module)
         has_bias, has_weight = (f"{module}.{name}" in self.replaced for name in ("bias", "weight"))
-        return is_linear and has_bias and not has_weight
+        return target is not None and target.is_linear and has_bias and not has_weight
 
     def rows(self, target: Target) -> Tensor:
         """[out_features, in_features], or [num_embeddings, dim]: the weight under the LoRA."""
@@ -372,8 +372,7 @@ def _row_norms(weight: Tensor, module: LoraModule, before_bytes: Callable[[int],
 
 def _plan_linears(
     adapter: _Adapter, plan: _Plan, *, before_bytes: Callable[[int], None]
-) -> Callable[[int], AdapterLayout]:
-    """Gives the layout as soon as the number of all elements is known."""
+) -> AdapterLayout:
     index_of = {name: index for index, name in enumerate(adapter.targets.linears)}
     entries = []
     for name in adapter.linear_modules:
@@ -384,7 +383,7 @@ def _plan_linears(
         starts += [NOWHERE] * 2 if affine is None else [plan.place(part).start for part in affine]
         entries.append([index_of[name], lora_A.shape[0], lora_B.shape[1], *starts])
     columns = np.ascontiguousarray(np.array(entries, dtype=np.int64).reshape(-1, 7).T)
-    return lambda num_elements: AdapterLayout(*columns, num_elements=num_elements)
+    return AdapterLayout(*columns)
 
 
 def _factors(
@@ -414,6 +413,8 @@ def _plan_module(
         )
     return ModuleParts(
         replaced={key: plan.share(part) for key, part in adapter.replaced_in(name).items()},
-        tokens=tokens and TokenParts(plan.place(tokens.token_ids), plan.place(tokens.rows)),
+        tokens=None
+        if tokens is None
+        else TokenParts(plan.share(tokens.token_ids), plan.share(tokens.rows)),
         embedding=embedding,
     )

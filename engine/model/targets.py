@@ -144,12 +144,11 @@ class _Calls:
     def note(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
     ) -> None:
-        is_simple = len(args) == 1 and not kwargs and torch.is_tensor(output)
-        if not is_simple or not torch.is_tensor(args[0]):
+        if len(args) == 1 and not kwargs and torch.is_tensor(args[0]) and torch.is_tensor(output):
+            self.inputs.append(args[0])
+            self.outputs.append(output)
+        else:
             self.are_simple = False
-            return
-        self.inputs.append(args[0])
-        self.outputs.append(output)
 
 
 class Watch:

@@ -198,7 +198,6 @@ def weights_of(
             starts_of_B=starts[1:2],
             starts_of_gain=starts[2:3] if gain_and_shift else np.array([NOWHERE]),
             starts_of_shift=starts[3:4] if gain_and_shift else np.array([NOWHERE]),
-            num_elements=memory.numel(),
         )
         weights.put(slot, memory, layout)
     return weights

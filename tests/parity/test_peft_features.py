@@ -39,6 +39,7 @@ from tests.model_lab import (
     num_ties,
     save_quietly,
     save_random_model,
+    serve,
     tiny_llama_config,
 )
 from tests.parity.peft_weights import weights_of
@@ -347,9 +348,7 @@ def measure_tokens(family: Family, table: dict[str, Measured]) -> Counter[str]:
     digests = {feature: str(number) for number, feature in enumerate(family.adapted)}
     models = {digests.get(feature or ""): model for feature, (_, _, model) in family.rows().items()}
     with closing(lab.core):
-        lab.core._prepare = lambda folder, **_: family.prepared(
-            models[folder.name], lab.core._loaded
-        )
+        serve(lab, lambda digest: family.prepared(models[digest], lab.core._loaded))
         asked = []
         for feature, (_, prompt, _) in family.rows().items():
             # Equal beginnings are computed once.
