@@ -22,7 +22,6 @@ from engine.model.targets import Targets
 _SIDES = {
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
-    "lora_B.bias": "lora_bias",
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
     "lora_magnitude_vector": "magnitude",
@@ -55,10 +54,6 @@ class Claim:
     @property
     def magnitude(self) -> Tensor | None:
         return self.sides.get("magnitude")
-
-    @property
-    def lora_bias(self) -> Tensor | None:
-        return self.sides.get("lora_bias")
 
     @property
     def tokens(self) -> tuple[list[int], Tensor] | None:

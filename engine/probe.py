@@ -242,20 +242,14 @@ def _linear(x: Tensor, target: Target, claim: Claim) -> tuple[Tensor, float]:
     """x W'ᵀ + b, a tile of output features at a time."""
     norms, columns = _Norms(), []
     for first, weight in _tiles(target, claim):
-        gain = torch.ones(len(weight), device=x.device)
         if claim.lora is not None:
             lora_A, lora_B = (part.to(x.device, torch.float32) for part in claim.lora)
             weight = weight + claim.scaling * (lora_B[first : first + len(weight)] @ lora_A)
         if claim.magnitude is not None:
             own = claim.magnitude[first : first + len(weight)].to(x.device, torch.float32)
-            gain = own / torch.linalg.vector_norm(weight, dim=1)
-            weight = gain[:, None] * weight
+            weight = (own / torch.linalg.vector_norm(weight, dim=1))[:, None] * weight
         norms.add(weight, target.rows[first : first + len(weight)])
-        out = x @ weight.T
-        if claim.lora_bias is not None:
-            own = claim.lora_bias[first : first + len(weight)].to(x.device, torch.float32)
-            out = out + claim.scaling * gain * own
-        columns.append(out)
+        columns.append(x @ weight.T)
     result = torch.cat(columns, dim=-1)
     bias = claim.parameters.get("bias", getattr(target.module, "bias", None))
     return (result if bias is None else result + bias.to(x.device, torch.float32)), norms.relative

@@ -185,7 +185,9 @@ class _Plan:
         return self._shared[id(tensor)]
 
     def filled(self, *, is_pinned: bool, before_bytes: Callable[[int], None]) -> Tensor:
-        values = torch.zeros(self.num_elements, dtype=self._dtype, pin_memory=is_pinned)
+        # Whatever is in a slot has a place.
+        size = max(self.num_elements, ALIGNMENT)
+        values = torch.zeros(size, dtype=self._dtype, pin_memory=is_pinned)
         for part, tensor, factor in self._parts:
             before_bytes(tensor.nbytes)
             if not tensor.is_floating_point():

@@ -174,6 +174,27 @@ def test_what_others_change_beside_lora_costs_a_plain_step_nothing(
     assert operations(loaded, [NO_ADAPTER, 0]) == plain
 
 
+def test_an_adapter_that_moves_takes_all_of_itself_along(model: str, loaded: LoadedModel) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = adapt(
+        model,
+        seed=2,
+        target_modules=["q_proj", "down_proj"],
+        use_dora=True,
+        modules_to_save=["norm", "lm_head"],
+        trainable_token_indices=[0, 37, 74],
+    )
+    own = weights_of(adapted, base, loaded.base_shape)
+    adapter = prepared.arrange(own, loaded.targets, dtype=loaded.dtype, max_rank=9)
+    memory = adapter.values.clone()
+    loaded.bank.install(0, adapter, memory=memory)
+    expected = run(loaded, [0])
+    moved = torch.cat([torch.randn(128), adapter.values])[128:]
+    loaded.bank.move(0, memory=moved)
+    memory.fill_(torch.nan)
+    torch.testing.assert_close(run(loaded, [0]), expected)
+
+
 def weights(**parts: Any) -> AdapterWeights:
     return AdapterWeights(**({"lora": {}, "replaced": {}, "tokens": {}} | parts))
 
@@ -211,7 +232,7 @@ def test_parameters_that_are_the_base_models_own_take_no_memory(loaded: LoadedMo
         dtype=loaded.dtype,
         max_rank=9,
     )
-    assert (adapter.size_bytes, dict(adapter.modules)) == (0, {})
+    assert (adapter.values.numel(), dict(adapter.modules)) == (prepared.ALIGNMENT, {})
 
 
 def test_an_adapter_tells_which_tokens_it_knows(loaded: LoadedModel) -> None:

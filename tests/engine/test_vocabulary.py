@@ -1,5 +1,6 @@
 """Adapters may know tokens that the base model does not; nobody else ever meets them."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,3 +133,22 @@ def test_an_aborted_sequence_is_forgotten(lab: Lab) -> None:
     lab.core.abort(lab.submit([*PROMPT, NUM_BASE], adapter=WIDE))
     lab.run()
     assert lab.core._with_added_tokens == set()
+
+
+def test_an_adapter_that_can_never_fit_says_how_large_it_is(
+    model: str, adapters: FolderSource
+) -> None:
+    with open_lab(model, adapters, num_blocks=40, max_model_len=64) as lab:
+        loaded = lab.core._loaded
+        own = {"lm_head.weight": torch.randn(NUM_BASE, 32)}
+        weights = AdapterWeights(lora={}, replaced=own, tokens={})
+        serve(
+            lab,
+            lambda _: arrange(weights, loaded.targets, dtype=loaded.dtype, max_rank=9),
+        )
+        key = lab.submit(PROMPT, adapter=WIDE)
+        lab.run()
+        fault = lab.answers[key].last.fault
+        assert fault is not None
+        assert not fault.is_retryable
+        assert re.search(r"has 33\d{3} bytes and takes 33 blocks .* may take 24", fault.message)

@@ -47,6 +47,7 @@ from tests.parity.peft_weights import weights_of
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "peft-parity.json"
 VOCAB_SIZE, NUM_ADDED = 257, 3
 MAX_ERROR = 1e-4
+BASE = "the base model"
 MAX_RANK = 8
 NUM_TOKENS = 16
 BLOCK_SIZE, MAX_MODEL_LEN = 4, 64
@@ -318,7 +319,8 @@ def measure_logits(family: Family, kernels: Kernels, table: dict[str, Measured])
     loaded, rows = replace(family.loaded, kernels=kernels), family.rows()
     for feature, (slot, prompt, model) in rows.items():
         (found,) = logits_of(loaded, [Row(slot, prompt, len(prompt) - 1)])
-        own = table.setdefault(feature or "the base model", Measured(family.name, str(feature)))
+        name = feature or BASE
+        own = table.setdefault(name, Measured(family.name, name))
         own.error_alone = max(own.error_alone, error_of(found, prompt, model))
     # Some in chunks, some at their last token; neighbours and strangers.
     mixed = [
@@ -362,7 +364,7 @@ def measure_tokens(family: Family, table: dict[str, Measured]) -> Counter[str]:
         assert answer.state is SequenceState.LENGTH, (feature, answer.last.fault)
         lab.seen["found"] += answer.last.cached_tokens > 0
         expected = greedy_reference(model, prompt, NUM_TOKENS)
-        own = table[feature or "the base model"]
+        own = table[feature or BASE]
         own.num_greedy_tokens += NUM_TOKENS
         own.num_ties += num_ties(model, prompt, found=answer.token_ids, expected=expected)
     return lab.seen
