@@ -42,6 +42,8 @@ class Batch:
     # [num_runs, 3] int64, on the host: first row, end and slot of neighbours that use one adapter;
     # rows that the base model answers alone are in none
     slot_runs: Ints
+    # [num_runs, 3] int64, on the host: the same of the rows of logits
+    logit_slot_runs: Ints
     block_size: int
 
     @property
@@ -61,6 +63,7 @@ def build(scheduled: list[ScheduledSequence], *, block_size: int, device: torch.
     owners = np.repeat(np.arange(len(scheduled)), lengths)
     positions = np.arange(starts[-1]) - starts[owners] + befores[owners]
     tables = _block_tables(scheduled)
+    logit_rows = _logit_rows(scheduled, starts.tolist())
     cache_rows = tables[owners, positions // block_size] * block_size + positions % block_size
 
     def on_device(values: Ints | list[int]) -> Tensor:
@@ -72,11 +75,12 @@ def build(scheduled: list[ScheduledSequence], *, block_size: int, device: torch.
         cache_rows=on_device(cache_rows),
         block_tables=on_device(tables),
         context_lens=on_device(contexts),
-        logit_rows=on_device(_logit_rows(scheduled, starts.tolist())),
+        logit_rows=on_device(logit_rows),
         query_starts=tuple(starts.tolist()),
         host_context_lens=tuple(contexts.tolist()),
         num_decodes=num_decodes,
         slot_runs=_slot_runs(slots, starts),
+        logit_slot_runs=_slot_runs(slots[owners[logit_rows]], np.arange(len(logit_rows) + 1)),
         block_size=block_size,
     )
 
@@ -106,9 +110,9 @@ def _block_tables(scheduled: list[ScheduledSequence]) -> Ints:
 
 
 def _slot_runs(slots: Ints, starts: Ints) -> Ints:
-    """`slots`: of each sequence; `starts`: as `Batch.query_starts`."""
-    is_first = np.concatenate([[True], slots[1:] != slots[:-1]])
+    """`slots`: of each sequence or row; `starts`: where it begins, and the end of the last."""
+    is_first = np.concatenate([[True], slots[1:] != slots[:-1]])[: len(slots)]
     firsts = np.flatnonzero(is_first)
-    ends = np.append(firsts[1:], len(slots))
+    ends = np.append(firsts, len(slots))[1:]
     runs = np.stack([starts[firsts], starts[ends], slots[firsts]], axis=1)
     return np.ascontiguousarray(runs[runs[:, 2] != NO_ADAPTER])

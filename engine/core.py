@@ -36,10 +36,11 @@ from engine.errors import (
 from engine.fingerprints import Fingerprints, fingerprint_of
 from engine.host_tier import HostTier
 from engine.kernels.threads import compute_alone, dismiss_helpers
-from engine.model import loader, lora
+from engine.model import loader, prepared
 from engine.model.loader import LoadedModel
-from engine.model.lora import PreparedAdapter
 from engine.model.memory import DeviceMemory
+from engine.model.prepared import PreparedAdapter
+from engine.model.targets import Vocabulary
 from engine.protocol import (
     MAX_PRIORITY,
     MIN_PRIORITY,
@@ -62,6 +63,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
 
 
+# Of an adapter that is not here yet.
+ANY_VOCABULARY = Vocabulary(2**31, 2**31)
 # How torch says that the host has no memory left; a device has an error of its own.
 NO_HOST_MEMORY = "can't allocate memory"
 
@@ -164,6 +167,8 @@ class EngineCore:
             max_num_tokens=_step_tokens(config, loaded.device),
         )
         self._wishes = Wishes(self._slots)
+        # Those that name token ids which the base model does not know, and wait for their adapter.
+        self._with_added_tokens: set[SequenceKey] = set()
         # A step found nothing to run, and nothing has changed since.
         self._is_stalled = False
         # Steps may run in another thread than this.
@@ -183,8 +188,10 @@ class EngineCore:
         _check_sampling(sequence.sampling, self.vocab_size)
         if not sequence.num_prompt_tokens:
             raise InvalidSequence("prompt_token_ids is empty.")
-        if not 0 <= min(sequence.token_ids) <= max(sequence.token_ids) < self.vocab_size:
-            raise InvalidSequence(f"Token ids must be from 0 to {self.vocab_size - 1}.")
+        is_vocabulary_known = sequence.adapter_digest is None
+        _check_tokens(
+            sequence, self._loaded.targets.vocabulary if is_vocabulary_known else ANY_VOCABULARY
+        )
         if sequence.num_prompt_tokens + sequence.sampling.max_tokens > self.max_model_len:
             raise ContextLengthExceeded(
                 f"The prompt has {sequence.num_prompt_tokens} tokens and max_tokens is "
@@ -195,6 +202,8 @@ class EngineCore:
             self._certify(sequence.adapter_digest, sequence.adapter_fingerprint)
         self._breaker.admit(sequence.adapter_digest, sequence.key)
         self._scheduler.add(sequence)
+        if not is_vocabulary_known and sequence.key in self._scheduler:
+            self._note_added_tokens(sequence)
         self._is_stalled = False
 
     def abort(self, key: SequenceKey) -> None:
@@ -221,7 +230,10 @@ class EngineCore:
         self._take_loaded_adapters()
         scheduled = self._scheduler.schedule()
         self._wishes.pursue()
-        self._is_stalled = not scheduled
+        if self._with_added_tokens:
+            scheduled = [item for item in scheduled if self._knows_tokens(item.sequence)]
+        # A sequence that has just failed may have left room.
+        self._is_stalled = not scheduled and not self._scheduler.has_events
         if not scheduled:
             return self._take_events()
         try:
@@ -254,7 +266,28 @@ class EngineCore:
     def _take_events(self) -> list[StepEvent]:
         events = self._scheduler.take_events()
         self._breaker.observe(events)
+        if self._with_added_tokens:
+            self._with_added_tokens -= {event.key for event in events if event.state.is_final}
         return events
+
+    def _note_added_tokens(self, sequence: Sequence) -> None:
+        """Remember a sequence with token ids that the adapter, once it is here, must know."""
+        try:
+            _check_tokens(sequence, self._loaded.targets.vocabulary)
+        except InvalidSequence:
+            self._with_added_tokens.add(sequence.key)
+
+    def _knows_tokens(self, sequence: Sequence) -> bool:
+        """Whether the adapter, now that it is resident, does; else the sequence fails."""
+        if sequence.key not in self._with_added_tokens:
+            return True
+        self._with_added_tokens.remove(sequence.key)
+        try:
+            _check_tokens(sequence, self._runner.vocabulary(sequence.slot))
+        except InvalidSequence as error:
+            self._scheduler.fail(sequence.key, error)
+            return False
+        return True
 
     def status(self) -> CoreStatus:
         return CoreStatus(
@@ -372,9 +405,10 @@ class EngineCore:
     def _prepare(
         self, folder: Path, *, before_bytes: Callable[[int], None] = lambda num_bytes: None
     ) -> PreparedAdapter:
-        return lora.prepare(
+        return prepared.prepare(
             folder,
-            self.base_shape,
+            self._loaded.targets,
+            base_model=self.base_shape.base_model,
             dtype=self._loaded.dtype,
             max_rank=self._max_lora_rank,
             is_pinned=self._loaded.device.type == "cuda",
@@ -425,6 +459,16 @@ class EngineCore:
             bank.clear(slot)
 
 
+def _check_tokens(sequence: Sequence, vocabulary: Vocabulary) -> None:
+    """Raises InvalidSequence where it names a token that is not known."""
+    ids, num_ids = sequence.token_ids, vocabulary.num_input_ids
+    if not 0 <= min(ids) <= max(ids) < num_ids:
+        raise InvalidSequence(f"Token ids must be from 0 to {num_ids - 1}.")
+    num_ids = vocabulary.num_output_ids
+    if not all(0 <= token_id < num_ids for token_id in sequence.sampling.logit_bias):
+        raise InvalidSequence(f"logit_bias must name token ids from 0 to {num_ids - 1}.")
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return is_named or NO_HOST_MEMORY in str(error)
@@ -442,9 +486,6 @@ def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
         "presence_penalty must be from -2 to 2.": -2 <= params.presence_penalty <= 2,
         "frequency_penalty must be from -2 to 2.": -2 <= params.frequency_penalty <= 2,
         "repetition_penalty must be finite and above 0.": 0 < params.repetition_penalty < math.inf,
-        f"logit_bias must name token ids from 0 to {vocab_size - 1}.": all(
-            0 <= token_id < vocab_size for token_id in params.logit_bias
-        ),
         "logit_bias must have values from -100 to 100.": all(
             -100 <= bias <= 100 for bias in params.logit_bias.values()
         ),
@@ -485,7 +526,7 @@ def _num_blocks(config: EngineConfig, loaded: LoadedModel) -> int:
 
 
 def _largest_adapter_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
-    num_elements = lora.num_elements(
+    num_elements = prepared.num_elements(
         np.array(list(loaded.base_shape.modules.values())), config.max_lora_rank
     )
     return num_elements * loaded.dtype.itemsize

@@ -1,49 +1,42 @@
 """See whether the engine computes an adapter as its files say.
 
-Fixed prompts run through the serving path; beside it each target module is computed again, alone,
-in float32, as x(W + dW)ᵀ, from the files, with code that shares nothing with the serving path.
-Knows one adapter. Knows nothing of scheduling.
+Fixed prompts run through the serving path; beside it each module that the adapter changes is
+computed again, alone, in float32, with whole weights such as x(W + dW)ᵀ, from the files, with code
+that shares nothing with the serving path. Knows one adapter. Knows nothing of scheduling.
 """
 
-import json
+import copy
 import math
-import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import batch as batches
+from engine.claims import Claim, read_claims
 from engine.model.loader import LoadedModel
-from engine.model.lora import LoraLinear
 from engine.model.memory import DeviceMemory
-from engine.protocol import ProbeReport
+from engine.model.targets import Target
+from engine.protocol import ProbeCoverage, ProbeReport
 from engine.runner import Runner
 from engine.scheduler import ScheduledSequence
 from engine.sequence import NO_ADAPTER, Sequence
 
 PROMPT_LENGTHS = (6, 11, 16)
+# Of the tokens that an adapter has trained or added, so many are looked at.
+MAX_OWN_TOKENS = 8
 BLOCK_SIZE = 8
 # |found - expected| / |expected| of one module. Measured on SmolLM2-135M: 5e-7, 4e-4 and 3e-3.
 ERROR_BOUNDS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # An adapter must move the logits by this many times what another batch order does.
 MIN_SHIFT_OVER_NOISE = 10
-# Output features for which dW is built at a time.
+# Rows of a weight that are built at a time.
 TILE_SIZE = 512
-
-
-@dataclass(frozen=True, slots=True)
-class _Delta:
-    """One module's tensors as the file has them."""
-
-    # [rank, in_features] and [out_features, rank]
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
 
 
 @dataclass(slots=True)
@@ -51,6 +44,8 @@ class _Findings:
     """Filled by the hooks while the prompts run."""
 
     errors: dict[str, float] = field(default_factory=dict)
+    # |W' - W| / |W| of what is in the place of the base model's W, where that is another
+    relative_norms: dict[str, float] = field(default_factory=dict)
     unchanged: set[str] = field(default_factory=set)
 
 
@@ -58,42 +53,101 @@ def examine(
     folder: Path, weights_digest: str, *, slot: int, loaded: LoadedModel, runner: Runner
 ) -> ProbeReport:
     """Probe the adapter in `folder`, which is installed in `slot`."""
-    deltas = _read_deltas(folder)
+    claims = read_claims(folder, loaded.targets)
+    prompts, added = _prompts(loaded.vocab_size, _own_ids(claims, loaded))
     findings = _Findings()
-    prompts = _prompts(loaded.vocab_size)
-    handles = [
-        loaded.bank.module(name).register_forward_hook(_hook(name, delta, findings))
-        for name, delta in deltas.items()
-    ]
-    try:
-        adapted = _logits(prompts, slot=slot, loaded=loaded, runner=runner)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _watched(claims, [*prompts, *added], findings, loaded):
+        adapted = _logits([*prompts, *added], slot=slot, loaded=loaded, runner=runner)
     base = _logits(prompts, slot=NO_ADAPTER, loaded=loaded, runner=runner)
     alone = [_logits([p], slot=NO_ADAPTER, loaded=loaded, runner=runner) for p in prompts]
     noise = max(_largest(torch.cat(alone) - base), _rounding(base))
-    untouched = sorted(findings.unchanged | (deltas.keys() - findings.errors.keys()))
+    untouched = sorted(findings.unchanged | (claims.keys() - findings.errors.keys()))
     error = max(findings.errors.values(), default=math.inf)
-    shift = _largest(adapted - base)
+    shift = _largest(adapted[: len(prompts), : base.shape[1]] - base)
     bound = ERROR_BOUNDS[loaded.dtype]
+    has_effect = shift > MIN_SHIFT_OVER_NOISE * noise or bool(added)
     return ProbeReport(
         weights_digest=weights_digest,
-        num_modules=len(deltas),
+        num_modules=len(claims),
         largest_relative_error=error,
         error_bound=bound,
         logit_shift=shift,
         noise=noise,
         untouched_modules=untouched,
-        is_passed=error <= bound and shift > MIN_SHIFT_OVER_NOISE * noise and not untouched,
+        is_passed=error <= bound and has_effect and not untouched,
+        coverage=_coverage(claims, findings),
+    )
+
+
+def _coverage(claims: dict[str, Claim], findings: _Findings) -> ProbeCoverage:
+    ranks = [claim.rank for claim in claims.values() if claim.rank]
+    norms = list(findings.relative_norms.values())
+    return ProbeCoverage(
+        num_modules_by_kind=dict(Counter(k for claim in claims.values() for k in claim.kinds)),
+        num_parameters=sum(claim.num_parameters for claim in claims.values()),
+        min_rank=min(ranks, default=0),
+        max_rank=max(ranks, default=0),
+        largest_relative_norm=max(norms, default=0.0),
+        median_relative_norm=median(norms) if norms else 0.0,
     )
 
 
 # Running
 
 
-def _prompts(vocab_size: int) -> list[list[int]]:
-    return [[(31 + 7919 * i + 104729 * n) % vocab_size for i in range(n)] for n in PROMPT_LENGTHS]
+def _own_ids(claims: dict[str, Claim], loaded: LoadedModel) -> list[int]:
+    """Tokens whose embedding the adapter has trained or added."""
+    name = loaded.targets.input_embedding
+    claim = claims.get(name or "")
+    if claim is None or name is None:
+        return []
+    return _changed_ids(claim, loaded.targets.by_name[name])
+
+
+def _changed_ids(claim: Claim, target: Target) -> list[int]:
+    ids = set() if claim.tokens is None else set(claim.tokens[0])
+    own, base = claim.parameters.get("weight"), target.rows
+    if own is not None:
+        ids |= set(range(len(base), len(own)))
+        for first in range(0, len(base), TILE_SIZE):
+            tile = base[first : first + TILE_SIZE]
+            is_other = (own[first : first + len(tile)].to(tile) != tile).any(dim=1)
+            ids |= set((first + is_other.nonzero()[:, 0]).tolist())
+    return sorted(ids)
+
+
+def _prompts(vocab_size: int, own_ids: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+    """Those that the base model can read too, and those that only the adapter can."""
+    fixed = [[(31 + 7919 * i + 104729 * n) % vocab_size for i in range(n)] for n in PROMPT_LENGTHS]
+    known = _some([token_id for token_id in own_ids if token_id < vocab_size])
+    added = _some([token_id for token_id in own_ids if token_id >= vocab_size])
+    first = fixed[0]
+    return [*fixed, *([known + first] if known else [])], [first + added] if added else []
+
+
+def _some(ids: list[int]) -> list[int]:
+    return ids[:: max(1, len(ids) // MAX_OWN_TOKENS)]
+
+
+@contextmanager
+def _watched(
+    claims: dict[str, Claim],
+    prompts: list[list[int]],
+    findings: _Findings,
+    loaded: LoadedModel,
+) -> Iterator[None]:
+    """While `prompts` run in one step, compare each module that the adapter should change."""
+    targets, handles = loaded.targets, []
+    token_ids = torch.tensor([i for prompt in prompts for i in prompt], device=loaded.device)
+    for name in claims.keys() & targets.by_name.keys():
+        own_ids = token_ids if name == targets.input_embedding else None
+        watch = _Watch(_Twin(targets.by_name[name]), claims[name], findings, own_ids)
+        handles.append(loaded.bank.module(name).register_forward_hook(watch))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _logits(prompts: list[list[int]], *, slot: int, loaded: LoadedModel, runner: Runner) -> Tensor:
@@ -111,31 +165,142 @@ def _logits(prompts: list[list[int]], *, slot: int, loaded: LoadedModel, runner:
     return runner.run(batch, memory=memory)
 
 
-def _hook(name: str, delta: _Delta, findings: _Findings) -> Any:
-    def compare(module: LoraLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].flatten(0, -2)
-        found = output.flatten(0, -2).float()
-        expected = _recompute(x.float(), module, delta)
+class _Twin:
+    """A module of the base model as nobody has hooked it."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.module = copy.deepcopy(target.module, {id(p): p for p in target.module.parameters()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Compares what a module gave with what it should have given."""
+
+    twin: _Twin
+    claim: Claim
+    findings: _Findings
+    # In place of the module's input: ids that the base model does not know were taken out of it.
+    token_ids: Tensor | None
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        name = self.twin.target.name
+        x = inputs[0] if self.token_ids is None else self.token_ids.view(inputs[0].shape)
+        expected, relative_norm = _recompute(x, self.twin, self.claim)
+        found = output[..., : expected.shape[-1]].float()
         difference = torch.linalg.vector_norm(found - expected)
-        findings.errors[name] = float(difference / torch.linalg.vector_norm(expected))
-        if torch.equal(module.base(x), output.flatten(0, -2)):
-            findings.unchanged.add(name)
+        self.findings.errors[name] = float(difference / torch.linalg.vector_norm(expected))
+        if relative_norm:
+            self.findings.relative_norms[name] = relative_norm
+        base = self.twin.module(inputs[0])
+        is_wider = expected.shape[-1] > base.shape[-1]
+        if torch.equal(base, output[..., : base.shape[-1]]) and not is_wider:
+            self.findings.unchanged.add(name)
 
-    return compare
+
+# Computing again
 
 
-def _recompute(x: Tensor, module: LoraLinear, delta: _Delta) -> Tensor:
-    """x(W + dW)ᵀ + bias in float32, a tile of output features at a time."""
-    weight, bias = module.base.weight, module.base.bias
-    lora_A = delta.lora_A.to(x.device, torch.float32)
-    columns = []
-    for first in range(0, weight.shape[0], TILE_SIZE):
-        tile = slice(first, first + TILE_SIZE)
-        merged = delta.lora_B[tile].to(x.device, torch.float32) @ lora_A
-        merged = weight[tile].float() + delta.scaling * merged
-        columns.append(x @ merged.T)
-    out = torch.cat(columns, dim=-1)
-    return out if bias is None else out + bias.float()
+def _recompute(x: Tensor, twin: _Twin, claim: Claim) -> tuple[Tensor, float]:
+    """A module's output in float32, and how far what it is computed with is from the base's."""
+    target = twin.target
+    if target.is_linear:
+        return _linear(x.float(), target, claim)
+    if target.is_embedding:
+        return _embedding(x, target, claim)
+    own = copy.deepcopy(twin.module).float()
+    for name, parameter in claim.parameters.items():
+        value = parameter.to(x.device, torch.float32)
+        setattr(own, name, nn.Parameter(value, requires_grad=False))
+    norms = _Norms()
+    for name, parameter in target.module.named_parameters():
+        if name != "bias":
+            norms.add(getattr(own, name), parameter)
+    result: Tensor = own(x.float())
+    return result, norms.relative
+
+
+@dataclass(slots=True)
+class _Norms:
+    """Adds up squares, tile by tile."""
+
+    difference: float = 0.0
+    base: float = 0.0
+
+    def add(self, own: Tensor, base: Tensor) -> None:
+        """Rows that the base does not have are left out."""
+        own, base = own[: len(base)].float(), base.float()
+        self.difference += float((own - base).square().sum())
+        self.base += float(base.square().sum())
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.difference / self.base) if self.base else math.inf
+
+
+def _linear(x: Tensor, target: Target, claim: Claim) -> tuple[Tensor, float]:
+    """x W'ᵀ + b, a tile of output features at a time."""
+    norms, columns = _Norms(), []
+    for first, weight in _tiles(target, claim):
+        if claim.lora is not None:
+            lora_A, lora_B = (part.to(x.device, torch.float32) for part in claim.lora)
+            weight = weight + claim.scaling * (lora_B[first : first + len(weight)] @ lora_A)
+        if claim.magnitude is not None:
+            own = claim.magnitude[first : first + len(weight)].to(x.device, torch.float32)
+            weight = (own / torch.linalg.vector_norm(weight, dim=1))[:, None] * weight
+        norms.add(weight, target.rows[first : first + len(weight)])
+        columns.append(x @ weight.T)
+    result = torch.cat(columns, dim=-1)
+    bias = claim.parameters.get("bias", getattr(target.module, "bias", None))
+    return (result if bias is None else result + bias.to(x.device, torch.float32)), norms.relative
+
+
+def _embedding(ids: Tensor, target: Target, claim: Claim) -> tuple[Tensor, float]:
+    """Rows of the whole W', which is built tile by tile."""
+    norms, gain = _Norms(), _embedding_gain(target, claim)
+    out = torch.zeros(*ids.shape, target.features[1], device=ids.device)
+    for first, weight in _embedding_tiles(target, claim):
+        weight = gain * weight
+        norms.add(weight, target.rows[first : first + len(weight)])
+        is_here = (ids >= first) & (ids < first + len(weight))
+        out[is_here] = weight[ids[is_here] - first]
+    return out * target.embed_scale, norms.relative
+
+
+def _embedding_gain(target: Target, claim: Claim) -> Tensor | float:
+    """[dim]: DoRA's norms are those of columns here."""
+    if claim.magnitude is None:
+        return 1.0
+    squares = torch.zeros(target.features[1], device=target.rows.device)
+    for _, weight in _embedding_tiles(target, claim):
+        squares += weight.square().sum(dim=0)
+    return claim.magnitude.to(squares) / squares.sqrt()
+
+
+def _embedding_tiles(target: Target, claim: Claim) -> Iterator[tuple[int, Tensor]]:
+    for first, weight in _tiles(target, claim):
+        if claim.lora is not None:
+            lora_A, lora_B = (part.to(weight.device, torch.float32) for part in claim.lora)
+            own = lora_A[:, first : first + len(weight)].T @ lora_B.T
+            weight = weight + claim.scaling * own
+        yield first, weight
+
+
+def _tiles(target: Target, claim: Claim) -> Iterator[tuple[int, Tensor]]:
+    """First row and float32 rows of the weight, with the adapter's own in place of the base's."""
+    base, own = target.rows, claim.parameters.get("weight")
+    rows = base if own is None else target.rows_of(own)
+    token_ids, token_rows = claim.tokens or ([], rows[:0])
+    num_rows = max(len(rows), *(token_id + 1 for token_id in token_ids), 0)
+    for first in range(0, num_rows, TILE_SIZE):
+        end = min(first + TILE_SIZE, num_rows)
+        tile = torch.zeros(end - first, rows.shape[1], device=base.device)
+        known = rows[first:end].to(base.device, torch.float32)
+        tile[: len(known)] = known
+        for place, token_id in enumerate(token_ids):
+            if first <= token_id < end:
+                tile[token_id - first] = token_rows[place].to(base.device, torch.float32)
+        yield first, tile
 
 
 def _largest(x: Tensor) -> float:
@@ -145,40 +310,3 @@ def _largest(x: Tensor) -> float:
 def _rounding(logits: Tensor) -> float:
     """What float32 alone leaves open, where two orders happen to agree to the last bit."""
     return _largest(logits) * torch.finfo(torch.float32).eps
-
-
-# Reading the files, independently of adapters.weights
-
-
-def _read_deltas(folder: Path) -> dict[str, _Delta]:
-    config = json.loads((folder / "adapter_config.json").read_bytes())
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
-    return {
-        _module(name): _Delta(
-            lora_A=tensor,
-            lora_B=tensors[name.replace(".lora_A.", ".lora_B.")],
-            scaling=_scaling(_module(name), config),
-        )
-        for name, tensor in tensors.items()
-        if ".lora_A." in name
-    }
-
-
-def _module(tensor_name: str) -> str:
-    return tensor_name.removeprefix("base_model.model.").split(".lora_")[0]
-
-
-def _scaling(module: str, config: dict[str, Any]) -> float:
-    rank = _by_pattern(module, config.get("rank_pattern") or {}, default=config["r"])
-    alpha = _by_pattern(module, config.get("alpha_pattern") or {}, default=config["lora_alpha"])
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _by_pattern(module: str, patterns: dict[str, Any], *, default: Any) -> Any:
-    """PEFT's rule: the first key that is the module's whole path or its end after a dot."""
-    keys: Iterable[str] = patterns
-    for key in keys:
-        if re.match(rf"(.*\.)?({key})$", module):
-            return patterns[key]
-    return default

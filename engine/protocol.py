@@ -350,6 +350,21 @@ class ProbeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter_digest: str
 
 
+class ProbeCoverage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much of an adapter a probe has seen."""
+
+    # "lora", "dora", "parameters" and "tokens" -> modules; one may be of several kinds.
+    num_modules_by_kind: dict[str, int]
+    # Numbers in the adapter's tensors.
+    num_parameters: int
+    # 0 without LoRA.
+    min_rank: int
+    max_rank: int
+    # |W' - W| / |W| of what takes the place of a module's weights W; biases do not count.
+    largest_relative_norm: float
+    median_relative_norm: float
+
+
 class ProbeReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What running fixed prompts with an adapter showed.
 
@@ -368,3 +383,5 @@ class ProbeReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_passed: bool
     # Of the adapter's values as they were prepared; whatever loads it later compares.
     fingerprint: str | None = None
+    # None in reports of engines that did not tell.
+    coverage: ProbeCoverage | None = None

@@ -15,8 +15,9 @@ from engine.batch import Batch
 from engine.block_manager import Window
 from engine.model.attention import forward
 from engine.model.loader import LoadedModel
-from engine.model.lora import PreparedAdapter
 from engine.model.memory import DeviceMemory, block_elements
+from engine.model.prepared import PreparedAdapter
+from engine.model.targets import Vocabulary
 
 MEMINFO = Path("/proc/meminfo")
 # A CPU's memory is shared with everything else on the machine.
@@ -40,17 +41,22 @@ class Runner:
     def run(self, batch: Batch, *, memory: DeviceMemory | None = None) -> Tensor:
         """[num_logits, vocab_size] float32: the logits of the batch's `logit_rows`.
 
+        Wider where an adapter of these rows adds tokens, with -inf for rows that don't know them.
         `memory` takes the place of the runner's own, for batches that are nobody's sequences.
         """
         model, bank, kernels = self._loaded.model, self._loaded.bank, self._loaded.kernels
-        # Without an adapter in the batch the base model runs as if there were none at all.
-        bank.plan = kernels.plan_lora(batch, bank.weights) if len(batch.slot_runs) else None
+        bank.begin(batch, kernels)
         try:
-            return forward(
-                model, batch, memory=memory or self._memory, plan=kernels.plan_attention(batch)
+            logits = forward(
+                model,
+                batch,
+                input_ids=bank.changes.input_ids(batch),
+                memory=memory or self._memory,
+                plan=kernels.plan_attention(batch),
             )
         finally:
-            bank.plan = None
+            bank.end()
+        return bank.changes.fitted(logits, batch)
 
     # Adapters
 
@@ -76,6 +82,10 @@ class Runner:
 
     def clear(self, slot: int) -> None:
         self._loaded.bank.clear(slot)
+
+    def vocabulary(self, slot: int) -> Vocabulary:
+        """The token ids that the slot's adapter knows; those of the base model without one."""
+        return self._loaded.bank.vocabulary(slot)
 
     def _window(self, window: Window) -> Tensor:
         return self._memory.window(window.first, window.num_blocks)

@@ -19,6 +19,15 @@ from sqlalchemy import make_url
 from gateway.database import Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-results",
+        action="store_true",
+        help="let tests that measure something write it to benchmarks/results",
+    )
+
+
 APP_PASSWORD, WORKER_PASSWORD = "app's own", "worker's own"
 
 

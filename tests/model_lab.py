@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,8 +13,11 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from adapters import manifest
+from adapters.base_shape import BaseShape
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.model.prepared import PreparedAdapter
 from engine.protocol import SamplingParams, SequenceState, Submit, TokenLogprob
 from engine.sequence import Sequence, SequenceKey, StepEvent
 
@@ -64,6 +68,53 @@ def save_adapter(model: str, folder: Path, *, seed: int, std: float = 0.1, **lor
             if "lora_B" in name:
                 parameter.normal_(std=std)
     adapted.save_pretrained(folder)
+
+
+def train_a_little(adapted: peft.PeftModel, *, seed: int) -> peft.PeftModel:
+    """Move all that the adapter trains, some of which begins as zero or as the base model's."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                std = 0.1 if "lora_" in name else 0.3 * float(parameter.std()) + 0.02
+                parameter.add_(std * torch.randn_like(parameter))
+    return adapted.eval()
+
+
+def adapt(model: str, *, seed: int, num_added_tokens: int = 0, **lora: Any) -> peft.PeftModel:
+    """The model with a trained adapter, as PEFT computes it."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if num_added_tokens:
+        num_tokens = base.config.vocab_size + num_added_tokens
+        base.resize_token_embeddings(num_tokens, mean_resizing=False)
+    with warnings.catch_warnings():
+        # It warns of what is asked for here: tied layers that are trained apart.
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+    return train_a_little(adapted, seed=seed)
+
+
+def save_quietly(adapted: peft.PeftModel, folder: Path) -> None:
+    """It warns that embeddings are saved where they were changed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(folder)
+
+
+def serve(lab: "Lab", prepared: Callable[[str], PreparedAdapter]) -> None:
+    """Let the engine have its adapters, by digest, from memory instead of from their files."""
+    lab.core._prepare = lambda folder, **_: prepared(folder.name)  # type: ignore[method-assign] # on purpose
+
+
+def store(folder: Path, base_shape: BaseShape) -> None:
+    """Let a folder that PEFT wrote have the configuration that intake keeps."""
+    config, weights = (folder / name for name in (manifest.CONFIG_FILE, manifest.WEIGHTS_FILE))
+    read = manifest.read(
+        config.read_bytes(), weights, base_model=base_shape.base_model, base_shape=base_shape
+    )
+    assert not read.findings
+    assert not read.leftovers
+    config.write_bytes(read.canonical_config())
 
 
 def load_with_peft(model: str, folder: Path) -> peft.PeftModel:
@@ -215,6 +266,31 @@ class Lab:
         assert (status.num_running, status.num_waiting) == (0, 0)
         assert status.num_free_blocks + status.num_adapter_blocks == status.num_blocks
         self.core.check_integrity()
+
+
+class WatchedLab(Lab):
+    """Counts what steps do to the sequences that run."""
+
+    def __init__(self, model: str, source: FolderSource, **settings: Any) -> None:
+        super().__init__(model, source, **settings)
+        self.seen = Counter[str]()
+        self._computed: dict[Sequence, int] = {}
+        self._resident: set[str] = set()
+
+    def step(self) -> list[StepEvent]:
+        events = super().step()
+        before, resident = self._computed, set(self.core.status().resident_adapters)
+        now = {s: s.num_computed_tokens for s in self.core._scheduler._running}
+        ended = {event.key for event in events if event.state.is_final}
+        advanced = {s.adapter_digest for s, count in now.items() if count > before.get(s, 0)}
+        self.seen["mixed"] += len(advanced) > 1
+        self.seen["chunked"] += sum(
+            s.num_uncomputed_tokens > 1 and before.get(s, count) < count for s, count in now.items()
+        )
+        self.seen["preempted"] += sum(s not in now and s.key not in ended for s in before)
+        self.seen["unloaded"] += len(self._resident - resident)
+        self._computed, self._resident = now, resident
+        return events
 
 
 @contextmanager

@@ -39,8 +39,8 @@ class AttentionPlan(Protocol):
 class LoraPlan(Protocol):
     """Which rows of a step meet which adapters."""
 
-    def add(self, out: Tensor, x: Tensor, *, module: int) -> None:
-        """out += lora(x), as `reference.lora`.
+    def apply(self, out: Tensor, x: Tensor, *, module: int) -> None:
+        """out = affine(out) + lora(x), as `reference.affine` and `reference.lora`.
 
         x: [num_tokens, in_features]; out: [num_tokens, out_features], changed in place.
         """

@@ -45,6 +45,18 @@ _LORA_CALL = np.dtype(
         )
     ]
 )
+_AFFINE_CALL = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("out", "out_features"),
+            # [num_slots, 2]: addresses of gain and shift
+            "table",
+            # [num_groups, 3]: first row, end, slot
+            *("groups", "num_groups"),
+        )
+    ]
+)
 _ATTENTION_CALL = np.dtype(
     [
         *(
@@ -250,6 +262,35 @@ def _lora(pointer: Any) -> None:
         )
 
 
+# Gains and shifts
+#
+# out[t] = gain[slot] * out[t] + shift[slot]
+
+
+@_inlined
+def _scale_and_shift(out: Any, gain: Any, shift: Any, n: Any) -> None:
+    for i in range(n):
+        out[i] = gain[i] * out[i] + shift[i]
+
+
+def _affine(pointer: Any) -> None:
+    """The threads share the columns of `out`."""
+    thread, num_threads = _thread_index(), _thread_count()
+    call = numba.carray(pointer, 1)[0]
+    table, groups = _ints(call.table), _ints(call.groups)
+    num_lines = (call.out_features + _LINE - 1) // _LINE
+    column = num_lines * thread // num_threads * _LINE
+    column_end = min(num_lines * (thread + 1) // num_threads * _LINE, call.out_features)
+    for g in range(call.num_groups):
+        entry = 2 * groups[3 * g + 2]
+        if table[entry] == 0:
+            continue
+        gain, shift = table[entry] + 4 * column, table[entry + 1] + 4 * column
+        for row in range(groups[3 * g], groups[3 * g + 1]):
+            own = call.out + 4 * (row * call.out_features + column)
+            _scale_and_shift(_floats(own), _floats(gain), _floats(shift), column_end - column)
+
+
 # Attention of one query per sequence
 #
 # out[t, h] = softmax(softcap(q[t, h] · Kᵀ · scaling)) · V, K and V of the sequence's blocks
@@ -385,6 +426,7 @@ def _attention(pointer: Any) -> None:
 
 
 _LORA = _loop(_lora, _LORA_CALL)
+_AFFINE = _loop(_affine, _AFFINE_CALL)
 _ATTENTION = _loop(_attention, _ATTENTION_CALL)
 
 
@@ -396,6 +438,28 @@ def _run(loop: Any, address: int) -> None:
 # Plans
 
 
+class CompiledAffine:
+    """What `reference.affine` defines, for all runs in one loop."""
+
+    def __init__(self, batch: Batch, weights: SlotWeights) -> None:
+        # Read by address, as long as this plan lives.
+        self._groups = np.ascontiguousarray(batch.slot_runs)
+        self._weights = weights
+        self.modules = weights.affine_modules(self._groups[:, 2])
+        self._call = np.zeros(1, dtype=_AFFINE_CALL)
+        call = self._call[0]
+        call["groups"], call["num_groups"] = self._groups.ctypes.data, len(self._groups)
+        self._record, self._address = call, self._call.ctypes.data
+
+    def apply(self, out: Tensor, *, module: int) -> None:
+        """out: [num_tokens, out_features], contiguous, changed in place."""
+        assert out.is_contiguous()
+        call = self._record
+        call["out"], call["out_features"] = out.data_ptr(), out.shape[1]
+        call["table"] = self._weights.affine_address_of(module)
+        _run(_AFFINE, self._address)
+
+
 class CompiledLora:
     """As `DenseLora`; adapters with few rows share one loop, long runs get GEMMs of their own."""
 
@@ -403,6 +467,7 @@ class CompiledLora:
         runs = batch.slot_runs
         is_long = runs[:, 1] - runs[:, 0] >= MIN_ROWS_OF_GEMM
         self._weights = weights
+        self._affine = CompiledAffine(batch, weights)
         self._long = DenseLora(runs[is_long], weights)
         self._call = np.zeros(1, dtype=_LORA_CALL)
         # Read by address, as long as this plan lives.
@@ -413,8 +478,10 @@ class CompiledLora:
         call["shrunk"], call["max_rank"] = self._shrunk.data_ptr(), self._shrunk.shape[1]
         self._record, self._address = call, self._call.ctypes.data
 
-    def add(self, out: Tensor, x: Tensor, *, module: int) -> None:
-        """As `DenseLora.add`; both are contiguous."""
+    def apply(self, out: Tensor, x: Tensor, *, module: int) -> None:
+        """As `LoraPlan.apply`; both are contiguous."""
+        if module in self._affine.modules:
+            self._affine.apply(out, module=module)
         self._long.add(out, x, module=module)
         if not len(self._groups):
             return

@@ -200,14 +200,30 @@ class DenseLora:
         """`runs`: as `Batch.slot_runs`."""
         self._runs = [(slice(start, end), slot) for start, end, slot in runs.tolist()]
         self._weights = weights
+        self._affine_modules = weights.affine_modules(runs[:, 2])
+
+    def apply(self, out: Tensor, x: Tensor, *, module: int) -> None:
+        """As `LoraPlan.apply`; an adapter may have fewer outputs than `out` has columns."""
+        if module in self._affine_modules:
+            self._scale_and_shift(out, module)
+        self.add(out, x, module=module)
 
     def add(self, out: Tensor, x: Tensor, *, module: int) -> None:
-        """out += lora(x), as `reference.lora`.
-
-        x: [num_tokens, in_features]; out: [num_tokens, out_features], changed in place.
-        """
+        """out += lora(x), as `reference.lora`."""
         for rows, slot in self._runs:
             pair = self._weights.pair(module, slot)
             if pair is not None:
                 lora_A, lora_B = pair
-                out[rows].addmm_(linear(x[rows], lora_A), lora_B)
+                _columns(out[rows], lora_B.shape[1]).addmm_(linear(x[rows], lora_A), lora_B)
+
+    def _scale_and_shift(self, out: Tensor, module: int) -> None:
+        for rows, slot in self._runs:
+            affine = self._weights.affine(module, slot)
+            if affine is not None:
+                gain, shift = affine
+                _columns(out[rows], len(gain)).mul_(gain).add_(shift)
+
+
+def _columns(out: Tensor, num: int) -> Tensor:
+    """The first `num`."""
+    return out if out.shape[1] == num else out[:, :num]

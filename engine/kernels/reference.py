@@ -91,6 +91,20 @@ def lora(x: Tensor, adapters: dict[int, tuple[Tensor, Tensor]], token_slots: Ten
     return out
 
 
+def affine(out: Tensor, adapters: dict[int, tuple[Tensor, Tensor]], token_slots: Tensor) -> Tensor:
+    """gain[slot] * out[t] + shift[slot]; what it is without adapter.
+
+    DoRA's norms and an adapter's own biases: Liu et al., "DoRA" (2024). out: [num_tokens,
+    out_features]. adapters: slot -> (gain, shift), both [out_features]. token_slots: [num_tokens].
+    """
+    rows = out.clone()
+    for row, slot in enumerate(token_slots.tolist()):
+        if slot != NO_ADAPTER and slot in adapters:
+            gain, shift = adapters[slot]
+            rows[row] = (gain.float() * out[row].float() + shift.float()).to(out.dtype)
+    return rows
+
+
 def sampled_token(
     logits: Tensor, params: SamplingParams, *, prompt: list[int], generated: list[int]
 ) -> int:

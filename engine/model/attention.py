@@ -144,11 +144,19 @@ class PagedStep:
 
 
 def forward(
-    model: PreTrainedModel, batch: Batch, *, memory: DeviceMemory, plan: AttentionPlan
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    input_ids: Tensor,
+    memory: DeviceMemory,
+    plan: AttentionPlan,
 ) -> Tensor:
-    """[num_logits, vocab_size] float32: the logits of the batch's `logit_rows`."""
+    """[num_logits, vocab_size] float32: the logits of the batch's `logit_rows`.
+
+    input_ids: [num_tokens], the batch's, but for ids that the model itself does not know.
+    """
     logits: Tensor = model(
-        input_ids=batch.input_ids[None],
+        input_ids=input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
         logits_to_keep=batch.logit_rows,

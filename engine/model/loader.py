@@ -6,7 +6,6 @@ compared with the model's own eager code. Knows models. Knows nothing of request
 
 import hashlib
 import json
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from engine.model import attention
 from engine.model.attention import Recorder
 from engine.model.lora import LoraBank
 from engine.model.memory import DeviceMemory, LayerShape
+from engine.model.targets import Targets, Watch
 from engine.scheduler import ScheduledSequence
 from engine.sequence import Sequence
 
@@ -43,6 +43,8 @@ class LoadedModel:
     bank: LoraBank
     kernels: Kernels
     layers: tuple[LayerShape, ...]
+    # What adapters may change; `base_shape` tells it to others.
+    targets: Targets
     base_shape: BaseShape
     base_digest: str
     max_model_len: int
@@ -77,7 +79,8 @@ def load(config: EngineConfig) -> LoadedModel:
         bank=bank,
         kernels=kernels,
         layers=layers,
-        base_shape=BaseShape(base_model=config.served_name, modules=targets),
+        targets=targets,
+        base_shape=targets.shape(config.served_name),
         base_digest=base_digest,
         max_model_len=max_model_len,
         vocab_size=vocab_size,
@@ -182,36 +185,11 @@ def _check_prompts(vocab_size: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def _run_eager(
-    model: PreTrainedModel, prompts: list[list[int]]
-) -> tuple[dict[str, tuple[int, int]], list[Tensor]]:
-    """The linear layers that LoRA may target, and the last logits of each prompt."""
-    calls: Counter[str] = Counter()
-    untyped: Any = model
-    head = untyped.get_output_embeddings()
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head
-    }
-
-    def count(name: str, x: Tensor) -> None:
-        calls[name] += 1 if x.numel() == x.shape[-1] * len(prompts[0]) else 2
-
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: count(name, args[0]))
-        for name, module in linears.items()
-    ]
-    first = _last_logits(model, prompts[0])
-    for handle in handles:
-        handle.remove()
-    # A module that sees other rows than the batch's own (an expert) can't tell whose they are.
-    targets = {
-        name: (linears[name].in_features, linears[name].out_features)
-        for name in linears
-        if calls[name] == 1
-    }
-    return targets, [first, *(_last_logits(model, prompt) for prompt in prompts[1:])]
+def _run_eager(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[Targets, list[Tensor]]:
+    """What adapters may change, and the last logits of each prompt."""
+    watch = Watch(model)
+    logits = [_last_logits(model, prompt) for prompt in prompts]
+    return watch.end([len(prompt) for prompt in prompts]), logits
 
 
 def _last_logits(model: PreTrainedModel, prompt: list[int]) -> Tensor:
@@ -272,7 +250,7 @@ def _run_paged(
         scheduled = [ScheduledSequence(s, num_tokens, is_sampled=True) for s, num_tokens in rows]
         batch = batches.build(scheduled, block_size=CHECK_BLOCK_SIZE, device=model.device)
         plan = kernels.plan_attention(batch)
-        return attention.forward(model, batch, memory=memory, plan=plan)
+        return attention.forward(model, batch, input_ids=batch.input_ids, memory=memory, plan=plan)
 
     # First all but 2 tokens of the one and all but 1 of the other, then a decode and a chunk.
     first, second = sequences

@@ -37,6 +37,7 @@ class Rows:
         """`logits` shows the vocabulary's size and the device."""
         self._sequences = sequences
         self._positions = positions
+        self._vocab_size = logits.shape[1]
         kinds = _grouped(sequences, logits.shape[1])
         self._groups = [
             _Group(sequences, rows, is_adjusted=is_adjusted, is_drawn=is_drawn, logits=logits)
@@ -49,9 +50,11 @@ class Rows:
         self._nums_top = [sequences[row].sampling.logprobs or 0 for row in self._asking]
         self._asking_index = torch.tensor(self._asking, dtype=torch.int64, device=logits.device)
 
-    def go_on(self, sequences: list[Sequence], positions: Positions) -> bool:
+    def go_on(self, sequences: list[Sequence], positions: Positions, *, vocab_size: int) -> bool:
         """Whether these are the same rows, each one token further than the last time."""
-        return sequences == self._sequences and bool((positions == self._positions).all())
+        is_as_wide = vocab_size == self._vocab_size
+        is_same = is_as_wide and sequences == self._sequences
+        return is_same and bool((positions == self._positions).all())
 
     def sample(self, logits: Tensor) -> list[SampledToken]:
         """One token for each row of `logits` [num_rows, vocab_size] float32."""

@@ -49,7 +49,8 @@ class Sampler:
         positions: Positions = np.fromiter(
             map(len, map(_token_ids, sequences)), dtype=np.int64, count=len(sequences)
         )
-        if self._rows is None or not self._rows.go_on(sequences, positions):
+        vocab_size = logits.shape[1]
+        if self._rows is None or not self._rows.go_on(sequences, positions, vocab_size=vocab_size):
             self._rows = Rows(sequences, positions, logits=logits)
         return self._rows
 

@@ -11,7 +11,7 @@ from engine.batch import Batch, build
 from engine.kernels import reference
 from engine.kernels.choice import DENSE, Kernels, choose
 from engine.kernels.cpu import MIN_ROWS_OF_GEMM, CompiledLora
-from engine.kernels.slot_weights import AdapterLayout, SlotWeights
+from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
 from engine.model.memory import DeviceMemory, LayerShape
 from engine.scheduler import ScheduledSequence
 from engine.sequence import NO_ADAPTER, Sequence
@@ -175,36 +175,50 @@ LONG = MIN_ROWS_OF_GEMM + 3
 Adapters = dict[int, tuple[Tensor, Tensor]]
 
 
-def weights_of(adapters: Adapters, *, num_slots: int = 8) -> SlotWeights:
-    """Module 1 of two is targeted; lora_B is given as [out_features, rank]."""
+def weights_of(
+    adapters: Adapters, *, affine: Adapters | None = None, num_slots: int = 8
+) -> SlotWeights:
+    """Module 1 of two is changed; lora_B is [out_features, rank], gain and shift [out_features]."""
     lora_A, lora_B = next(iter(adapters.values()))
-    features = (lora_A.shape[1], lora_B.shape[0])
-    weights = SlotWeights([(1, 1), features], num_slots=num_slots)
-    for slot, (lora_A, lora_B) in adapters.items():
+    in_features, out_features = lora_A.shape[1], lora_B.shape[0]
+    none = torch.empty(0, in_features), torch.empty(out_features, 0)
+    weights = SlotWeights([(1, 1), (in_features, out_features)], num_slots=num_slots)
+    for slot in {*adapters, *(affine or {})}:
+        lora_A, lora_B = adapters.get(slot, none)
+        gain_and_shift = (affine or {}).get(slot, ())
+        parts = [lora_A.flatten(), lora_B.T.flatten(), *gain_and_shift]
         # Not at the beginning, and with something behind.
-        memory = torch.cat([torch.randn(5), lora_A.flatten(), lora_B.T.flatten(), torch.randn(5)])
+        memory = torch.cat([torch.randn(5), *parts, torch.randn(5)])
+        starts = 5 + np.cumsum([0, *(part.numel() for part in parts)])
         layout = AdapterLayout(
             modules=np.array([1]),
             ranks=np.array([lora_A.shape[0]]),
-            starts_of_A=np.array([5]),
-            starts_of_B=np.array([5 + lora_A.numel()]),
-            num_elements=memory.numel(),
+            out_features=np.array([out_features]),
+            starts_of_A=starts[:1],
+            starts_of_B=starts[1:2],
+            starts_of_gain=starts[2:3] if gain_and_shift else np.array([NOWHERE]),
+            starts_of_shift=starts[3:4] if gain_and_shift else np.array([NOWHERE]),
         )
         weights.put(slot, memory, layout)
     return weights
 
 
 def assert_lora_is_right(
-    kernels: Kernels, adapters: Adapters, slots: list[tuple[int, int]]
+    kernels: Kernels,
+    adapters: Adapters,
+    slots: list[tuple[int, int]],
+    *,
+    affine: Adapters | None = None,
 ) -> None:
     """`slots`: slot and number of rows of each sequence."""
-    in_features, out_features = weights_of(adapters).features[1]
-    weights = weights_of(adapters)
+    weights = weights_of(adapters, affine=affine)
+    in_features, out_features = weights.features[1]
     batch = batch_of([(0, n) for _, n in slots], slots=[slot for slot, _ in slots])
     x, out = torch.randn(batch.num_tokens, in_features), torch.randn(batch.num_tokens, out_features)
     token_slots = torch.tensor([slot for slot, n in slots for _ in range(n)])
-    expected = out + reference.lora(x, adapters, token_slots)
-    kernels.plan_lora(batch, weights).add(out, x, module=1)
+    expected = reference.affine(out, affine or {}, token_slots)
+    expected = expected + reference.lora(x, adapters, token_slots)
+    kernels.plan_lora(batch, weights).apply(out, x, module=1)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -233,6 +247,17 @@ def test_lora(kernels: Kernels, slots: list[tuple[int, int]]) -> None:
     assert_lora_is_right(kernels, random_adapters(RANKS, features=(12, 20)), slots)
 
 
+@every_implementation
+@pytest.mark.parametrize("out_features", [1, 20, 70])
+def test_gains_and_shifts(kernels: Kernels, out_features: int) -> None:
+    """Slot 0 has both, 1 LoRA alone, 6 gains and shifts alone."""
+    torch.manual_seed(0)
+    slots = [(0, 1), (NO_ADAPTER, 1), (6, 1), (1, 1), (6, LONG), (0, LONG), (1, 3), (7, 2)]
+    affine = {slot: (torch.randn(out_features), torch.randn(out_features)) for slot in (0, 6)}
+    adapters = random_adapters({0: 3, 1: 8}, features=(12, out_features))
+    assert_lora_is_right(kernels, adapters, slots, affine=affine)
+
+
 @given(
     ranks=st.lists(st.integers(1, 70), min_size=1, max_size=6),
     rows=st.lists(st.tuples(st.integers(-1, 6), st.integers(1, 40)), min_size=1, max_size=12),
@@ -257,7 +282,7 @@ def test_an_overflow_in_one_row_stays_in_that_row(kernels: Kernels) -> None:
     batch = batch_of([(0, 1), (0, 1), (0, 1)], slots=[0, NO_ADAPTER, 1])
     x = torch.tensor([[1e30] * 4, [1e30] * 4, [0.0] * 4])
     out = torch.zeros(3, 3)
-    kernels.plan_lora(batch, weights_of(adapters)).add(out, x, module=1)
+    kernels.plan_lora(batch, weights_of(adapters)).apply(out, x, module=1)
     assert torch.isfinite(out).all(dim=-1).tolist() == [False, True, True]
 
 

@@ -132,12 +132,31 @@ def test_longrope_is_frozen_by_the_longest_context(max_model_len: int, tmp_path:
     assert beside == alone
 
 
-def test_lora_may_target_every_linear_layer_but_the_head(model: str) -> None:
+def test_adapters_may_change_every_module_in_which_tokens_do_not_meet(model: str) -> None:
     shape = load(EngineConfig(model=model, served_name="base")).base_shape
     assert shape.base_model == "base"
-    assert len(shape.modules) == 2 * 7
+    assert len(shape.modules) == 2 * 7 + 1
     assert shape.modules["model.layers.1.mlp.down_proj"] == (48, 32)
-    assert "lm_head" not in shape.modules
+    assert shape.modules["lm_head"] == (32, 257)
+    assert shape.embeddings == {"model.embed_tokens": (257, 32)}
+    assert len(shape.parameters) == 2 * (7 + 2) + 3
+    assert shape.parameters["model.layers.0.input_layernorm.weight"] == (32,)
+    assert (shape.output_layer, shape.is_tied) == ("lm_head", False)
+
+
+def test_a_gpt2_has_its_own_kind_of_linear_layers_and_ties_its_head(tmp_path: Path) -> None:
+    name = save_random_model(SERVED["gpt2"], tmp_path / "model")
+    shape = load(EngineConfig(model=name, served_name="base")).base_shape
+    assert shape.modules["transformer.h.0.attn.c_attn"] == (32, 96)
+    assert shape.parameters["transformer.h.0.attn.c_attn.weight"] == (32, 96)
+    assert shape.embeddings.keys() == {"transformer.wte", "transformer.wpe"}
+    assert (shape.output_layer, shape.is_tied) == ("lm_head", True)
+
+
+def test_experts_take_no_adapters(tmp_path: Path) -> None:
+    name = save_random_model(SERVED["mixtral"], tmp_path / "model")
+    shape = load(EngineConfig(model=name, served_name="base")).base_shape
+    assert not any("experts" in path for path in (*shape.modules, *shape.parameters))
 
 
 def test_the_digest_tells_models_apart_and_not_their_places(tmp_path: Path, model: str) -> None:

@@ -20,6 +20,7 @@ from litestar.di import Provide
 from litestar.exceptions import HTTPException
 from safetensors.numpy import save
 
+from adapters import text_bundle
 from adapters.store import ArtifactStore
 from adapters.validate import BaseShape
 from engine.protocol import PROTOCOL_VERSION, EngineInfo, ProbeReport
@@ -44,6 +45,7 @@ from gateway.staging import Staging
 from gateway.templates import Templates
 from gateway.text import TextCodecs
 from gateway.uploads import Uploads
+from tests.text_bombs import small_bundle
 
 MAX_UPLOAD_BYTES = 256 * 1024
 PEPPER = b"\x07" * 32
@@ -55,12 +57,14 @@ MODULES = {
     for layer in range(2)
     for name, shape in {"q_proj": (16, 16), "v_proj": (16, 8)}.items()
 }
+BUNDLE = small_bundle()
+BUNDLE_DIGEST = text_bundle.digest(BUNDLE)
 INFO = EngineInfo(
     protocol_version=PROTOCOL_VERSION,
     engine_epoch=1,
     base_model="Tiny-Base",
     base_digest="b" * 64,
-    text_bundle_digest="c" * 64,
+    text_bundle_digest=BUNDLE_DIGEST,
     max_model_len=512,
     vocab_size=1000,
     max_loras=4,
@@ -170,7 +174,9 @@ class Plane:
         )
 
     def stored_files(self) -> list[str]:
-        return _files_below(self.folder / "store")
+        """All but the base model's text bundle."""
+        files = _files_below(self.folder / "store")
+        return [file for file in files if BUNDLE_DIGEST not in file]
 
     def staged_files(self) -> list[str]:
         return _files_below(self.folder / "staging")
@@ -208,6 +214,7 @@ async def admin_plane(
     resumable = ResumableUploads(
         database, registry, store, staging=staging, uploads=uploads, lifetime=lifetime
     )
+    await store.put_bundle(BUNDLE)
     await registry.register_base_model(info, ADDRESS)
     authenticator = Authenticator(database, {1: PEPPER})
     retention = Retention(database, blobs, purge_after=datetime.timedelta(days=30))

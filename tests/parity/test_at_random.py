@@ -22,12 +22,13 @@ from engine.kernels import reference
 from engine.kernels.choice import DENSE, Kernels, choose
 from engine.kernels.slot_weights import SlotWeights
 from engine.protocol import SequenceState, TokenLogprob
-from engine.sequence import NO_ADAPTER, Sequence, StepEvent
+from engine.sequence import NO_ADAPTER
 from tests.engine.conftest import ADAPTERS
 from tests.model_lab import (
     Answer,
     FolderSource,
     Lab,
+    WatchedLab,
     greedy_reference,
     load_with_peft,
     num_ties,
@@ -87,14 +88,18 @@ class DefinedLora:
     batch: Batch
     weights: SlotWeights
 
-    def add(self, out: Tensor, x: Tensor, *, module: int) -> None:
+    def apply(self, out: Tensor, x: Tensor, *, module: int) -> None:
         token_slots = torch.full((self.batch.num_tokens,), NO_ADAPTER)
-        adapters = {}
+        adapters, affine = {}, {}
         for start, end, slot in self.batch.slot_runs.tolist():
             token_slots[start:end] = slot
             pair = self.weights.pair(module, slot)
             if pair is not None:
                 adapters[slot] = (pair[0], pair[1].T)
+            gain_and_shift = self.weights.affine(module, slot)
+            if gain_and_shift is not None:
+                affine[slot] = gain_and_shift
+        out[:] = reference.affine(out, affine, token_slots)
         if adapters:
             out += reference.lora(x, adapters, token_slots)
 
@@ -153,31 +158,6 @@ def draw_job(draw: Random, earlier: list[tuple[Job, Answer]], asked: tuple[str |
 
 
 # What happens
-
-
-class WatchedLab(Lab):
-    """Counts what steps do to the sequences that run."""
-
-    def __init__(self, model: str, source: FolderSource, **settings: Any) -> None:
-        super().__init__(model, source, **settings)
-        self.seen = Counter[str]()
-        self._computed: dict[Sequence, int] = {}
-        self._resident: set[str] = set()
-
-    def step(self) -> list[StepEvent]:
-        events = super().step()
-        before, resident = self._computed, set(self.core.status().resident_adapters)
-        now = {s: s.num_computed_tokens for s in self.core._scheduler._running}
-        ended = {event.key for event in events if event.state.is_final}
-        advanced = {s.adapter_digest for s, count in now.items() if count > before.get(s, 0)}
-        self.seen["mixed"] += len(advanced) > 1
-        self.seen["chunked"] += sum(
-            s.num_uncomputed_tokens > 1 and before.get(s, count) < count for s, count in now.items()
-        )
-        self.seen["preempted"] += sum(s not in now and s.key not in ended for s in before)
-        self.seen["unloaded"] += len(self._resident - resident)
-        self._computed, self._resident = now, resident
-        return events
 
 
 def ask(lab: Lab, draw: Random, asked: tuple[str | None, ...]) -> list[tuple[Job, Answer]]:
