@@ -286,7 +286,7 @@ async def test_memory_stays_constant_however_large_the_file(
         files.append({"name": WEIGHTS, "size_bytes": size, "sha256": digest})
         upload = (await plane.client.post(f"{BASE}/uploads", json={"files": files})).json()["id"]
         await put(plane, upload, "adapter_config.json", config)
-        before_bytes, peaks = resident_bytes(), []
+        peaks: list[int] = []
 
         async def body() -> AsyncIterator[bytes]:
             for _ in range(size // len(chunk)):
@@ -305,7 +305,8 @@ async def test_memory_stays_constant_however_large_the_file(
         answer = await complete(plane, upload)
         assert answer.json()["findings"][0]["code"] == "weights_unreadable"
         peaks.append(resident_bytes())
-    assert max(peaks) - before_bytes < 48 << 20
+    # By the middle every buffer has been there once; 32 MiB and their judgement are to come.
+    assert max(peaks) - peaks[len(peaks) // 2] < 24 << 20
 
 
 def resident_bytes() -> int:
