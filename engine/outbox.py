@@ -67,8 +67,12 @@ class Outbox:
         first = max(number - self.acknowledged, 0)
         return b"".join(packet.data for packet in islice(self._packets, first, None))
 
-    def heartbeat(self) -> bytes:
-        return self._encode(self.last_number, [])
+    def heartbeat(self, position: int) -> bytes:
+        """An empty frame for a reader that has been given all frames up to `position`.
+
+        Under any later number it would stand for a frame that the reader has yet to get.
+        """
+        return self._encode(position, [])
 
     def _encode(self, number: int, events: list[SequenceEvent]) -> bytes:
         body = self._encoder.encode(Frame(number, self._engine_epoch, events))

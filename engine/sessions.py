@@ -109,7 +109,7 @@ class FrameReader:
                 self._position = outbox.last_number
                 yield packets
             elif not await self._session.wait(self._heartbeat_s):
-                yield outbox.heartbeat()
+                yield outbox.heartbeat(self._position)
 
 
 class Sessions:

@@ -167,6 +167,7 @@ async def town(home: Home, database: Database, tmp_path: Path) -> AsyncIterator[
             host="127.0.0.1",
             port=free_port(),
             max_upload_bytes=8 << 20,
+            purge_after_days=30,
         )
         async with database.as_worker() as session:
             _, key = await create_key(

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from adapters.demo.base_model import default_folder
+from adapters.demo.tasks import TASKS
 
 QUESTION = [{"role": "user", "content": "Tell me about the sea."}]
 NUM_STREAMS = 16
@@ -35,11 +36,12 @@ def _make(folder: Path, seed: int) -> Path:
     return folder
 
 
-def upload(server: Any, folder: Path, name: str) -> dict[str, Any]:
-    files = [
-        ("files", (file, (folder / file).read_bytes()))
-        for file in ("adapter_config.json", "adapter_model.safetensors")
-    ]
+def upload(
+    server: Any, folder: Path, name: str, others: dict[str, bytes] | None = None
+) -> dict[str, Any]:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    contents = {file: (folder / file).read_bytes() for file in names} | (others or {})
+    files = [("files", item) for item in contents.items()]
     with server.operator() as operator:
         answer = operator.post(f"/admin/v1/tenants/acme/adapters/{name}/versions", files=files)
     assert answer.is_success, answer.text
@@ -105,3 +107,24 @@ async def read(client: Any, model: str, begun: asyncio.Event) -> str:
         begun.set()
         text += chunk.choices[0].delta.content or "" if chunk.choices else ""
     return text
+
+
+async def test_a_version_that_fails_its_examples_takes_no_alias_unless_it_is_forced(server):
+    asked = (TASKS["sql"].folder / "held_out.jsonl").read_bytes().splitlines()[:4]
+    examples = {"examples.jsonl": b"\n".join(asked)}
+    good = await asyncio.to_thread(upload, server, TASKS["sql"].folder, "judged", examples)
+    bad = await asyncio.to_thread(upload, server, TASKS["pirate"].folder, "judged", examples)
+    assert good["example_results"]["this"] == {"passed": 4, "total": 4}
+    assert good["example_results"]["base"] == {"passed": 0, "total": 4}
+    assert good["example_results"]["current"] is None
+    assert bad["example_results"]["this"] == {"passed": 0, "total": 4}
+    assert bad["example_results"]["current"] == {"passed": 4, "total": 4}
+    path = "/admin/v1/tenants/acme/adapters/judged/aliases/prod"
+    with server.operator() as operator:
+        assert operator.put(path, json={"version": 1}).is_success
+        move = {"version": 2, "expected_version": 1}
+        refused = operator.put(path, json=move)
+        forced = operator.put(path, json={**move, "force": True})
+    assert refused.status_code == 409
+    assert refused.json()["param"] == "force"
+    assert forced.json()["version"] == 2
