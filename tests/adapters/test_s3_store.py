@@ -46,23 +46,19 @@ def store(endpoint: str, bucket: str) -> ArtifactStore:
     return ArtifactStore(f"s3://{bucket}/some/folder?endpoint={endpoint}")
 
 
-async def put(store: ArtifactStore, adapter: Saved) -> str:
-    manifest = adapter.read()
-    await store.put_adapter(
-        manifest.weights_digest, manifest.canonical_config(), adapter.weights_path
-    )
-    return manifest.weights_digest
-
-
 async def test_an_adapter_is_put_listed_fetched_and_deleted(
     store: ArtifactStore, save_adapter: Callable[..., Saved], tmp_path: Path
 ) -> None:
     adapter = save_adapter()
-    digest = await put(store, adapter)
+    digest = await adapter.put(store)
     assert await store.has_adapter(digest)
     [stored] = await store.adapters()
     assert stored.name == digest
-    assert stored.files == {"adapter_config.json", "adapter_model.safetensors"}
+    assert stored.files == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.safetensors.sha256",
+    }
     store.fetch_adapter(digest, tmp_path)
     fetched = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert fetched == adapter.weights_path.read_bytes()
@@ -80,7 +76,9 @@ async def test_a_large_file_goes_in_parts_and_comes_back_the_same(
     adapter = save_adapter()
     config = adapter.read().canonical_config()
     adapter.weights_path.write_bytes(random.Random(1).randbytes(12 << 20))
-    await store.put_adapter("0" * 64, config, adapter.weights_path)
+    await store.put_adapter(
+        "0" * 64, config, adapter.weights_path, weights_sha256=adapter.weights_sha256
+    )
     store.fetch_adapter("0" * 64, tmp_path)
     fetched = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert fetched == adapter.weights_path.read_bytes()
@@ -112,7 +110,7 @@ async def test_a_bucket_that_is_not_there_is_named(
     endpoint: str, bucket: str, save_adapter: Callable[..., Saved]
 ) -> None:
     wrong = ArtifactStore(f"s3://no-{bucket}?endpoint={endpoint}")
-    for attempt in (put(wrong, save_adapter()), wrong.adapters(), wrong.get_bundle("0" * 64)):
+    for attempt in (save_adapter().put(wrong), wrong.adapters(), wrong.get_bundle("0" * 64)):
         with pytest.raises(StoreUnavailable, match=f"'s3://no-{bucket}'.*no such bucket"):
             await attempt
 
