@@ -168,12 +168,11 @@ class Blobs:
         self, weights_digest: str, text_bundle_digest: str | None, sha256s: Iterable[str]
     ) -> bool:
         """All that one upload brought; return whether all of it is gone."""
-        is_gone = await self.discard_adapter(weights_digest)
+        gone = [await self.discard_file(sha256) for sha256 in sorted(set(sha256s))]
         if text_bundle_digest is not None:
-            is_gone = await self.discard_bundle(text_bundle_digest) and is_gone
-        for sha256 in sorted(set(sha256s)):
-            is_gone = await self.discard_file(sha256) and is_gone
-        return is_gone
+            gone.append(await self.discard_bundle(text_bundle_digest))
+        gone.append(await self.discard_adapter(weights_digest))
+        return all(gone)
 
     async def _put_weights(self, upload: UploadBytes) -> None:
         async with self._puts, self._database.as_worker() as session:

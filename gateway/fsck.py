@@ -123,7 +123,9 @@ class Fsck:
         if is_deep:
             problems += [p async for p in self._damaged(versions, stored)]
             problems += [p async for p in self._damaged_files(files, named_files)]
-        problems += [p async for p in self._missing_files(versions, files)]
+        lost = {problem.subject for problem in problems}
+        served = [v for v in versions if v.name not in lost and v.weights_digest not in lost]
+        problems += [p async for p in self._missing_files(served, files)]
         problems += [p async for p in self._orphans(stored, named, kind="adapter")]
         problems += [p async for p in self._orphans(files, named_files, kind="file")]
         problems += [p async for p in self._orphans(bundles, named_bundles, kind="bundle")]

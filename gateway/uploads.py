@@ -241,8 +241,8 @@ class Uploads:
             artifact.manifest.canonical_config(),
             artifact.files,
         )
-        await self._promote(artifact, upload)
         try:
+            await self._promote(artifact, upload)
             published = await self._registry.create_version(
                 destination,
                 artifact.contents,
