@@ -106,9 +106,8 @@ class Blobs:
         for name, file in upload.files.items():
             if name != WEIGHTS_FILE and file.sha256 not in had:
                 await self._store.put_file(file.sha256, file.path)
-        digest = upload.weights_digest
-        weights = [row.source_files.get(WEIGHTS_FILE) for row in rows if row[0] == digest]
-        if upload.weights.sha256 not in weights:
+        weights = {(row.weights_digest, row.source_files.get(WEIGHTS_FILE)) for row in rows}
+        if (upload.weights_digest, upload.weights.sha256) not in weights:
             await self._put_weights(upload)
 
     async def complete(self, upload: UploadBytes, *, is_source: bool) -> None:

@@ -16,8 +16,8 @@ from gateway.aliases import ExampleResults, Score
 from gateway.errors import NotFound
 from gateway.registry import Registry
 
-# Where values begin: longer names of files push theirs to the right.
-LABEL_WIDTH = 22
+# Of the longest label of ours, and of the longest name of a file.
+LABEL_WIDTH = 25
 
 STYLE = """
 body { font: 11pt/1.4 Georgia, serif; max-width: 46em; margin: 3em auto; color: #111 }

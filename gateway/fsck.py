@@ -187,8 +187,10 @@ class Fsck:
     async def _missing_files(
         self, versions: list[_Version], files: list[Stored]
     ) -> AsyncIterator[Problem]:
-        """Versions that are served, and whose files cannot be had back. Nobody but their owner can
-        repair that, by uploading the same again."""
+        """Versions that are served, and whose files cannot be had back.
+
+        Only another upload of the same contents can repair that.
+        """
         there = {each.name for each in files}
         for version in versions:
             for name, sha256 in version.source_files.items():

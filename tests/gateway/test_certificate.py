@@ -1,8 +1,9 @@
-"""Facts about certificates: what they say, the same each time, on a page that needs nothing else."""
+"""Facts about certificates: what they say, always alike, on a page that needs nothing else."""
 
 import datetime
 import re
 from collections.abc import AsyncIterator
+from html import escape
 from pathlib import Path
 
 import msgspec
@@ -61,44 +62,44 @@ Certificate of acme-sql@3
 Passed: it changes the base model's answers, and every module by what it should.
 
 What it is
-  tenant                    acme
-  adapter                   sql
-  version                   3
-  base model                Tiny-Base
-  uploaded                  2026-01-31 12:05:09 UTC
-  size of the weights       1,234,567 bytes
+  tenant                     acme
+  adapter                    sql
+  version                    3
+  base model                 Tiny-Base
+  uploaded                   2026-01-31 12:05:09 UTC
+  size of the weights        1,234,567 bytes
 
 Digests (SHA-256)
-  version                   {"d" * 64}
-  weights                   {"c" * 64}
-  tokenizer and template    the base model's
-  base model                {"b" * 64}
-  values as prepared        {"a" * 64}
+  version                    {"d" * 64}
+  weights                    {"c" * 64}
+  tokenizer and template     the base model's
+  base model                 {"b" * 64}
+  values as prepared         {"a" * 64}
 
 Files as uploaded (SHA-256)
-  adapter_config.json       {"e" * 64}
+  adapter_config.json        {"e" * 64}
   adapter_model.safetensors  {"f" * 64}
 
 What it changes
-  modules                   60
-    by dora                 30
-    by lora                 60
-  parameters                460,800
-  ranks                     8 to 16
-  |W' - W| / |W|, largest   1.230e-02
-  |W' - W| / |W|, median    4.000e-03
+  modules                    60
+    by dora                  30
+    by lora                  60
+  parameters                 460,800
+  ranks                      8 to 16
+  |W' - W| / |W|, largest    1.230e-02
+  |W' - W| / |W|, median     4.000e-03
 
 What the probe measured
-  largest relative error    1.000e-07
-    at most allowed         1.000e-04
-  logits moved by           5.000e-01
-    by noise alone          1.000e-05
+  largest relative error     1.000e-07
+    at most allowed          1.000e-04
+  logits moved by            5.000e-01
+    by noise alone           1.000e-05
 
 Its examples, answered as expected
-  base model alone          0 of 4
-  version 2, until then     2 of 4
-  this version              3 of 4
-    not numbers             4
+  base model alone           0 of 4
+  version 2, until then      2 of 4
+  this version               3 of 4
+    not numbers              4
 """
 REFUSED = msgspec.structs.replace(
     PASSED,
@@ -129,9 +130,9 @@ def test_a_refused_version_has_its_reasons_on_the_page() -> None:
 
 def test_the_page_for_browsers_says_the_same_and_loads_nothing() -> None:
     page = to_html(PASSED)
-    for line in PAGE.splitlines():
-        label, _, value = line.strip().partition("  ")
-        assert not value or f"<th>{label}</th>" in page.replace("<th>  ", "<th>")
+    for line in PAGE.replace("=" * 25, "").splitlines():
+        for word in re.split(" {2,}", line.strip()):
+            assert escape(word) in page
     assert re.search(r"src=|href=|url\(|@import|<script", page) is None
 
 

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import msgspec
-from litestar import Request, Response, get
+from litestar import MediaType, Request, Response, get
 from litestar.di import NamedDependency
 from litestar.openapi import ResponseSpec
 from litestar.params import FromPath, FromQuery
@@ -114,10 +114,10 @@ async def get_certificate(
         case "json":
             return Response(certificate)
         case "text":
-            return Response(to_text(certificate), media_type="text/plain; charset=utf-8")
+            return Response(to_text(certificate), media_type=MediaType.TEXT)
         case "html":
             return Response(
                 to_html(certificate),
-                media_type="text/html; charset=utf-8",
+                media_type=MediaType.HTML,
                 headers={"content-security-policy": PAGE_POLICY},
             )
