@@ -84,6 +84,29 @@ async def test_a_large_file_goes_in_parts_and_comes_back_the_same(
     assert fetched == adapter.weights_path.read_bytes()
 
 
+async def test_files_as_they_were_uploaded_come_and_go(
+    store: ArtifactStore, save_adapter: Callable[..., Saved], tmp_path: Path
+) -> None:
+    adapter = save_adapter()
+    digest, sha256 = await adapter.put(store), adapter.weights_sha256
+    assert await store.files() == []
+    beside = await store.find_file(sha256, beside=digest)
+    assert beside is not None
+    whole = b"".join([chunk async for chunk in store.stream_file(beside)])
+    assert whole == adapter.weights_path.read_bytes()
+    (tmp_path / "empty").write_bytes(b"")
+    for name, path in (("1" * 64, adapter.config_path), ("2" * 64, tmp_path / "empty")):
+        await store.put_file(name, path)
+        found = await store.find_file(name)
+        assert found is not None
+        part = b"".join([chunk async for chunk in store.stream_file(found, begin=2)])
+        assert part == path.read_bytes()[2:]
+    assert [each.name for each in await store.files()] == ["1" * 64, "2" * 64]
+    for name in ("1" * 64, "1" * 64, "2" * 64):
+        await store.delete_file(name)
+    assert await store.files() == []
+
+
 async def test_pieces_of_uploads_come_and_go(store: ArtifactStore) -> None:
     upload, other = uuid.uuid4(), uuid.uuid4()
     for part in ("a.0", "a.1"):

@@ -68,6 +68,23 @@ async def test_an_adapter_whose_weights_alone_arrived_is_not_there(
         store.fetch_adapter(digest, tmp_path)
 
 
+async def test_weights_beside_an_adapter_are_found_by_their_own_hash_alone(
+    store: ArtifactStore, save_adapter: Callable[..., Saved], tmp_path: Path
+) -> None:
+    adapter = save_adapter()
+    digest, sha256 = await adapter.put(store), adapter.weights_sha256
+    assert await store.find_file(sha256, beside=digest) is not None
+    assert await store.find_file(sha256) is None
+    assert await store.find_file(NOWHERE, beside=digest) is None
+    other = tmp_path / "other"
+    other.write_bytes(b"spelled in another way")
+    await store.put_file(NOWHERE, other)
+    found = await store.find_file(NOWHERE, beside=digest)
+    assert found is not None
+    assert [chunk async for chunk in store.stream_file(found)] == [other.read_bytes()]
+    assert [chunk async for chunk in store.stream_file(found, begin=3, end=7)] == [b"lled"]
+
+
 async def test_a_deleted_adapter_is_gone_and_deleting_twice_is_no_error(
     store: ArtifactStore, save_adapter: Callable[..., Saved]
 ) -> None:

@@ -71,7 +71,9 @@ class Town:
 
     def next_files(self) -> dict[str, bytes]:
         self.seeds += 1
-        return adapter_files(seed=self.seeds, rank=8, modules=MODULES, target_modules=["q_proj"])
+        return adapter_files(
+            seed=self.seeds, rank=8, modules=MODULES, target_modules=["q_proj"], lora_alpha=2
+        )
 
     def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
@@ -167,6 +169,7 @@ async def town(home: Home, database: Database, tmp_path: Path) -> AsyncIterator[
             host="127.0.0.1",
             port=free_port(),
             max_upload_bytes=8 << 20,
+            purge_after_days=30,
         )
         async with database.as_worker() as session:
             _, key = await create_key(
