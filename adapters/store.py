@@ -1,11 +1,15 @@
 """Keep adapters and text bundles under their digests, on disk or in an object store.
 
     adapters/<aa>/<digest>/adapter_model.safetensors
+    adapters/<aa>/<digest>/adapter_model.safetensors.sha256   whose upload's bytes these are
     adapters/<aa>/<digest>/adapter_config.json         written last: where it is, all is
+    files/<aa>/<sha256>                                files as they were uploaded
     text-bundles/<aa>/<digest>/text_bundle.msgpack
     uploads/<upload>/<part>                            pieces of uploads that are not whole yet
 
-Knows nothing of names or owners: what is stored is never changed, only removed.
+Weights that two uploads spell differently have one digest: the first upload's file lies beside the
+adapter, every other's is a file of its own. Knows nothing of names or owners: what is stored is
+never changed, only removed.
 """
 
 import datetime
@@ -34,7 +38,10 @@ from adapters.text_bundle import TextBundle
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _BUNDLE_FILE = "text_bundle.msgpack"
-_ADAPTERS, _BUNDLES, _UPLOADS = "adapters", "text-bundles", "uploads"
+_SHA256_FILE = f"{WEIGHTS_FILE}.sha256"
+_ADAPTERS, _BUNDLES, _UPLOADS, _FILES = "adapters", "text-bundles", "uploads", "files"
+# What reading a file holds in memory at a time.
+_CHUNK_BYTES = 1 << 20
 # A store that is away is told to the caller, who can come again; its own default is three minutes.
 _RETRIES = {"max_retries": 4, "retry_timeout": datetime.timedelta(seconds=20)}
 _NO_BUCKET = "NoSuchBucket"
@@ -44,14 +51,23 @@ _UNFINISHED = re.compile(r".+#\d+")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """All files under one digest, or all pieces of one upload."""
+    """All that is under one digest, or all pieces of one upload."""
 
-    # The digest, or the upload's id.
+    # The digest, of one file its SHA-256, or the upload's id.
     name: str
     files: frozenset[str]
     size_bytes: int
     # Of the youngest file, by the store's clock.
     modified_at: datetime.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file as it was uploaded, where it lies."""
+
+    # In the store.
+    path: str
+    size_bytes: int
 
 
 class ArtifactStore:
@@ -69,25 +85,24 @@ class ArtifactStore:
         self._folder = _local_folder(url)
         self._store = _open(url)
 
-    async def put_adapter(self, digest: str, config_bytes: bytes, weights_path: Path) -> None:
+    async def put_adapter(
+        self, digest: str, config_bytes: bytes, weights_path: Path, *, weights_sha256: str
+    ) -> None:
         """Store an adapter whole or not at all; one that is there already stays as it is.
 
         `config_bytes` is `Manifest.canonical_config()`, and nothing else: engines check the digest
-        against it, and match no pattern that a stranger wrote.
+        against it, and match no pattern that a stranger wrote. `weights_sha256` is that of the
+        file. Two that put different files of one digest at once would mix them: they take turns.
         """
         if not is_canonical(config_bytes):
             raise AdapterError("Only Manifest.canonical_config() is stored as a configuration.")
         folder = _folder(_ADAPTERS, digest)
         if await self.has_adapter(digest):
             return
+        await self._put_path(f"{folder}/{WEIGHTS_FILE}", weights_path)
         with self._writing():
-            await obstore.put_async(
-                self._store,
-                f"{folder}/{WEIGHTS_FILE}",
-                weights_path,
-                # Parts of 5 MiB under way; by default 12 are, and stay in memory as long.
-                max_concurrency=2,
-            )
+            sha256 = weights_sha256.encode()
+            await obstore.put_async(self._store, f"{folder}/{_SHA256_FILE}", sha256)
             await obstore.put_async(self._store, f"{folder}/{CONFIG_FILE}", config_bytes)
 
     async def has_adapter(self, digest: str) -> bool:
@@ -105,8 +120,22 @@ class ArtifactStore:
         """Remove an adapter; one that is not there is not an error."""
         folder = _folder(_ADAPTERS, digest)
         # The configuration first: where it is, all is.
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, _SHA256_FILE):
             await self._delete(f"{folder}/{name}")
+
+    async def weights_sha256(self, digest: str) -> str | None:
+        """The SHA-256 of the weights file beside a whole adapter.
+
+        None where there is none, or it was stored before that was written down.
+        """
+        path = f"{_folder(_ADAPTERS, digest)}/{_SHA256_FILE}"
+        try:
+            with self._reading(digest):
+                result = await obstore.get_async(self._store, path)
+                sha256 = bytes(await result.bytes_async()).decode("ascii", "replace")
+        except ArtifactMissing:
+            return None
+        return sha256 if await self.has_adapter(digest) else None
 
     def fetch_adapter(self, digest: str, into: Path) -> None:
         """Write an adapter's two files into an existing folder. Blocks.
@@ -118,6 +147,41 @@ class ArtifactStore:
             with self._reading(digest), (into / name).open("wb") as file:
                 for chunk in obstore.get(self._store, f"{folder}/{name}").stream():
                     file.write(chunk)
+
+    async def put_file(self, sha256: str, path: Path) -> None:
+        """Store a file under its SHA-256."""
+        await self._put_path(_file(sha256), path)
+
+    async def find_file(self, sha256: str, *, beside: str | None = None) -> FoundFile | None:
+        """Where the file with this SHA-256 lies; None where it is not stored.
+
+        `beside` is the digest of the adapter whose weights it is. Then both places are looked at,
+        whichever has it: how long that takes says nothing of who else has the same weights.
+        """
+        own = await self._found(_file(sha256))
+        if beside is None:
+            return own
+        shared = await self._found(f"{_folder(_ADAPTERS, beside)}/{WEIGHTS_FILE}")
+        is_ours = await self.weights_sha256(beside) == sha256
+        return own or (shared if is_ours else None)
+
+    async def stream_file(
+        self, file: FoundFile, *, begin: int = 0, end: int | None = None
+    ) -> AsyncIterator[bytes]:
+        """Yield the bytes of a file from `begin` up to `end`. Raises ArtifactMissing."""
+        end = file.size_bytes if end is None else end
+        if begin >= end:
+            return
+        with self._reading(file.path):
+            result = await obstore.get_async(
+                self._store, file.path, options={"range": (begin, end)}
+            )
+            async for chunk in result.stream(min_chunk_size=_CHUNK_BYTES):
+                yield bytes(chunk)
+
+    async def delete_file(self, sha256: str) -> None:
+        """Remove a file; one that is not there is not an error."""
+        await self._delete(_file(sha256))
 
     async def put_bundle(self, bundle: TextBundle) -> str:
         """Store a text bundle and return its digest."""
@@ -176,6 +240,10 @@ class ArtifactStore:
         """Everything that is stored as a text bundle, by digest."""
         return await self._list(_BUNDLES)
 
+    async def files(self) -> list[Stored]:
+        """Every file that is stored as it was uploaded, by SHA-256; not those beside adapters."""
+        return await self._list(_FILES, depth=-1)
+
     async def uploads(self) -> list[Stored]:
         """What is stored of uploads that are not whole yet, by id."""
         return await self._list(_UPLOADS)
@@ -190,12 +258,26 @@ class ArtifactStore:
             if path.is_file() and _UNFINISHED.fullmatch(path.name)
         )
 
-    async def _list(self, kind: str) -> list[Stored]:
+    async def _put_path(self, to: str, path: Path) -> None:
+        with self._writing():
+            # Parts of 5 MiB under way; by default 12 are, and stay in memory as long.
+            await obstore.put_async(self._store, to, path, max_concurrency=2)
+
+    async def _found(self, path: str) -> FoundFile | None:
+        try:
+            with self._reading(path):
+                meta = await obstore.head_async(self._store, path)
+        except ArtifactMissing:
+            return None
+        return FoundFile(path, meta["size"])
+
+    async def _list(self, kind: str, *, depth: int = -2) -> list[Stored]:
+        """`depth`: which part of a path is the name that its files have in common."""
         found: dict[str, list[Any]] = {}
         with self._writing():
             async for metas in obstore.list(self._store, kind, chunk_size=1000):
                 for meta in metas:
-                    found.setdefault(meta["path"].split("/")[-2], []).append(meta)
+                    found.setdefault(meta["path"].split("/")[depth], []).append(meta)
         return [
             Stored(
                 name=name,
@@ -264,6 +346,10 @@ def _is_plain_http(options: dict[str, str]) -> bool:
 
 def _local_folder(url: str) -> Path | None:
     return Path(unquote(urlsplit(url).path)) if url.startswith("file:") else None
+
+
+def _file(sha256: str) -> str:
+    return _folder(_FILES, sha256)
 
 
 def _folder(kind: str, digest: str) -> str:

@@ -51,6 +51,7 @@ from gateway.retention import Retention
 from gateway.routing import Replica, Router
 from gateway.runtime_loras import RuntimeLoras
 from gateway.settings import Settings
+from gateway.source_files import SourceFiles
 from gateway.staging import Staging
 from gateway.tables import new_id
 from gateway.templates import Templates
@@ -76,6 +77,7 @@ class Parts:
     aliases: Aliases
     grants: Grants
     retention: Retention
+    source_files: SourceFiles
     uploads: Uploads
     resumable_uploads: ResumableUploads
     templates: Templates
@@ -135,6 +137,7 @@ def build(settings: Settings) -> Parts:
         aliases=Aliases(database),
         grants=Grants(database),
         retention=retention,
+        source_files=SourceFiles(registry, store, blobs),
         resumable_uploads=ResumableUploads(
             database, registry, store, staging=staging, uploads=uploads
         ),
@@ -265,7 +268,8 @@ def create_app(settings: Settings) -> Litestar:
 # What handlers may ask for by the name of a parameter.
 _HANDED_OUT = (
     *("aliases", "authenticator", "database", "grants", "inference", "ledger", "registry"),
-    *("residency", "resumable_uploads", "retention", "router", "runtime_loras", "uploads"),
+    *("residency", "resumable_uploads", "retention", "router", "runtime_loras", "source_files"),
+    "uploads",
 )
 
 

@@ -12,6 +12,7 @@
     ├── Conflict                  409
     │   └── OffsetMismatch        409
     ├── BodyTooLarge              413
+    ├── RangeNotSatisfiable       416
     ├── RejectedUpload            422
     ├── LimitReached              429
     │   ├── BudgetSpent           429
@@ -122,6 +123,16 @@ class BodyTooLarge(GatewayError):
     """The body is larger than this route takes."""
 
     status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class RangeNotSatisfiable(GatewayError):
+    """The file has no such bytes."""
+
+    status, type, code = 416, "invalid_request_error", "range_not_satisfiable"
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(f"The file has {size_bytes} bytes, and none in this range.", param="Range")
+        self.headers = {"content-range": f"bytes */{size_bytes}"}
 
 
 class RejectedUpload(GatewayError):

@@ -7,6 +7,7 @@ whose bytes are gone is marked, and answers 503 by name until its adapter is upl
 
 import asyncio
 import datetime
+import hashlib
 import tempfile
 import uuid
 from collections import Counter
@@ -19,7 +20,7 @@ from sqlalchemy import text
 from adapters.cache import verify
 from adapters.errors import ArtifactMissing, DigestMismatch, InvalidAdapter
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
-from adapters.store import ArtifactStore, Stored
+from adapters.store import ArtifactStore, FoundFile, Stored
 from gateway import audit
 from gateway.blobs import Blobs, lock_bytes
 from gateway.database import Database
@@ -27,9 +28,9 @@ from gateway.resumable import expired_uploads, remove_upload
 
 NAMED = text("""
     SELECT v.id, v.tenant_id, a.public_name || '@' || v.number AS name, v.state,
-           v.weights_digest, v.text_bundle_digest
+           v.weights_digest, v.text_bundle_digest, coalesce(v.source_files, '{}') AS source_files
     FROM adapter_versions v JOIN adapters a ON a.id = v.adapter_id
-    WHERE v.state <> 'rejected'
+    WHERE v.state <> 'rejected' AND v.purged_at IS NULL
     ORDER BY name
 """)
 BASE_BUNDLES = text("SELECT name, text_bundle_digest FROM base_models ORDER BY name")
@@ -86,6 +87,8 @@ class _Version:
     state: str
     weights_digest: str
     text_bundle_digest: str | None
+    # file name -> SHA-256
+    source_files: dict[str, str]
 
 
 class Fsck:
@@ -105,6 +108,7 @@ class Fsck:
         self._must_repair = must_repair
         # The store first: what is uploaded meanwhile has rows that are looked at twice.
         stored, bundles = await self._store.adapters(), await self._store.bundles()
+        files = await self._store.files()
         async with self._database.as_worker() as session:
             versions = [_Version(**row) for row in (await session.execute(NAMED)).mappings()]
             bases = (await session.execute(BASE_BUNDLES)).all()
@@ -112,12 +116,18 @@ class Fsck:
             version.text_bundle_digest for version in versions
         }
         named = {version.weights_digest for version in versions}
+        named_files = {sha256 for each in versions for sha256 in each.source_files.values()}
         report = Report(len(stored), len(versions))
         problems = report.problems
         problems += [p async for p in self._missing(versions, stored, bundles)]
         if is_deep:
             problems += [p async for p in self._damaged(versions, stored)]
+            problems += [p async for p in self._damaged_files(files, named_files)]
+        lost = {problem.subject for problem in problems}
+        served = [v for v in versions if v.name not in lost and v.weights_digest not in lost]
+        problems += [p async for p in self._missing_files(served, files)]
         problems += [p async for p in self._orphans(stored, named, kind="adapter")]
+        problems += [p async for p in self._orphans(files, named_files, kind="file")]
         problems += [p async for p in self._orphans(bundles, named_bundles, kind="bundle")]
         problems += [p async for p in self._stale_uploads()]
         problems += await asyncio.to_thread(self._unfinished)
@@ -149,7 +159,8 @@ class Fsck:
         """Read each needed adapter whole, one at a time, through a folder that is then gone."""
         whole = {each.name for each in stored if each.files >= {CONFIG_FILE, WEIGHTS_FILE}}
         for digest in sorted({version.weights_digest for version in versions} & whole):
-            reason = await asyncio.to_thread(self._damage, digest)
+            sha256 = await self._store.weights_sha256(digest)
+            reason = await asyncio.to_thread(self._damage, digest, sha256)
             if reason is None:
                 continue
             problem = Problem("damaged", digest, reason)
@@ -159,7 +170,7 @@ class Fsck:
                 await self._store.delete_adapter(digest)
             yield await self._mark_missing(problem, hit)
 
-    def _damage(self, digest: str) -> str | None:
+    def _damage(self, digest: str, sha256: str | None) -> str | None:
         with tempfile.TemporaryDirectory(prefix="manylora-fsck-") as folder:
             try:
                 self._store.fetch_adapter(digest, Path(folder))
@@ -168,7 +179,43 @@ class Fsck:
                 return str(error)
             except ArtifactMissing:
                 return "was there a moment ago, and is not whole now"
+            with (Path(folder) / WEIGHTS_FILE).open("rb") as file:
+                if sha256 not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
+                    return f"its {WEIGHTS_FILE} is not the one that was uploaded"
         return None
+
+    async def _missing_files(
+        self, versions: list[_Version], files: list[Stored]
+    ) -> AsyncIterator[Problem]:
+        """Versions that are served, and whose files cannot be had back.
+
+        Only another upload of the same contents can repair that.
+        """
+        there = {each.name for each in files}
+        for version in versions:
+            for name, sha256 in version.source_files.items():
+                if version.state == "missing" or sha256 in there:
+                    continue
+                if await self._blobs.find_file(name, sha256, version.weights_digest) is None:
+                    message = f"{name} is not in the store; upload the same adapter again"
+                    yield Problem("missing_file", version.name, message)
+
+    async def _damaged_files(self, files: list[Stored], named: set[str]) -> AsyncIterator[Problem]:
+        for sha256 in sorted({each.name for each in files} & named):
+            found = await self._store.find_file(sha256)
+            if found is None or await self._is_as_uploaded(found, sha256):
+                continue
+            if self._must_repair:
+                # Gone, so that the next upload of the same file brings it again.
+                await self._store.delete_file(sha256)
+            message = "has another SHA-256 now"
+            yield Problem("damaged_file", sha256, message, is_repaired=self._must_repair)
+
+    async def _is_as_uploaded(self, found: FoundFile, sha256: str) -> bool:
+        checksum = hashlib.sha256()
+        async for chunk in self._store.stream_file(found):
+            await asyncio.to_thread(checksum.update, chunk)
+        return checksum.hexdigest() == sha256
 
     async def _mark_missing(self, problem: Problem, versions: list[_Version]) -> Problem:
         """A problem that is known and marked already is told, and counts as dealt with."""
@@ -194,7 +241,11 @@ class Fsck:
     async def _orphans(
         self, stored: list[Stored], named: set[str] | set[str | None], *, kind: str
     ) -> AsyncIterator[Problem]:
-        discard = self._blobs.discard_adapter if kind == "adapter" else self._blobs.discard_bundle
+        discard = {
+            "adapter": self._blobs.discard_adapter,
+            "bundle": self._blobs.discard_bundle,
+            "file": self._blobs.discard_file,
+        }[kind]
         for each in stored:
             if each.name in named or not self._is_old(each.modified_at):
                 continue

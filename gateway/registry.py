@@ -8,7 +8,7 @@ HTTP, or of how an adapter is judged.
 import datetime
 import hashlib
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -179,6 +179,8 @@ class Contents:
     rank: int
     num_modules: int
     size_bytes: int
+    # Of each file that was uploaded: name -> SHA-256.
+    source_files: dict[str, str] = field(default_factory=dict)
 
     @property
     def version_digest(self) -> str:
@@ -189,7 +191,8 @@ class Contents:
     @property
     def digests(self) -> list[str]:
         """What is in the store, always in one order."""
-        return sorted({self.weights_digest, self.text_bundle_digest or self.weights_digest})
+        bundle = self.text_bundle_digest or self.weights_digest
+        return sorted({self.weights_digest, bundle, *self.source_files.values()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,10 +395,33 @@ class Registry:
             )
         return version
 
-    async def base_bundle_digest(self, base_model_id: uuid.UUID) -> str:
-        """Return the digest of the text bundle that a base model speaks through."""
+    async def replace_source_files(
+        self, version_id: uuid.UUID, files: dict[str, str], *, actor_key_id: uuid.UUID
+    ) -> AdapterVersion:
+        """Name the files of another upload of the same contents as those of a version.
+
+        For versions whose own were lost, or never kept. `files`: name -> SHA-256.
+        """
         async with self._database.as_worker() as session:
-            return (await session.get_one(BaseModel, base_model_id)).text_bundle_digest
+            for sha256 in sorted(set(files.values())):
+                await lock_bytes(session, sha256)
+            version = await session.get_one(AdapterVersion, version_id)
+            adapter = await session.get_one(Adapter, version.adapter_id, with_for_update=True)
+            version.source_files = files
+            await audit.record(
+                session,
+                tenant_id=version.tenant_id,
+                actor_key_id=actor_key_id,
+                action="adapter.version.source_files",
+                subject=f"{adapter.public_name}@{version.number}",
+                details={"source_files": files},
+            )
+        return version
+
+    async def base_model(self, base_model_id: uuid.UUID) -> BaseModel:
+        """Return a base model that versions name."""
+        async with self._database.as_worker() as session:
+            return await session.get_one(BaseModel, base_model_id)
 
     async def current_version(self, version: AdapterVersion) -> AdapterVersion | None:
         """Return what calls of the adapter get now, another than `version`; None for nothing."""
@@ -754,6 +780,7 @@ async def _insert_version(
         rank=contents.rank,
         num_modules=contents.num_modules,
         size_bytes=contents.size_bytes,
+        source_files=contents.source_files,
         findings=[],
         certificate=None,
     )

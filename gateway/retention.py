@@ -7,9 +7,9 @@ are never used again, and a usage event's digest can still be explained.
 
 Bytes in the store lie under their digest alone, because engines know no tenants; they are shared by
 all who uploaded the same. So they are erased when *no* tenant's version that is not purged refers
-to them. That somebody else has the same bytes must not show: every tenant's first upload of a
-digest writes it, whoever has it already, and purging answers alike whether bytes were erased or
-kept. Only within one tenant are they written once.
+to them. So are files as they were uploaded, under their SHA-256; which of several spellings of the
+same weights lies beside the adapter is nobody's concern, and stays with the last of them. That
+somebody else has the same must not show: purging answers alike whether bytes were erased or kept.
 """
 
 import asyncio
@@ -179,13 +179,12 @@ class Retention:
                 )
 
     async def _erase(self, version: AdapterVersion) -> None:
-        is_gone = await self._blobs.discard_adapter(version.weights_digest)
-        if version.text_bundle_digest is not None:
-            is_gone = await self._blobs.discard_bundle(version.text_bundle_digest) and is_gone
-        if is_gone:
+        files = (version.source_files or {}).values()
+        if await self._blobs.discard(version.weights_digest, version.text_bundle_digest, files):
             async with self._database.as_worker() as session:
                 row = await session.get_one(AdapterVersion, version.id)
                 row.erased_at = func.now()
+                row.source_files = None
 
     async def _overdue_adapters(self) -> list[uuid.UUID]:
         """Adapters that are overdue themselves, or have versions that are."""

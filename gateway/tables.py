@@ -63,6 +63,7 @@ class Table(DeclarativeBase):
         bytes: LargeBinary(),
         int: BigInteger(),
         list[str]: ARRAY(Text()),
+        dict[str, str]: JSONB(none_as_null=True),
         dict[str, Any]: JSONB(),
         list[dict[str, Any]]: JSONB(),
         Range[datetime.datetime]: TSTZRANGE(),
@@ -202,6 +203,12 @@ class AdapterVersion(Table):
             postgresql_where=text("text_bundle_digest IS NOT NULL"),
         ),
         Index(
+            "ix_adapter_versions_source_files",
+            text("jsonb_path_query_array(source_files, '$.*')"),
+            postgresql_using="gin",
+            postgresql_where=text("source_files IS NOT NULL"),
+        ),
+        Index(
             "ix_adapter_versions_deleted", "deleted_at", postgresql_where=text("purged_at IS NULL")
         ),
         Index(
@@ -223,6 +230,8 @@ class AdapterVersion(Table):
     version_digest: Mapped[str]
     # Null where the adapter speaks through its base model's bundle.
     text_bundle_digest: Mapped[str | None]
+    # What was uploaded: file name -> SHA-256. Null where its files were not kept, and once erased.
+    source_files: Mapped[dict[str, str] | None]
     rank: Mapped[int] = mapped_column(Integer)
     num_modules: Mapped[int] = mapped_column(Integer)
     size_bytes: Mapped[int]

@@ -6,6 +6,7 @@ nothing of HTTP beyond the bytes of a body, and keeps no rows itself. How files 
 """
 
 import asyncio
+import hashlib
 import logging
 import re
 import uuid
@@ -17,7 +18,14 @@ import msgspec
 
 from adapters import archive, lora_config, manifest, text_bundle, validate
 from adapters import examples as example_files
-from adapters.errors import AdapterError, Finding, InvalidAdapter, StoreUnavailable, TooLarge
+from adapters.errors import (
+    AdapterError,
+    ArtifactMissing,
+    Finding,
+    InvalidAdapter,
+    StoreUnavailable,
+    TooLarge,
+)
 from adapters.examples import Example
 from adapters.folder import TEXT_FILES
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest
@@ -27,7 +35,7 @@ from adapters.validate import BaseShape, Limits
 from engine.errors import LinkError
 from engine.protocol import ProbeReport
 from gateway.aliases import ExampleResults
-from gateway.blobs import Blobs
+from gateway.blobs import Blobs, SourceFile, UploadBytes
 from gateway.errors import (
     EngineFailed,
     GatewayError,
@@ -56,13 +64,12 @@ class Artifact:
     """The files of an adapter, read but not judged."""
 
     manifest: Manifest
-    weights_path: Path
+    # All that are part of it, by name.
+    files: dict[str, SourceFile]
     # Of its own tokenizer and chat template, by name.
     text_files: dict[str, Path]
     # Made of those, where they say what the base model's own bundle does not.
     text_bundle: TextBundle | None
-    # Prompts and what is expected of them.
-    examples: list[Example]
     # What the archive held besides: known and left aside, or not known.
     ignored_files: list[str]
     findings: list[Finding]
@@ -76,6 +83,7 @@ class Artifact:
             rank=self.manifest.max_rank,
             num_modules=len(self.manifest.modules),
             size_bytes=self.manifest.size_bytes,
+            source_files={name: file.sha256 for name, file in self.files.items()},
         )
 
 
@@ -153,11 +161,8 @@ class Uploads:
         published = await self._book(
             destination, artifact, base_model_id=base_model.id, actor_key_id=actor_key_id
         )
-        version = await self._finish(
-            published.version, artifact.examples, actor_key_id=actor_key_id
-        )
+        version = await self._finish(published.version, actor_key_id=actor_key_id)
         if version.state == "rejected":
-            await self._discard(artifact.contents)
             raise RejectedUpload(msgspec.convert(version.findings, list[Finding]))
         return Accepted(replace(published, version=version), artifact.ignored_files)
 
@@ -168,7 +173,7 @@ class Uploads:
             logger.info("staging_swept", extra={"num_folders": num_removed})
         for version in await self._registry.versions_in_probe():
             try:
-                await self._finish(version, [], actor_key_id=None)
+                await self._finish(version, actor_key_id=None)
             except (EngineFailed, Unavailable) as error:
                 # It stays under probe, for the next start or the next upload of the same contents.
                 logger.warning(
@@ -205,7 +210,7 @@ class Uploads:
                 validate.check(artifact.manifest, _shape_of(base_model), limits=limits)
             )
             artifact.findings.extend(
-                validate.check_values(artifact.weights_path, artifact.manifest)
+                validate.check_values(artifact.files[WEIGHTS_FILE].path, artifact.manifest)
             )
         except InvalidAdapter as error:
             raise RejectedUpload(error.findings) from error
@@ -230,8 +235,14 @@ class Uploads:
         actor_key_id: uuid.UUID,
     ) -> Published:
         """First the bytes, then the row that names them."""
-        await self._promote(artifact)
+        upload = UploadBytes(
+            destination.tenant_id,
+            artifact.manifest.weights_digest,
+            artifact.manifest.canonical_config(),
+            artifact.files,
+        )
         try:
+            await self._promote(artifact, upload)
             published = await self._registry.create_version(
                 destination,
                 artifact.contents,
@@ -242,37 +253,64 @@ class Uploads:
             await self._discard(artifact.contents)
             raise
         # Until there was a row, others may have taken the bytes for useless, and removed them.
-        await self._promote(artifact)
-        return published
+        version = await self._complete(
+            artifact, upload, published.version, actor_key_id=actor_key_id
+        )
+        return replace(published, version=version)
 
-    async def _discard(self, contents: Contents) -> None:
+    async def _discard(self, of: Contents | AdapterVersion) -> None:
+        """Remove what nobody needs of an upload that came to nothing."""
         try:
-            await self._blobs.discard_adapter(contents.weights_digest)
-            if contents.text_bundle_digest is not None:
-                await self._blobs.discard_bundle(contents.text_bundle_digest)
+            await self._blobs.discard(
+                of.weights_digest, of.text_bundle_digest, (of.source_files or {}).values()
+            )
         except StoreUnavailable as error:
-            digest = contents.version_digest
+            digest = of.version_digest
             logger.warning("bytes_left_behind", extra={"digest": digest, "reason": str(error)})
 
-    async def _promote(self, artifact: Artifact) -> None:
+    async def _promote(self, artifact: Artifact, upload: UploadBytes) -> None:
         """Put an artifact where engines find it, under its digest. Raises Unavailable."""
         try:
             if artifact.text_bundle is not None:
                 await self._store.put_bundle(artifact.text_bundle)
-            await self._store.put_adapter(
-                artifact.manifest.weights_digest,
-                artifact.manifest.canonical_config(),
-                artifact.weights_path,
-            )
+            await self._blobs.put(upload)
         except StoreUnavailable as error:
-            raise Unavailable("The artifact store takes nothing now; try again shortly.") from error
+            raise _takes_nothing() from error
+
+    async def _complete(
+        self,
+        artifact: Artifact,
+        upload: UploadBytes,
+        version: AdapterVersion,
+        *,
+        actor_key_id: uuid.UUID,
+    ) -> AdapterVersion:
+        """Put what is not there of a version that has a row. Raises Unavailable.
+
+        A version keeps the files of its first upload, unless they are lost: then it takes these.
+        """
+        ours, theirs = artifact.contents.source_files, version.source_files or {}
+        try:
+            if artifact.text_bundle is not None:
+                await self._store.put_bundle(artifact.text_bundle)
+            if ours != theirs and not await self._has_files(version):
+                version = await self._registry.replace_source_files(
+                    version.id, ours, actor_key_id=actor_key_id
+                )
+            named = version.source_files or {}
+            await self._blobs.complete(upload, is_source=named == ours)
+            for sha256 in {*ours.values(), *theirs.values()} - {*named.values()}:
+                await self._blobs.discard_file(sha256)
+        except StoreUnavailable as error:
+            raise _takes_nothing() from error
+        return version
+
+    async def _has_files(self, version: AdapterVersion) -> bool:
+        files = version.source_files
+        return files is not None and await self._blobs.has_files(files, version.weights_digest)
 
     async def _finish(
-        self,
-        version: AdapterVersion,
-        examples: Sequence[Example],
-        *,
-        actor_key_id: uuid.UUID | None,
+        self, version: AdapterVersion, *, actor_key_id: uuid.UUID | None
     ) -> AdapterVersion:
         """Have a version probed that was not yet. Raises EngineFailed or Unavailable."""
         if version.state != "probing":
@@ -286,16 +324,41 @@ class Uploads:
                 f" {error} Send the same upload again to have it probed."
             ) from error
         verdict = verdict_of(report)
-        if verdict.state == "ready" and examples:
+        if verdict.state == "ready" and (examples := await self._examples_of(version)):
             results = await self._rehearse(version, examples)
             verdict = replace(verdict, example_results=msgspec.to_builtins(results))
-        return await self._registry.finish_version(version.id, verdict, actor_key_id=actor_key_id)
+        version = await self._registry.finish_version(
+            version.id, verdict, actor_key_id=actor_key_id
+        )
+        if version.state == "rejected":
+            await self._discard(version)
+        return version
+
+    async def _examples_of(self, version: AdapterVersion) -> list[Example]:
+        """The examples that a version was uploaded with, as its first upload said them.
+
+        Raises Unavailable.
+        """
+        sha256 = (version.source_files or {}).get(example_files.FILE_NAME)
+        if sha256 is None:
+            return []
+        try:
+            found = await self._store.find_file(sha256)
+            if found is None:
+                raise ArtifactMissing(sha256)
+            data = b"".join([chunk async for chunk in self._store.stream_file(found)])
+        except (ArtifactMissing, StoreUnavailable) as error:
+            raise Unavailable(
+                f"The upload is kept as version {version.number}, but its examples cannot be read"
+                " now. Send the same upload again to have it finished."
+            ) from error
+        return example_files.parse(data)[0]
 
     async def _rehearse(
         self, version: AdapterVersion, examples: Sequence[Example]
     ) -> ExampleResults:
         """Ask the base model, what is served now and the new version the same examples."""
-        base = await self._registry.base_bundle_digest(version.base_model_id)
+        base = (await self._registry.base_model(version.base_model_id)).text_bundle_digest
         current = await self._registry.current_version(version)
 
         def contender(of: AdapterVersion) -> Contender:
@@ -350,7 +413,7 @@ def _probe_finding(report: ProbeReport) -> Finding:
 
 
 def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) -> Artifact:
-    files = {name: staged.path for name, staged in form.files.items()}
+    files = {name: SourceFile(each.path, each.sha256) for name, each in form.files.items()}
     ignored_files: list[str] = []
     findings: list[Finding] = []
     if form.archive is not None:
@@ -359,34 +422,41 @@ def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) ->
         unpacked = archive.unpack(
             form.archive.path, into, max_total_bytes=max_bytes, max_files=MAX_ARCHIVE_FILES
         )
-        files = unpacked.files
+        files = {name: _hashed(path) for name, path in unpacked.files.items()}
         ignored_files, findings = unpacked.ignored_files, unpacked.findings
-    with files[CONFIG_FILE].open("rb") as file:
+    with files[CONFIG_FILE].path.open("rb") as file:
         # One byte more than allowed is enough for the reader to refuse it.
         config = file.read(lora_config.MAX_SIZE_BYTES + 1)
-    examples, faults = _read_examples(files.get(example_files.FILE_NAME))
-    findings += faults
+    findings += _faults_of_examples(files.get(example_files.FILE_NAME))
     return Artifact(
         manifest=manifest.read(
             config,
-            files[WEIGHTS_FILE],
+            files[WEIGHTS_FILE].path,
             base_model=base_model.name,
             base_shape=_shape_of(base_model),
         ),
-        weights_path=files[WEIGHTS_FILE],
-        text_files={name: path for name, path in files.items() if name in TEXT_FILES},
+        files=files,
+        text_files={name: file.path for name, file in files.items() if name in TEXT_FILES},
         text_bundle=None,
-        examples=examples,
         ignored_files=ignored_files,
         findings=findings,
     )
 
 
-def _read_examples(path: Path | None) -> tuple[list[Example], list[Finding]]:
-    if path is None:
-        return [], []
+def _hashed(path: Path) -> SourceFile:
     with path.open("rb") as file:
-        return example_files.parse(file.read(example_files.MAX_SIZE_BYTES + 1))
+        return SourceFile(path, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _faults_of_examples(examples: SourceFile | None) -> list[Finding]:
+    if examples is None:
+        return []
+    with examples.path.open("rb") as file:
+        return example_files.parse(file.read(example_files.MAX_SIZE_BYTES + 1))[1]
+
+
+def _takes_nothing() -> Unavailable:
+    return Unavailable("The artifact store takes nothing now; try again shortly.")
 
 
 def _shape_of(base_model: BaseModel) -> BaseShape:

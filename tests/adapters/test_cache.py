@@ -46,7 +46,7 @@ async def digests(store: CountingStore, save_adapter: Callable[..., Saved]) -> l
     for _ in range(3):
         adapter = save_adapter()
         one = adapter.read()
-        await store.put_adapter(one.weights_digest, one.canonical_config(), adapter.weights_path)
+        await adapter.put(store)
         found.append(one.weights_digest)
     return found
 
@@ -83,7 +83,7 @@ async def test_what_changes_more_than_linear_layers_is_verified_too(
     adapter.edit_tensors(spell_as_with_vision)
     one = adapter.read(base_shape)
     assert one.leftovers == {}
-    await store.put_adapter(one.weights_digest, one.canonical_config(), adapter.weights_path)
+    await adapter.put(store, base_shape)
     with DiskCache(store, root, max_bytes=ROOMY).fetch(one.weights_digest) as folder:
         loaded = weights.load(folder, base_model=BASE, dtype=torch.float32)
     assert loaded.lora.keys() == one.modules.keys()

@@ -46,23 +46,19 @@ def store(endpoint: str, bucket: str) -> ArtifactStore:
     return ArtifactStore(f"s3://{bucket}/some/folder?endpoint={endpoint}")
 
 
-async def put(store: ArtifactStore, adapter: Saved) -> str:
-    manifest = adapter.read()
-    await store.put_adapter(
-        manifest.weights_digest, manifest.canonical_config(), adapter.weights_path
-    )
-    return manifest.weights_digest
-
-
 async def test_an_adapter_is_put_listed_fetched_and_deleted(
     store: ArtifactStore, save_adapter: Callable[..., Saved], tmp_path: Path
 ) -> None:
     adapter = save_adapter()
-    digest = await put(store, adapter)
+    digest = await adapter.put(store)
     assert await store.has_adapter(digest)
     [stored] = await store.adapters()
     assert stored.name == digest
-    assert stored.files == {"adapter_config.json", "adapter_model.safetensors"}
+    assert stored.files == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.safetensors.sha256",
+    }
     store.fetch_adapter(digest, tmp_path)
     fetched = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert fetched == adapter.weights_path.read_bytes()
@@ -80,10 +76,35 @@ async def test_a_large_file_goes_in_parts_and_comes_back_the_same(
     adapter = save_adapter()
     config = adapter.read().canonical_config()
     adapter.weights_path.write_bytes(random.Random(1).randbytes(12 << 20))
-    await store.put_adapter("0" * 64, config, adapter.weights_path)
+    await store.put_adapter(
+        "0" * 64, config, adapter.weights_path, weights_sha256=adapter.weights_sha256
+    )
     store.fetch_adapter("0" * 64, tmp_path)
     fetched = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert fetched == adapter.weights_path.read_bytes()
+
+
+async def test_files_as_they_were_uploaded_come_and_go(
+    store: ArtifactStore, save_adapter: Callable[..., Saved], tmp_path: Path
+) -> None:
+    adapter = save_adapter()
+    digest, sha256 = await adapter.put(store), adapter.weights_sha256
+    assert await store.files() == []
+    beside = await store.find_file(sha256, beside=digest)
+    assert beside is not None
+    whole = b"".join([chunk async for chunk in store.stream_file(beside)])
+    assert whole == adapter.weights_path.read_bytes()
+    (tmp_path / "empty").write_bytes(b"")
+    for name, path in (("1" * 64, adapter.config_path), ("2" * 64, tmp_path / "empty")):
+        await store.put_file(name, path)
+        found = await store.find_file(name)
+        assert found is not None
+        part = b"".join([chunk async for chunk in store.stream_file(found, begin=2)])
+        assert part == path.read_bytes()[2:]
+    assert [each.name for each in await store.files()] == ["1" * 64, "2" * 64]
+    for name in ("1" * 64, "1" * 64, "2" * 64):
+        await store.delete_file(name)
+    assert await store.files() == []
 
 
 async def test_pieces_of_uploads_come_and_go(store: ArtifactStore) -> None:
@@ -112,7 +133,7 @@ async def test_a_bucket_that_is_not_there_is_named(
     endpoint: str, bucket: str, save_adapter: Callable[..., Saved]
 ) -> None:
     wrong = ArtifactStore(f"s3://no-{bucket}?endpoint={endpoint}")
-    for attempt in (put(wrong, save_adapter()), wrong.adapters(), wrong.get_bundle("0" * 64)):
+    for attempt in (save_adapter().put(wrong), wrong.adapters(), wrong.get_bundle("0" * 64)):
         with pytest.raises(StoreUnavailable, match=f"'s3://no-{bucket}'.*no such bucket"):
             await attempt
 

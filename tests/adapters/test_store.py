@@ -29,19 +29,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(folder.as_uri() if request.param == "file" else "memory:///")
 
 
-async def put(store: ArtifactStore, adapter: Saved) -> str:
-    manifest = adapter.read()
-    await store.put_adapter(
-        manifest.weights_digest, manifest.canonical_config(), adapter.weights_path
-    )
-    return manifest.weights_digest
-
-
 async def test_an_adapter_comes_back_as_the_same_adapter(
     store: ArtifactStore, save_adapter: Callable[..., Saved], tmp_path: Path
 ) -> None:
     adapter = save_adapter(rank_pattern={"q_proj": 6}, use_rslora=True)
-    digest = await put(store, adapter)
+    digest = await adapter.put(store)
     fetched = Saved(tmp_path / "fetched")
     fetched.folder.mkdir()
     store.fetch_adapter(digest, fetched.folder)
@@ -55,11 +47,12 @@ async def test_storing_again_changes_nothing(
     store: ArtifactStore, save_adapter: Callable[..., Saved], tmp_path: Path
 ) -> None:
     adapter = save_adapter()
-    digest = await put(store, adapter)
+    digest = await adapter.put(store)
     original = adapter.weights_path.read_bytes()
     config = adapter.read().canonical_config()
     adapter.weights_path.write_bytes(b"something else")
-    await store.put_adapter(digest, config, adapter.weights_path)
+    other = adapter.weights_sha256
+    await store.put_adapter(digest, config, adapter.weights_path, weights_sha256=other)
     store.fetch_adapter(digest, tmp_path)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == original
 
@@ -68,17 +61,34 @@ async def test_an_adapter_whose_weights_alone_arrived_is_not_there(
     tmp_path: Path, save_adapter: Callable[..., Saved]
 ) -> None:
     store = ArtifactStore(tmp_path.as_uri())
-    digest = await put(store, save_adapter())
+    digest = await save_adapter().put(store)
     (tmp_path / "adapters" / digest[:2] / digest / "adapter_config.json").unlink()
     assert not await store.has_adapter(digest)
     with pytest.raises(ArtifactMissing):
         store.fetch_adapter(digest, tmp_path)
 
 
+async def test_weights_beside_an_adapter_are_found_by_their_own_hash_alone(
+    store: ArtifactStore, save_adapter: Callable[..., Saved], tmp_path: Path
+) -> None:
+    adapter = save_adapter()
+    digest, sha256 = await adapter.put(store), adapter.weights_sha256
+    assert await store.find_file(sha256, beside=digest) is not None
+    assert await store.find_file(sha256) is None
+    assert await store.find_file(NOWHERE, beside=digest) is None
+    other = tmp_path / "other"
+    other.write_bytes(b"spelled in another way")
+    await store.put_file(NOWHERE, other)
+    found = await store.find_file(NOWHERE, beside=digest)
+    assert found is not None
+    assert [chunk async for chunk in store.stream_file(found)] == [other.read_bytes()]
+    assert [chunk async for chunk in store.stream_file(found, begin=3, end=7)] == [b"lled"]
+
+
 async def test_a_deleted_adapter_is_gone_and_deleting_twice_is_no_error(
     store: ArtifactStore, save_adapter: Callable[..., Saved]
 ) -> None:
-    digest = await put(store, save_adapter())
+    digest = await save_adapter().put(store)
     await store.delete_adapter(digest)
     await store.delete_adapter(digest)
     assert not await store.has_adapter(digest)
@@ -89,7 +99,9 @@ async def test_only_canonical_configurations_are_stored(
 ) -> None:
     adapter = save_adapter()
     with pytest.raises(AdapterError, match="canonical_config"):
-        await store.put_adapter(NOWHERE, adapter.config_path.read_bytes(), adapter.weights_path)
+        await store.put_adapter(
+            NOWHERE, adapter.config_path.read_bytes(), adapter.weights_path, weights_sha256=NOWHERE
+        )
     assert not await store.has_adapter(NOWHERE)
 
 

@@ -1,5 +1,6 @@
 """Real adapters for the tests: PEFT makes them on a tiny Llama with random weights."""
 
+import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters import manifest
 from adapters.manifest import Manifest
+from adapters.store import ArtifactStore
 from adapters.validate import BaseShape, Limits
 
 BASE = "tiny-llama"
@@ -45,6 +47,21 @@ class Saved:
     def read(self, base_shape: BaseShape | None = None) -> Manifest:
         config = self.config_path.read_bytes()
         return manifest.read(config, self.weights_path, base_model=BASE, base_shape=base_shape)
+
+    @property
+    def weights_sha256(self) -> str:
+        return hashlib.sha256(self.weights_path.read_bytes()).hexdigest()
+
+    async def put(self, store: ArtifactStore, base_shape: BaseShape | None = None) -> str:
+        """Store it, and return its digest."""
+        one = self.read(base_shape)
+        await store.put_adapter(
+            one.weights_digest,
+            one.canonical_config(),
+            self.weights_path,
+            weights_sha256=self.weights_sha256,
+        )
+        return one.weights_digest
 
     def edit_config(self, **fields: Any) -> None:
         config = msgspec.json.decode(self.config_path.read_bytes())

@@ -39,7 +39,7 @@ MAX_LIFE_S = 1.2
 START_S = 60
 
 STATES = text("""
-    SELECT v.state, v.weights_digest, a.slug, v.number
+    SELECT v.state, v.weights_digest, v.source_files, a.slug, v.number
     FROM adapter_versions v JOIN adapters a ON a.id = v.adapter_id
 """)
 HALF_VISIBLE = text("""
@@ -71,7 +71,9 @@ class Town:
 
     def next_files(self) -> dict[str, bytes]:
         self.seeds += 1
-        return adapter_files(seed=self.seeds, rank=8, modules=MODULES, target_modules=["q_proj"])
+        return adapter_files(
+            seed=self.seeds, rank=8, modules=MODULES, target_modules=["q_proj"], lora_alpha=2
+        )
 
     def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
@@ -242,6 +244,9 @@ async def check(town: Town) -> None:
     for row in rows:
         assert row.state in ("probing", "ready")
         assert await town.store.has_adapter(row.weights_digest)
+        weights = row.source_files["adapter_model.safetensors"]
+        assert await town.store.weights_sha256(row.weights_digest) == weights
+        assert await town.store.find_file(row.source_files["adapter_config.json"]) is not None
     found = {(row.slug, row.number): row.weights_digest for row in rows if row.state == "ready"}
     assert town.told.items() <= found.items()
 
@@ -290,6 +295,7 @@ async def nothing_is_left_over(town: Town) -> None:
     swept = await compare.run(is_deep=True, must_repair=True)
     assert {problem.kind for problem in swept.problems} <= {
         "orphan_adapter",
+        "orphan_file",
         "stale_upload",
         "unfinished_file",
     }

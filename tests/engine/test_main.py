@@ -140,7 +140,10 @@ async def test_base_and_adapter_answer_together_as_they_do_alone(
     )
     digest = described.weights_digest
     await ArtifactStore(engine_process.store_url).put_adapter(
-        digest, described.canonical_config(), ADAPTER / manifest.WEIGHTS_FILE
+        digest,
+        described.canonical_config(),
+        ADAPTER / manifest.WEIGHTS_FILE,
+        weights_sha256="0" * 64,
     )
     async with link(engine_process.address) as worker:
         streams = [

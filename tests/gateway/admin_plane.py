@@ -41,6 +41,7 @@ from gateway.resumable import LIFETIME, ResumableUploads
 from gateway.retention import Retention
 from gateway.routing import Router
 from gateway.runtime_loras import RuntimeLoras
+from gateway.source_files import SourceFiles
 from gateway.staging import Staging
 from gateway.templates import Templates
 from gateway.text import TextCodecs
@@ -229,6 +230,7 @@ async def admin_plane(
         "aliases": Aliases(database),
         "grants": Grants(database),
         "retention": retention,
+        "source_files": SourceFiles(registry, store, blobs),
         "residency": residency,
         "runtime_loras": runtime_loras,
     }

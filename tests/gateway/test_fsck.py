@@ -122,7 +122,7 @@ async def test_what_killed_writers_left_is_removed(plane: Plane) -> None:
     assert found(report) == ["stale_upload", "stale_upload", "unfinished_file"]
     assert report.is_sound
     assert upload in {problem.subject for problem in report.problems}
-    assert len(plane.stored_files()) == 2
+    assert len(plane.stored_files()) == 4
 
 
 async def test_an_upload_and_the_removal_of_its_bytes_at_once_leave_a_whole_version(

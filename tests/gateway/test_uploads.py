@@ -95,9 +95,12 @@ async def test_two_files_become_a_version_that_can_be_called(plane: Plane) -> No
     digest = version["weights_digest"]
     assert plane.probe.asked_for == [digest]
     folder = f"adapters/{digest[:2]}/{digest}"
+    config = hashlib.sha256(files["adapter_config.json"]).hexdigest()
     assert plane.stored_files() == [
         f"{folder}/adapter_config.json",
         f"{folder}/adapter_model.safetensors",
+        f"{folder}/adapter_model.safetensors.sha256",
+        f"files/{config[:2]}/{config}",
     ]
     assert plane.staged_files() == []
 

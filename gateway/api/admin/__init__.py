@@ -24,6 +24,7 @@ from gateway.api.admin.aliases import (
     roll_back_alias,
 )
 from gateway.api.admin.base_models import list_base_models
+from gateway.api.admin.files import get_certificate, get_file, list_files
 from gateway.api.admin.grants import grant_adapter, list_grants, revoke_grant
 from gateway.api.admin.keys import create_key, list_keys, revoke_key
 from gateway.api.admin.residency import (
@@ -64,6 +65,9 @@ admin_router = Router(
         delete_version,
         restore_version,
         purge_version,
+        list_files,
+        get_file,
+        get_certificate,
         list_aliases,
         get_alias,
         list_moves,
