@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import click
@@ -71,9 +71,10 @@ class _Conversation:
         messages = [*self._messages, {"role": "user", "content": question}]
         answer = ""
         try:
-            for piece in self._stream(messages):
-                answer += piece
-                click.echo(piece, nl=False)
+            with contextlib.closing(self._stream(messages)) as pieces:
+                for piece in pieces:
+                    answer += piece
+                    click.echo(piece, nl=False)
         except KeyboardInterrupt:
             click.echo(" …", nl=False)
         except ServerTrouble as trouble:
@@ -83,7 +84,7 @@ class _Conversation:
         if answer:
             self._messages = [*messages, {"role": "assistant", "content": answer}]
 
-    def _stream(self, messages: list[Message]) -> Iterator[str]:
+    def _stream(self, messages: list[Message]) -> Generator[str]:
         body = {**self._options, "messages": messages, "stream": True}
         with self._server.stream("POST", "/v1/chat/completions", body) as answer:
             for event in _events(answer):
