@@ -237,7 +237,6 @@ def push(
     on_progress: OnProgress = lambda sent_bytes, total_bytes: None,
     on_pause: OnPause | None = None,
     state_folder: Path | None = None,
-    waits_s: Sequence[float] = WAITS_S,
 ) -> dict[str, Any]:
     """Make a version of a folder; return it, in the server's words, once it can be called.
 
@@ -246,7 +245,7 @@ def push(
     the server refuses, or stays away; and OSError for files that cannot be read.
     """
     memory = _Memory.of(folder, server, to, state_folder or default_state_folder())
-    pushing = _Push(folder, server, to, memory, on_progress, _Patience(waits_s, on_pause or _log))
+    pushing = _Push(folder, server, to, memory, on_progress, _Patience(WAITS_S, on_pause or _log))
     return pushing.run()
 
 

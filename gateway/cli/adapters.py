@@ -1,5 +1,6 @@
 """`manylora adapters`: push, look, roll out, roll back, delete and keep near, over the REST API."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,7 @@ def unpin(server: Server, adapter: AdapterName) -> None:
 
 def _push(found: LocalFolder, server: Server, to: Destination) -> dict[str, Any]:
     bar = click.progressbar(
-        length=found.size_bytes, label=f"pushing {to.tenant}-{to.name}", file=_stderr()
+        length=found.size_bytes, label=f"pushing {to.tenant}-{to.name}", file=sys.stderr
     )
 
     def on_progress(sent_bytes: int, total_bytes: int) -> None:
@@ -221,10 +222,6 @@ def _push(found: LocalFolder, server: Server, to: Destination) -> dict[str, Any]
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         raise
-
-
-def _stderr() -> Any:
-    return click.get_text_stream("stderr")
 
 
 def _tell_left_out(found: LocalFolder) -> None:

@@ -23,6 +23,7 @@ async def plane(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Plane]:
     monkeypatch.setattr(pushing, "RANGE_BYTES", RANGE_BYTES)
+    monkeypatch.setattr(pushing, "WAITS_S", (0.0, 0.0))
     async with admin_plane(database, tmp_path) as plane:
         await plane.make_tenant("acme")
         yield plane
@@ -46,7 +47,7 @@ async def pushed(plane: Plane, folder: Path, **options: Any) -> dict[str, Any]:
                 server,
                 TO,
                 state_folder=plane.folder / "state",
-                **{"waits_s": (0.0, 0.0, 0.0), **options},
+                **options,
             )
 
     return await asyncio.to_thread(work)
@@ -118,7 +119,7 @@ async def test_a_server_that_cannot_now_is_asked_again(plane: Plane, folder: Pat
         pauses.append(trouble)
         blocker.unlink(missing_ok=True)
 
-    version = await pushed(plane, folder, on_pause=on_pause, waits_s=(0.0,))
+    version = await pushed(plane, folder, on_pause=on_pause)
     assert version["pinned_model"] == "acme-sql@1"
     assert [str(pause) for pause in pauses] == [
         "The artifact store does not answer now; try again shortly."
