@@ -83,7 +83,7 @@ class PushToManylora(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._every_save and state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = _output(args) / f"checkpoint-{state.global_step}"
             self._try(
                 "The adapter was not pushed to Manylora", lambda: self._push(folder, alias=None)
             )
@@ -97,7 +97,7 @@ class PushToManylora(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / FOLDER_NAME
+        folder = _output(args) / FOLDER_NAME
 
         def save_and_push() -> None:
             _save(folder, kwargs["model"], kwargs.get("processing_class"))
@@ -131,6 +131,12 @@ class PushToManylora(TrainerCallback):
             reasons = "".join(f"\n  {f.where}: {f.message}; {f.fix}" for f in findings)
             # Read by whoever watches the training, not by whoever runs a server.
             logger.error("%s: %s%s", what, error, reasons, exc_info=not is_told)
+
+
+def _output(args: TrainingArguments) -> Path:
+    # Trainer puts a name of its own where it was given none.
+    assert args.output_dir is not None
+    return Path(args.output_dir)
 
 
 def _save(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -30,7 +30,7 @@ def pull(server: Server, adapter: AdapterName, folder: Path) -> None:
     """
     number = number_of(server, adapter)
     route = f"{adapter.route}/versions/{number}/files"
-    files = server.get(route)
+    files = server.get(route)["data"]
     with _appearing(folder) as scratch:
         for file in files:
             _pull_file(server, route, file, scratch)
