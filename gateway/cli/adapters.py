@@ -211,6 +211,8 @@ def _push(found: LocalFolder, server: Server, to: Destination) -> dict[str, Any]
     )
 
     def on_progress(sent_bytes: int, total_bytes: int) -> None:
+        if sent_bytes == total_bytes:
+            bar.label = f"checking {to.tenant}-{to.name}"
         bar.update(sent_bytes - bar.pos)
 
     def on_pause(trouble: ServerTrouble, wait_s: float) -> None:

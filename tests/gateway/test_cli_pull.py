@@ -24,6 +24,10 @@ def read(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def names_with(word: str, folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if word in path.name]
+
+
 async def test_what_is_pulled_is_what_was_uploaded(command: Command, tmp_path: Path) -> None:
     await command.done("pull", "acme-sql", tmp_path / "newest")
     assert read(tmp_path / "newest") == adapter_files(seed=1)
@@ -51,4 +55,4 @@ async def test_bytes_that_are_not_the_ones_that_were_uploaded_leave_nothing(
         path.write_bytes(data)
     result = await command.adapters("pull", "acme-sql", tmp_path / "out")
     assert result.exit_code == 1, result.output
-    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+    assert names_with("out", tmp_path) == []
