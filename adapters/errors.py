@@ -6,10 +6,15 @@ AdapterError
 │   └── ArchiveRefused
 ├── TooLarge              carries the limit
 ├── ArtifactMissing       carries the digest
-└── DigestMismatch        carries both digests
+├── DigestMismatch        carries both digests
+├── StoreUnavailable
+└── ServerTrouble         `is_passing` where the same may work a moment later
+    ├── ServerUnreachable
+    └── ServerRefused     carries the status and the findings
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -79,3 +84,33 @@ class DigestMismatch(AdapterError):
 
 class StoreUnavailable(AdapterError):
     """The artifact store cannot be used."""
+
+
+class ServerTrouble(AdapterError):
+    """A server did not do what it was asked for."""
+
+    is_passing = False
+    # How long the server asks to be left alone.
+    retry_after_s = 0.0
+
+
+class ServerUnreachable(ServerTrouble):
+    """No server answers there."""
+
+    is_passing = True
+
+
+class ServerRefused(ServerTrouble):
+    """The server said no; `problem` is what it said, a problem document of RFC 9457."""
+
+    # Too slow, too early, too many; all that is the server's own fault.
+    _PASSING = (408, 425, 429)
+
+    def __init__(
+        self, status: int, problem: Mapping[str, Any], *, retry_after_s: float = 0.0
+    ) -> None:
+        self.status = status
+        self.is_passing = status >= 500 or status in self._PASSING
+        self.retry_after_s = retry_after_s
+        self.findings = msgspec.convert(problem.get("findings", []), list[Finding])
+        super().__init__(str(problem.get("detail", f"The server answered {status}.")))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-TORCH_FREE = ["archive", "cache", "errors", "manifest", "store", "text_bundle", "validate"]
+TORCH_FREE = ["archive", "cache", "errors", "manifest", "push", "store", "text_bundle", "validate"]
 
 
 def modules_after_importing(*names: str) -> set[str]:
@@ -21,4 +21,9 @@ def test_a_gateway_can_import_all_but_the_weights_without_torch() -> None:
 
 @pytest.mark.parametrize("name", ["validate", "weights", "text_bundle"])
 def test_a_bare_machine_can_import_what_an_engine_core_needs(name: str) -> None:
-    assert "obstore" not in modules_after_importing(f"adapters.{name}")
+    assert modules_after_importing(f"adapters.{name}").isdisjoint({"obstore", "httpx"})
+
+
+def test_a_trainer_needs_no_more_of_a_server_than_its_address() -> None:
+    loaded = modules_after_importing("adapters.training")
+    assert loaded.isdisjoint({"obstore", "sqlalchemy", "litestar", "gateway", "engine"})

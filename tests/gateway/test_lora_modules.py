@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.cli import _spread
+from gateway.cli.serve import _spread
 from gateway.database import Database
 from gateway.lora_modules import LoraModule, parse, register
 from gateway.supervisor import CannotServe

@@ -1,11 +1,9 @@
-"""The `manylora` command.
+"""`manylora serve` and `manylora demo`: from flags to a running server.
 
-`serve` takes the spellings of vLLM's flags; those that have no meaning here yet are refused by
-name. Parses and reports; decides nothing.
+Takes the spellings of vLLM's flags; those that have no meaning here yet are refused by name.
 """
 
 import asyncio
-import datetime
 import itertools
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -14,17 +12,15 @@ from typing import Any
 
 import click
 
-from adapters.errors import StoreUnavailable
-from gateway.database import DATABASE_TROUBLE
+from gateway.cli.printing import say
+from gateway.cli.server import DEFAULT_DATA_DIR
 from gateway.demo import set_up_demo
-from gateway.errors import DatabaseRefused, GatewayError
-from gateway.fsck import Fsck, Report
+from gateway.errors import DatabaseRefused
 from gateway.lora_modules import LoraModule, parse, register
 from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS
-from gateway.supervisor import CannotServe, ServeOptions, Supervisor, installation, reachable
+from gateway.supervisor import CannotServe, ServeOptions, Supervisor, reachable
 
 LORA_MODULES = "--lora-modules"
-DEFAULT_DATA_DIR = Path(".manylora")
 
 # vLLM's flags that are known and not served, with what to do instead.
 REFUSED_FLAGS = {
@@ -34,10 +30,6 @@ REFUSED_FLAGS = {
     "--pipeline-parallel-size": "one process serves the whole model",
     "--data-parallel-size": "one engine a host is served",
 }
-
-
-def _say(message: str) -> None:
-    click.echo(f"manylora  {message}", err=True)
 
 
 def _refuse(_: click.Context, parameter: click.Parameter, value: object) -> None:
@@ -88,13 +80,7 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group()
-@click.version_option(package_name="manylora")
-def main() -> None:
-    """Serve many LoRA fine-tunes of one base model to many tenants."""
-
-
-@main.command(cls=_Serve)
+@click.command(cls=_Serve)
 @click.option("--model", required=True, help="Folder or hub id of the base model.")
 @click.option("--served-model-name", help="Its public name. [default: the model's last part]")
 @click.option("--host", default="127.0.0.1", show_default=True)
@@ -189,14 +175,14 @@ def serve(
             lora_modules,
             admin_key=supervisor.operator_key,
             data_dir=data_dir,
-            say=_say,
+            say=say,
         )
-        _say(f"ready: http://{host}:{port}/v1, operator key in {data_dir / 'operator.key'}")
+        say(f"ready: http://{host}:{port}/v1, operator key in {data_dir / 'operator.key'}")
 
     _run(options, ready)
 
 
-@main.command()
+@click.command()
 @click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True)
@@ -220,61 +206,10 @@ def demo(model: Path, host: str, port: int, data_dir: Path) -> None:
             base_model=options.served_name,
             admin_key=supervisor.operator_key,
             path=data_dir / "demo.json",
-            say=_say,
+            say=say,
         )
 
     _run(options, ready)
-
-
-@main.group()
-def adapters() -> None:
-    """Look after the adapters of an installation."""
-
-
-@adapters.command()
-@click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR)
-@click.option("--database-url", help="As given to serve. [default: the embedded one]")
-@click.option("--store-url", help="As given to serve. [default: the data directory]")
-@click.option("--deep", is_flag=True, help="Read every byte, and compare it with its digest.")
-@click.option("--repair", is_flag=True, help="Remove what nobody needs, mark what is missing.")
-@click.option(
-    "--grace-hours",
-    type=click.FloatRange(min=0),
-    default=24.0,
-    show_default=True,
-    help="Leave younger files alone: an upload under way may need them.",
-)
-def fsck(
-    data_dir: Path,
-    database_url: str | None,
-    store_url: str | None,
-    deep: bool,
-    repair: bool,
-    grace_hours: float,
-) -> None:
-    """Compare the artifact store with the database, while they are in use.
-
-    The exit status is 1 where something is wrong and was not repaired, 2 where nothing could be
-    compared.
-    """
-
-    async def run() -> Report:
-        async with installation(data_dir, database_url=database_url, store_url=store_url) as (
-            database,
-            store,
-        ):
-            grace = datetime.timedelta(hours=grace_hours)
-            return await Fsck(database, store, grace=grace).run(is_deep=deep, must_repair=repair)
-
-    try:
-        report = asyncio.run(run())
-    except (CannotServe, GatewayError, StoreUnavailable, *DATABASE_TROUBLE) as error:
-        _say(f"cannot compare: {error}")
-        sys.exit(2)
-    for problem in report.problems:
-        click.echo(problem.line())
-    click.echo(report.summary())
-    sys.exit(0 if report.is_sound else 1)
 
 
 def _engine_flags(options: dict[str, object]) -> tuple[str, ...]:
@@ -286,16 +221,12 @@ def _engine_flags(options: dict[str, object]) -> tuple[str, ...]:
 
 def _run(options: ServeOptions, ready: Callable[[Supervisor], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
-        supervisor = Supervisor(options, say=_say)
+        supervisor = Supervisor(options, say=say)
         await supervisor.run(lambda: ready(supervisor))
 
     try:
         asyncio.run(run())
     except* (CannotServe, DatabaseRefused) as errors:
         for error in errors.exceptions:
-            _say(f"cannot serve: {error}")
+            say(f"cannot serve: {error}")
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
