@@ -21,7 +21,7 @@
 `/v1` answers OpenAI error bodies, `/admin` RFC 9457 problem documents: see `api/wire.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adapters.validate import Finding
@@ -110,6 +110,8 @@ class LimitReached(GatewayError):
     """A rate limit is reached."""
 
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+    # Which rule it is, and what an error's body tells of it. Filled by whoever asked the rules.
+    rule: Mapping[str, str | int | None] | None = None
 
 
 class BudgetSpent(LimitReached):

@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from gateway.database import Database
 from gateway.errors import Unavailable
-from gateway.limits import Admission, admit, fund
+from gateway.limits import Admission, admit, want
 from gateway.prices import PriceScope, Rates, ceiling, set_price
 from gateway.tables import GatewayInstance, Hold, new_id
 from tests.conftest import Cluster, Home
@@ -120,8 +120,4 @@ async def test_no_request_begins_while_the_database_is_away(
 def test_a_stream_is_funded_ahead_of_its_need_and_never_beyond_its_limit(
     progress: int, funded: int, expected: int
 ) -> None:
-    found, amount_nano = fund(
-        PRICE, prompt_tokens=10, progress=progress, funded=funded, max_output_tokens=1000
-    )
-    assert found == expected
-    assert amount_nano == ceiling(PRICE, prompt_tokens=10, output_tokens=expected)
+    assert want(progress=progress, funded=funded, max_output_tokens=1000) == expected
