@@ -32,7 +32,7 @@ from gateway.api import billing as billing_routes
 from gateway.api import chat, completions, health, models, tenant
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
-from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
+from gateway.auth import Authenticator, check_routes, guard, provide_principal
 from gateway.database import Database
 from gateway.errors import GatewayError, JournalFailed
 from gateway.inference import Inference
@@ -92,7 +92,9 @@ def build(settings: Settings) -> Parts:
     return Parts(
         settings=settings,
         database=database,
-        authenticator=Authenticator(database, {PEPPER_VERSION: settings.pepper}),
+        authenticator=Authenticator(
+            database, settings.peppers, trusted_proxies=settings.trusted_proxies
+        ),
         store=store,
         registry=registry,
         uploads=Uploads(

@@ -155,9 +155,7 @@ async def get_budget(
 
 async def _count_past(session: AsyncSession, budget: Budget) -> None:
     starts_at = await session.scalar(
-        select(
-            func.budget_window_start(budget.period, budget.time_zone, func.clock_timestamp())
-        )
+        select(func.budget_window_start(budget.period, budget.time_zone, func.clock_timestamp()))
     )
     costs = select(func.coalesce(func.sum(UsageEvent.cost_nano), 0)).where(
         UsageEvent.tenant_id == budget.tenant_id, UsageEvent.finished_at >= starts_at

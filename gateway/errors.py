@@ -15,6 +15,7 @@
     │   └── BudgetSpent           429
     ├── EngineFailed              500
     ├── Unavailable               503
+    │   └── Overloaded            503
     ├── DatabaseRefused           at start only: never answered to a client
     └── PostgresFailed            likewise
 
@@ -134,6 +135,12 @@ class Unavailable(GatewayError):
     def __init__(self, message: str | None = None, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.headers = {"retry-after": str(retry_after_s)}
+
+
+class Overloaded(Unavailable):
+    """More requests wait here than can be started soon; try again in a moment."""
+
+    code = "overloaded"
 
 
 class DatabaseRefused(GatewayError):

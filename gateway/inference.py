@@ -4,15 +4,17 @@
 it grows. Knows nothing of HTTP or of how an answer is spelled on the wire.
 """
 
+import asyncio
 import datetime
 import logging
 import secrets
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.client import SequenceStream
+from engine.client import EngineLink, SequenceStream
 from engine.errors import LinkError
 from engine.protocol import (
     SamplingParams,
@@ -33,9 +35,10 @@ from gateway.errors import (
 )
 from gateway.journal import Journal, Meter, Opened
 from gateway.ledger import Ledger
-from gateway.limits import admit
+from gateway.limits import Admission, admit, waited_too_long
+from gateway.overload import Place, WaitingRoom
 from gateway.prices import Bill
-from gateway.registry import Registry, Target
+from gateway.registry import Registry, Target, model_not_found
 from gateway.routing import Router
 from gateway.tables import new_id
 from gateway.text import TextCodec, TextCodecs
@@ -43,6 +46,8 @@ from gateway.text import TextCodec, TextCodecs
 logger = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length"]
+# Why an answer is shorter than was asked for, where money is the reason.
+StoppedBy = Literal["budget", "max_cost"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -84,6 +89,8 @@ class GenerationRequest:
     ignore_eos: bool
     # How many alternatives beside each token's own log-probability; None for neither.
     logprobs: int | None
+    # Nano-USD that the client will pay at most.
+    max_cost_nano: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +118,24 @@ class Generation:
         stream: SequenceStream,
         meter: Meter,
         ledger: Ledger,
+        admission: Admission,
+        place: Place,
         stops: Sequence[str],
     ) -> None:
         self.request_id = request_id
         self.target = target
+        self.levels = admission.levels
+        # Filled with the last delta.
+        self.stopped_by: StoppedBy | None = None
         self.codec = codec
         self.created = datetime.datetime.now(datetime.UTC)
         self._stream = stream
         self._meter = meter
         self._ledger = ledger
+        self._admission = admission
+        # Held until the first token.
+        self._place = place
+        self._deadline_s = _deadline_s(admission)
         self._text = codec.stream(stops)
         self._num_tokens = 0
         self._adapter_wait_ns = 0
@@ -129,10 +145,12 @@ class Generation:
     async def deltas(self) -> AsyncIterator[Delta]:
         """The answer, step by step.
 
-        Raises EngineFailed or Unavailable where the engine could not finish it.
+        Raises EngineFailed or Unavailable where the engine could not finish it, LimitReached where
+        it waited longer for its first token than it may.
         """
         try:
-            async for event in self._stream:
+            while (event := await self._next()) is not None:
+                await self._fund(event)
                 delta = self._apply(event)
                 if delta.text or delta.finish_reason or delta.logprobs:
                     yield delta
@@ -140,15 +158,46 @@ class Generation:
                     return
         except LinkError as fault:
             self._close("error")
-            raise Unavailable(f"The answer was cut off; ask again: {fault}") from fault
-        except GatewayError:
+            raise self._with_levels(
+                Unavailable(f"The answer was cut off; ask again: {fault}")
+            ) from fault
+        except GatewayError as error:
             self._close("error")
+            self._with_levels(error)
             raise
+
+    def _with_levels(self, error: GatewayError) -> GatewayError:
+        error.headers = self.levels.headers() | error.headers
+        return error
+
+    async def _next(self) -> SequenceEvent | None:
+        if self._deadline_s is None:
+            event = await anext(self._stream, None)
+        else:
+            try:
+                async with asyncio.timeout_at(self._deadline_s):
+                    event = await anext(self._stream, None)
+            except TimeoutError:
+                raise waited_too_long(self._admission) from None
+        if event is not None and event.token_ids:
+            self._deadline_s = None
+            self._place.leave()
+        return event
+
+    async def _fund(self, event: SequenceEvent) -> None:
+        """Ask for more money now, where a step outran the heartbeat."""
+        meter = self._meter
+        while meter.is_budgeted and event.generated_tokens > meter.funded_output_tokens:
+            funded = meter.funded_output_tokens
+            await self._ledger.fund(meter)
+            if meter.funded_output_tokens == funded:
+                return
 
     def finish(self) -> Bill:
         """Close a whole answer; call it just before its last byte is written."""
         assert self._outcome is not None, "an answer is finished after its last delta"
         self._is_closed = True
+        self._place.leave()
         self._log_end(self._outcome)
         return self._ledger.close(self.request_id, self._outcome)
 
@@ -160,6 +209,7 @@ class Generation:
         if self._is_closed:
             return
         self._is_closed = True
+        self._place.leave()
         self._meter.disconnect()
         self._stream.abort()
         self._log_end(outcome)
@@ -181,16 +231,23 @@ class Generation:
         self._adapter_wait_ns = event.adapter_wait_ns
         if event.state in (SequenceState.FAILED, SequenceState.ABORTED):
             raise _translate(event.fault)
-        text, token_ids = "", event.token_ids
-        for num_used, token_id in enumerate(event.token_ids, start=1):
+        text, token_ids = "", self._paid(event.token_ids)
+        is_cut = len(token_ids) < len(event.token_ids)
+        for num_used, token_id in enumerate(token_ids, start=1):
             text += self._text.feed(token_id)
             if self._text.is_stopped:
                 self._stop_here(self._num_tokens + num_used)
                 token_ids = token_ids[:num_used]
                 break
         self._num_tokens += len(token_ids)
-        if self._outcome is None and event.state.is_final:
+        if self._outcome is None and is_cut:
+            self._stream.abort()
+            self._outcome, self.stopped_by = "length", "budget"
+            text += self._text.finish()
+        elif self._outcome is None and event.state.is_final:
             self._outcome = "length" if event.state is SequenceState.LENGTH else "stop"
+            if self._outcome == "length" and self._admission.is_cut_by_max_cost:
+                self.stopped_by = "max_cost"
             text += self._text.finish()
             # The token that ended the answer is counted, not shown.
             token_ids = token_ids[:-1] if self._outcome == "stop" else token_ids
@@ -200,6 +257,12 @@ class Generation:
             logprobs=(event.logprobs or [])[: len(token_ids)],
             finish_reason=self._outcome,
         )
+
+    def _paid(self, token_ids: list[int]) -> list[int]:
+        """Those that the hold pays for; the others are the engine's own affair."""
+        if not self._meter.is_budgeted:
+            return token_ids
+        return token_ids[: max(self._meter.funded_output_tokens - self._num_tokens, 0)]
 
     def _stop_here(self, num_tokens: int) -> None:
         """A stop string is whole: tokens that the engine made since are its own affair."""
@@ -227,6 +290,8 @@ class Inference:
         self._router = router
         self._journal = journal
         self._ledger = ledger
+        # By engine; they live as long as this process.
+        self._rooms: defaultdict[EngineLink, WaitingRoom] = defaultdict(WaitingRoom)
 
     async def start(self, principal: Principal, request: GenerationRequest) -> Generation:
         """Admit a request and hand it to an engine.
@@ -234,28 +299,35 @@ class Inference:
         Raises ModelNotFound, TemplateFault, InvalidRequest, LimitReached or Unavailable; nothing
         is held or billed then.
         """
-        target = await self._registry.resolve(principal, request.model)
+        target = await self.resolve(principal, request.model)
         codec = await self._texts.get(target.text_bundle_digest)
         prompt_ids = await _encode(codec, request.prompt)
         max_tokens = _fit(request, len(prompt_ids), target.context_length)
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
+        assert principal.tenant_id is not None, "only tenants are billed"
+        place = self._rooms[link].enter(principal.tenant_id)
         request_id = new_id()
-        admission = await admit(
-            self._database,
-            principal,
-            target,
-            request_id=request_id,
-            endpoint=request.endpoint,
-            prompt_tokens=len(prompt_ids),
-            max_tokens=max_tokens,
-            gateway_instance_id=self._journal.instance_id,
-        )
+        try:
+            admission = await admit(
+                self._database,
+                principal,
+                target,
+                request_id=request_id,
+                endpoint=request.endpoint,
+                prompt_tokens=len(prompt_ids),
+                max_tokens=max_tokens,
+                gateway_instance_id=self._journal.instance_id,
+                max_cost_nano=request.max_cost_nano,
+            )
+        except BaseException:
+            place.leave()
+            raise
         # No await from here on: the journal knows the sequence before its first frame can come.
         stream = link.submit(
             prompt_ids,
-            sampling=_sampling(request, codec, max_tokens),
+            sampling=_sampling(request, codec, admission.max_output_tokens),
             adapter_digest=target.weights_digest,
             cache_salt=principal.cache_salt,
             fairness_key=str(principal.tenant_id),
@@ -275,7 +347,9 @@ class Inference:
         except JournalFailed:
             # What cannot be billed is not served; the sweeper releases the hold.
             stream.abort()
+            place.leave()
             raise
+        meter.is_budgeted = admission.is_budgeted
         return Generation(
             request_id=request_id,
             target=target,
@@ -283,8 +357,24 @@ class Inference:
             stream=stream,
             meter=meter,
             ledger=self._ledger,
+            admission=admission,
+            place=place,
             stops=request.stops,
         )
+
+    async def resolve(self, principal: Principal, model: str) -> Target:
+        """What a name means for this caller. Raises ModelNotFound, also where the key may not."""
+        target = await self._registry.resolve(principal, model)
+        if not principal.may_call(target.public_name):
+            raise model_not_found(model)
+        return target
+
+
+def _deadline_s(admission: Admission) -> float | None:
+    """Until when the first token must be there, by the event loop's clock."""
+    if admission.queue_time_ms is None:
+        return None
+    return asyncio.get_running_loop().time() + admission.queue_time_ms / 1000
 
 
 async def _encode(codec: TextCodec, prompt: Prompt) -> list[int]:
@@ -342,7 +432,8 @@ def _sampling(request: GenerationRequest, codec: TextCodec, max_tokens: int) -> 
         frequency_penalty=request.frequency_penalty,
         repetition_penalty=request.repetition_penalty,
         logit_bias=dict(request.logit_bias),
-        min_tokens=request.min_tokens,
+        # `max_cost` may have lowered the other.
+        min_tokens=min(request.min_tokens, max_tokens),
         stop_token_ids=(*eos, *request.stop_token_ids),
         logprobs=request.logprobs,
     )

@@ -22,10 +22,10 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from gateway.budgets import Spending, spend
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import Unavailable
 from gateway.journal import Journal, Meter, Opened, Settlement
-from gateway.budgets import Spending, spend
 from gateway.limits import Funding, Refund, Stream, extend, refund, want
 from gateway.prices import Bill, Price, bill
 from gateway.tables import GatewayInstance, Hold, UsageEvent, UsageRollup, new_id

@@ -337,6 +337,21 @@ def refused(
     return error
 
 
+def waited_too_long(admission: Admission) -> LimitReached:
+    """The error that tells a client that its first token did not come in time."""
+    assert admission.queue_time_ms is not None, "nobody waits too long without a limit"
+    error = LimitReached(
+        f"The request waited {admission.queue_time_ms} ms for its first token, as long as it may,"
+        " and was withdrawn. Try again shortly."
+    )
+    refusal = Refusal(
+        "queue_time_ms", "request", admission.queue_time_ms, admission.queue_time_ms, 1_000_000
+    )
+    error.rule = asdict(refusal)
+    error.headers |= admission.levels.headers() | _retry_headers(refusal)
+    return error
+
+
 def _when(clears_in_us: int | None) -> str:
     return "clears in " + spell_duration(clears_in_us or 0)
 

@@ -1,9 +1,13 @@
 """The gateway's environment, read once and turned into values. The only reader of it here."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from gateway.addresses import Network, parse_networks
+from gateway.errors import InvalidRequest
 
 MEBIBYTE = 1 << 20
 # The engine reads the same one.
@@ -24,8 +28,9 @@ class Settings:
     # `unix:/path` or `http://host:port`
     engine_address: str
     engine_secret: str
-    # Shared by all gateways of one installation: API keys are fingerprinted under it.
-    pepper: bytes
+    # Version -> pepper, shared by all gateways of one installation: API keys are fingerprinted
+    # under the newest, and those of an older one stay good for as long as it is kept here.
+    peppers: Mapping[int, bytes]
     # Where adapters and text bundles live, e.g. file:///var/lib/manylora/store or s3://bucket
     store_url: str
     # Journal and staging files of this host.
@@ -33,6 +38,10 @@ class Settings:
     host: str
     port: int
     max_upload_bytes: int
+    # Ranges of addresses whose `X-Forwarded-For` is believed.
+    trusted_proxies: tuple[Network, ...] = ()
+    # Ranges of private addresses that webhooks may be sent to all the same.
+    webhook_networks: tuple[Network, ...] = ()
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -43,12 +52,16 @@ class Settings:
             "MANYLORA_DATABASE_WORKER_URL": self.database_worker_url,
             "MANYLORA_ENGINE": self.engine_address,
             "MANYLORA_ENGINE_SECRET": self.engine_secret,
-            "MANYLORA_PEPPER": self.pepper.hex(),
+            "MANYLORA_PEPPER": ",".join(
+                f"{version}:{pepper.hex()}" for version, pepper in self.peppers.items()
+            ),
             "MANYLORA_STORE_URL": self.store_url,
             "MANYLORA_DATA_DIR": str(self.data_dir),
             "MANYLORA_HOST": self.host,
             "MANYLORA_PORT": str(self.port),
             "MANYLORA_MAX_UPLOAD_BYTES": str(self.max_upload_bytes),
+            "MANYLORA_TRUSTED_PROXIES": ",".join(map(str, self.trusted_proxies)),
+            "MANYLORA_WEBHOOK_NETWORKS": ",".join(map(str, self.webhook_networks)),
             **({} if self.parent_pid is None else {PARENT_VARIABLE: str(self.parent_pid)}),
         }
 
@@ -60,12 +73,14 @@ class Settings:
             database_worker_url=_required(environment, "MANYLORA_DATABASE_WORKER_URL"),
             engine_address=_required(environment, "MANYLORA_ENGINE"),
             engine_secret=_required(environment, "MANYLORA_ENGINE_SECRET"),
-            pepper=_hexadecimal(environment, "MANYLORA_PEPPER"),
+            peppers=_peppers(environment, "MANYLORA_PEPPER"),
             store_url=_required(environment, "MANYLORA_STORE_URL"),
             data_dir=Path(_required(environment, "MANYLORA_DATA_DIR")),
             host=environment.get("MANYLORA_HOST", "127.0.0.1"),
             port=_integer(environment, "MANYLORA_PORT", 8000),
             max_upload_bytes=_integer(environment, "MANYLORA_MAX_UPLOAD_BYTES", 1024 * MEBIBYTE),
+            trusted_proxies=_networks(environment, "MANYLORA_TRUSTED_PROXIES"),
+            webhook_networks=_networks(environment, "MANYLORA_WEBHOOK_NETWORKS"),
             parent_pid=_integer(environment, PARENT_VARIABLE, 0) or None,
         )
 
@@ -85,9 +100,28 @@ def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
         raise SettingsFault(f"{name} is not a whole number: {value!r}") from None
 
 
-def _hexadecimal(environment: Mapping[str, str], name: str) -> bytes:
+def _networks(environment: Mapping[str, str], name: str) -> tuple[Network, ...]:
+    value = environment.get(name, "")
     try:
-        value = bytes.fromhex(_required(environment, name))
+        return parse_networks(filter(None, value.split(",")), param=name)
+    except InvalidRequest as error:
+        raise SettingsFault(f"{name}: {error.message}") from None
+
+
+def _peppers(environment: Mapping[str, str], name: str) -> dict[int, bytes]:
+    """One pepper, or several as `1:...,2:...`; a single one without a number is the first."""
+    peppers = {}
+    for part in _required(environment, name).split(","):
+        version, _, digits = part.rpartition(":")
+        if not re.fullmatch("[1-9][0-9]{0,8}|", version):
+            raise SettingsFault(f"{name}: the version {version!r} is not a number from 1 on")
+        peppers[int(version or 1)] = _hexadecimal(digits, name)
+    return peppers
+
+
+def _hexadecimal(digits: str, name: str) -> bytes:
+    try:
+        value = bytes.fromhex(digits)
     except ValueError:
         raise SettingsFault(f"{name} is not hexadecimal") from None
     if len(value) < 32:

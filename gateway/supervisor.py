@@ -152,7 +152,7 @@ class Supervisor:
             database_worker_url=worker_url,
             engine_address=f"unix:{runtime_dir / 'engine.sock'}",
             engine_secret=keys.engine_secret,
-            pepper=bytes.fromhex(keys.pepper),
+            peppers={PEPPER_VERSION: bytes.fromhex(keys.pepper)},
             store_url=options.store_url or (options.data_dir / "store").absolute().as_uri(),
             data_dir=options.data_dir.absolute(),
             host=options.host,
@@ -168,7 +168,7 @@ class Supervisor:
         database = Database(
             app_url=settings.database_app_url, worker_url=settings.database_worker_url
         )
-        authenticator = Authenticator(database, {PEPPER_VERSION: settings.pepper})
+        authenticator = Authenticator(database, settings.peppers)
         try:
             with contextlib.suppress(FileNotFoundError, InvalidKey):
                 await authenticator.authenticate(f"Bearer {self.operator_key}")

@@ -424,9 +424,7 @@ class Limit(Table):
             " concurrent_requests, queue_time_ms) > 0",
             name="positive",
         ),
-        Index(
-            "ix_limits_adapter", "adapter_id", postgresql_where=text("adapter_id IS NOT NULL")
-        ),
+        Index("ix_limits_adapter", "adapter_id", postgresql_where=text("adapter_id IS NOT NULL")),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
