@@ -29,7 +29,7 @@ from engine.errors import LinkError
 from engine.protocol import Frame
 from gateway import api
 from gateway.api import billing as billing_routes
-from gateway.api import chat, completions, health, models, tenant
+from gateway.api import chat, completions, health, keys, limits, models, tenant
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, check_routes, guard, provide_principal
@@ -186,6 +186,12 @@ def create_app(settings: Settings) -> Litestar:
             completions.completions,
             health.live,
             health.ready,
+            keys.create_key,
+            keys.list_keys,
+            keys.revoke_key,
+            keys.rotate_key,
+            limits.limits,
+            limits.list_budgets,
             models.get_model,
             models.list_models,
             tenant.usage,

@@ -10,7 +10,16 @@ from gateway.api.admin.adapters import (
     list_versions,
 )
 from gateway.api.admin.base_models import list_base_models
-from gateway.api.admin.keys import create_key, list_keys, revoke_key
+from gateway.api.admin.budgets import change_budget, create_budget, delete_budget, list_budgets
+from gateway.api.admin.keys import create_key, list_keys, revoke_key, rotate_key
+from gateway.api.admin.limits import (
+    get_adapter_limits,
+    get_key_limits,
+    get_tenant_limits,
+    set_adapter_limits,
+    set_key_limits,
+    set_tenant_limits,
+)
 from gateway.api.admin.tenants import create_tenant, get_tenant, list_tenants, set_status
 
 admin_router = Router(
@@ -23,6 +32,17 @@ admin_router = Router(
         create_key,
         list_keys,
         revoke_key,
+        rotate_key,
+        get_tenant_limits,
+        set_tenant_limits,
+        get_key_limits,
+        set_key_limits,
+        get_adapter_limits,
+        set_adapter_limits,
+        list_budgets,
+        create_budget,
+        change_budget,
+        delete_budget,
         list_adapters,
         get_adapter,
         delete_adapter,
