@@ -29,7 +29,7 @@ from engine.errors import LinkError
 from engine.protocol import Frame
 from gateway import api
 from gateway.api import billing as billing_routes
-from gateway.api import chat, completions, health, keys, limits, models, tenant
+from gateway.api import chat, completions, estimate, health, keys, limits, models, tenant
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, check_routes, guard, provide_principal
@@ -184,6 +184,7 @@ def create_app(settings: Settings) -> Litestar:
             billing_routes.billing_router,
             chat.chat_completions,
             completions.completions,
+            estimate.estimate,
             health.live,
             health.ready,
             keys.create_key,

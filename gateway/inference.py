@@ -35,9 +35,9 @@ from gateway.errors import (
 )
 from gateway.journal import Journal, Meter, Opened
 from gateway.ledger import Ledger
-from gateway.limits import Admission, admit, waited_too_long
+from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
 from gateway.overload import Place, WaitingRoom
-from gateway.prices import Bill
+from gateway.prices import Bill, ceiling
 from gateway.registry import Registry, Target, model_not_found
 from gateway.routing import Router
 from gateway.tables import new_id
@@ -101,6 +101,20 @@ class Delta:
     token_ids: list[int]
     logprobs: list[TokenLogprob]
     finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a request would take and cost at most, in nano-USD."""
+
+    prompt_tokens: int
+    max_output_tokens: int
+    prompt_cost_nano: int
+    max_cost_nano: int
+    # Why it would not be admitted now.
+    refusal: GatewayError | None
+    # Whether its adapter sits in a slot; None where no engine could be asked.
+    is_resident: bool | None
 
 
 class Generation:
@@ -302,7 +316,7 @@ class Inference:
         target = await self.resolve(principal, request.model)
         codec = await self._texts.get(target.text_bundle_digest)
         prompt_ids = await _encode(codec, request.prompt)
-        max_tokens = _fit(request, len(prompt_ids), target.context_length)
+        max_tokens = _fit(request.max_tokens, len(prompt_ids), target.context_length)
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
@@ -362,6 +376,52 @@ class Inference:
             stops=request.stops,
         )
 
+    async def estimate(
+        self,
+        principal: Principal,
+        *,
+        model: str,
+        prompt: Prompt,
+        max_tokens: int | None,
+        max_cost_nano: int | None,
+    ) -> Estimate:
+        """What a request would take; nothing is charged or held.
+
+        Raises ModelNotFound, TemplateFault, ContextLengthExceeded or Unavailable.
+        """
+        target = await self.resolve(principal, model)
+        codec = await self._texts.get(target.text_bundle_digest)
+        prompt_ids = await _encode(codec, prompt)
+        ask = Ask(
+            request_id=new_id(),
+            endpoint="estimate",
+            prompt_tokens=len(prompt_ids),
+            max_tokens=_fit(max_tokens, len(prompt_ids), target.context_length),
+            gateway_instance_id=self._journal.instance_id,
+            max_cost_nano=max_cost_nano,
+        )
+        answer = await rehearse(self._database, principal, target, ask)
+
+        def cost_nano(output_tokens: int) -> int:
+            return ceiling(answer.price, prompt_tokens=len(prompt_ids), output_tokens=output_tokens)
+
+        return Estimate(
+            prompt_tokens=len(prompt_ids),
+            max_output_tokens=answer.max_output_tokens,
+            prompt_cost_nano=cost_nano(0),
+            max_cost_nano=cost_nano(answer.max_output_tokens),
+            refusal=answer.refusal and refused(answer.refusal, principal, target),
+            is_resident=await self._is_resident(target),
+        )
+
+    async def _is_resident(self, target: Target) -> bool | None:
+        if target.weights_digest is None:
+            return True
+        try:
+            return target.weights_digest in (await self._router.pick().status()).resident_adapters
+        except (LinkError, Unavailable):
+            return None
+
     async def resolve(self, principal: Principal, model: str) -> Target:
         """What a name means for this caller. Raises ModelNotFound, also where the key may not."""
         target = await self._registry.resolve(principal, model)
@@ -387,17 +447,17 @@ async def _encode(codec: TextCodec, prompt: Prompt) -> list[int]:
             return await codec.encode_chat(prompt)
 
 
-def _fit(request: GenerationRequest, num_prompt_tokens: int, context_length: int) -> int:
+def _fit(max_tokens: int | None, num_prompt_tokens: int, context_length: int) -> int:
     """Most tokens to generate: what is asked for, or the rest of the context."""
     room = context_length - num_prompt_tokens
-    wanted = request.max_tokens or 1
+    wanted = max_tokens or 1
     if wanted > room:
         raise ContextLengthExceeded(
             f"This model's context is {context_length} tokens; the prompt has {num_prompt_tokens}"
             f" and at least {wanted} are asked for. Shorten the prompt or lower max_tokens.",
-            param="max_tokens" if request.max_tokens else None,
+            param="max_tokens" if max_tokens else None,
         )
-    return request.max_tokens or room
+    return max_tokens or room
 
 
 def _check_tokens(request: GenerationRequest, *, max_tokens: int, vocab_size: int) -> None:

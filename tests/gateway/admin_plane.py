@@ -224,7 +224,7 @@ async def _operator_key(database: Database) -> str:
 @contextlib.asynccontextmanager
 async def serve(app: Litestar) -> AsyncIterator[str]:
     """The app on a loopback port of its own."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", proxy_headers=False))
     running = asyncio.create_task(server.serve())
     await until(lambda: server.started or running.done())
     port = server.servers[0].sockets[0].getsockname()[1]
