@@ -45,6 +45,7 @@ from gateway.staging import Staging
 from gateway.tables import new_id
 from gateway.text import TextCodecs
 from gateway.uploads import Uploads
+from gateway.webhooks import Outbox
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Parts:
     uploads: Uploads
     journal: Journal
     ledger: Ledger
+    outbox: Outbox
     engine: EngineLink
     router: Router
     inference: Inference
@@ -107,6 +109,7 @@ def build(settings: Settings) -> Parts:
         ),
         journal=journal,
         ledger=ledger,
+        outbox=Outbox(database, settings.peppers, allowed_networks=settings.webhook_networks),
         engine=engine,
         router=router,
         inference=Inference(
@@ -146,6 +149,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.authenticator)
         await parts.ledger.start()
         stack.push_async_callback(parts.ledger.stop)
+        await stack.enter_async_context(parts.outbox)
         await stack.enter_async_context(parts.engine)
         attaching = asyncio.create_task(_attach_engine(parts))
         stack.callback(attaching.cancel)
@@ -219,7 +223,16 @@ def create_app(settings: Settings) -> Litestar:
 
 
 # What handlers may ask for by the name of a parameter.
-_HANDED_OUT = ("authenticator", "database", "inference", "ledger", "registry", "router", "uploads")
+_HANDED_OUT = (
+    "authenticator",
+    "database",
+    "inference",
+    "ledger",
+    "outbox",
+    "registry",
+    "router",
+    "uploads",
+)
 
 
 def _provide(part: object) -> Provide:

@@ -30,6 +30,7 @@ from gateway.errors import GatewayError
 from gateway.registry import Registry
 from gateway.staging import Staging
 from gateway.uploads import Uploads
+from gateway.webhooks import Outbox
 
 MAX_UPLOAD_BYTES = 256 * 1024
 PEPPER = b"\x07" * 32
@@ -184,7 +185,12 @@ async def admin_plane(
 def _app(
     database: Database, authenticator: Authenticator, *, registry: Registry, uploads: Uploads
 ) -> Litestar:
-    parts = {"database": database, "registry": registry, "uploads": uploads}
+    parts = {
+        "database": database,
+        "registry": registry,
+        "uploads": uploads,
+        "outbox": Outbox(database, {1: PEPPER}),
+    }
     app = Litestar(
         [admin_router],
         guards=[guard],

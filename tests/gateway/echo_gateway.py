@@ -138,7 +138,7 @@ async def _wait_until_priced(operator: httpx.AsyncClient) -> None:
         "output_nano_per_million": TOKEN_NANO * 1_000_000,
     }
     # The engine's base model is registered as soon as the gateway has found it.
-    while (await operator.get("/health/ready")).status_code != 200 or (
+    while (await operator.get("/health/ready")).status_code != 200 or (  # noqa: ASYNC110 - polled
         await operator.post("/admin/v1/prices", json=price)
     ).status_code != 201:
         await asyncio.sleep(0.05)

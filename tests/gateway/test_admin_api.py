@@ -38,7 +38,13 @@ def routes(openapi: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             method.upper(),
-            path.format(tenant="acme", adapter="sql", key_id="0" * 32, budget_id="0" * 32),
+            path.format(
+                tenant="acme",
+                adapter="sql",
+                key_id="0" * 32,
+                budget_id="0" * 32,
+                webhook_id="0" * 32,
+            ),
         )
         for path, methods in openapi["paths"].items()
         for method in methods
@@ -49,7 +55,7 @@ def routes(openapi: dict[str, Any]) -> list[tuple[str, str]]:
 async def test_every_route_needs_an_operators_key(plane: Plane, subtests: pytest.Subtests) -> None:
     tenant_key = (await plane.make_key("acme"))["key"]
     document = plane.app.openapi_schema.to_schema()
-    assert len(routes(document)) == 24
+    assert len(routes(document)) == 28
     for method, path in routes(document):
         with subtests.test(f"{method} {path}"):
             for key, status in (

@@ -21,6 +21,12 @@ from gateway.api.admin.limits import (
     set_tenant_limits,
 )
 from gateway.api.admin.tenants import create_tenant, get_tenant, list_tenants, set_status
+from gateway.api.admin.webhooks import (
+    create_webhook,
+    delete_webhook,
+    list_deliveries,
+    list_webhooks,
+)
 
 admin_router = Router(
     "/admin/v1",
@@ -43,6 +49,10 @@ admin_router = Router(
         create_budget,
         change_budget,
         delete_budget,
+        create_webhook,
+        list_webhooks,
+        delete_webhook,
+        list_deliveries,
         list_adapters,
         get_adapter,
         delete_adapter,
