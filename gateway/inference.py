@@ -410,7 +410,7 @@ class Inference:
             max_output_tokens=answer.max_output_tokens,
             prompt_cost_nano=cost_nano(0),
             max_cost_nano=cost_nano(answer.max_output_tokens),
-            refusal=answer.refusal and refused(answer.refusal, principal, target),
+            refusal=refused(answer.refusal, principal, target) if answer.refusal else None,
             is_resident=await self._is_resident(target),
         )
 

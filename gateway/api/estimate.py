@@ -10,7 +10,7 @@ from litestar.params import JSONBody
 from gateway.api.chat import ChatMessage
 from gateway.api.fields import MaxCost, NumTokens, TokenIds, refuse_unserved
 from gateway.auth import Principal
-from gateway.errors import InvalidRequest
+from gateway.errors import GatewayError, InvalidRequest, LimitReached
 from gateway.inference import Inference, Prompt, TokenPrompt
 
 
@@ -78,15 +78,14 @@ async def estimate(
         prompt_cost_nano=found.prompt_cost_nano,
         max_cost_nano=found.max_cost_nano,
         would_be_admitted=refusal is None,
-        why_not=refusal
-        and WhyNot(
-            refusal.status,
-            refusal.code,
-            refusal.message,
-            dict(getattr(refusal, "rule", None) or {}) or None,
-        ),
+        why_not=None if refusal is None else _why_not(refusal),
         is_resident=found.is_resident,
     )
+
+
+def _why_not(refusal: GatewayError) -> WhyNot:
+    rule = refusal.rule if isinstance(refusal, LimitReached) else None
+    return WhyNot(refusal.status, refusal.code, refusal.message, dict(rule) if rule else None)
 
 
 def _prompt(data: EstimateRequest) -> Prompt:

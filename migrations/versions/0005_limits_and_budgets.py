@@ -383,10 +383,15 @@ BEGIN
     ) THEN
         SELECT coalesce(sum(h.amount_nano), 0),
                coalesce(sum(h.amount_nano) FILTER (WHERE h.api_key_id = p_key), 0),
-               count(*) FILTER (WHERE i.heartbeat_at > moment - lease),
-               count(*) FILTER (WHERE i.heartbeat_at > moment - lease AND h.api_key_id = p_key)
+               count(*) FILTER (WHERE lives.it),
+               count(*) FILTER (WHERE lives.it AND h.api_key_id = p_key)
         INTO held_by_tenant, held_by_key, open_of_tenant, open_of_key
-        FROM public.holds h JOIN public.gateway_instances i ON i.id = h.gateway_instance_id
+        FROM public.holds h
+        JOIN public.gateway_instances i ON i.id = h.gateway_instance_id
+        -- Who asks lives, whatever became of its heartbeats.
+        CROSS JOIN LATERAL (
+            SELECT i.heartbeat_at > moment - lease OR i.id = p_instance AS it
+        ) AS lives
         WHERE h.tenant_id = p_tenant AND h.state = 'open';
     END IF;
 
@@ -466,7 +471,7 @@ BEGIN
                 FROM public.holds h
                 JOIN public.gateway_instances i ON i.id = h.gateway_instance_id
                 WHERE h.adapter_id = p_adapter AND h.state = 'open'
-                  AND i.heartbeat_at > moment - lease;
+                  AND (i.heartbeat_at > moment - lease OR i.id = p_instance);
             END IF;
             in_flight := CASE scope WHEN 'adapter' THEN open_of_adapter
                                     WHEN 'key' THEN open_of_key ELSE open_of_tenant END;

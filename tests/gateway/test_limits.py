@@ -301,11 +301,15 @@ async def test_concurrency_heals_itself_when_a_gateway_is_gone(
     await limit(database, shop, concurrent_requests=1)
     await admitted(database, shop)
     await refusal(database, shop)
+    other = uuid.UUID(int=98)
     async with database.as_worker() as session:
         await session.execute(
             text("UPDATE gateway_instances SET heartbeat_at = now() - interval '11 seconds'")
         )
-    await admitted(database, shop)
+        session.add(GatewayInstance(id=other, host="there", epoch=1))
+    # The one that asks is not gone, whatever became of its heartbeats.
+    await refusal(database, shop)
+    await admitted(database, shop, gateway_instance_id=other)
 
 
 async def test_another_tenants_requests_leave_ours_alone(database: Database, shop: Shop) -> None:
