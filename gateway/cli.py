@@ -12,8 +12,9 @@ from typing import Any
 
 import click
 
+from gateway.addresses import Network, parse_networks
 from gateway.demo import set_up_demo
-from gateway.errors import DatabaseRefused
+from gateway.errors import DatabaseRefused, InvalidRequest
 from gateway.settings import MEBIBYTE
 from gateway.supervisor import CannotServe, ServeOptions, Supervisor
 
@@ -46,6 +47,15 @@ def _only_one(_: click.Context, parameter: click.Parameter, value: int) -> int:
     return value
 
 
+def _networks(
+    _: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[Network, ...]:
+    try:
+        return parse_networks(values, param=parameter.opts[0])
+    except InvalidRequest as error:
+        raise click.UsageError(f"{parameter.opts[0]}: {error.message}") from None
+
+
 def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
     for flag in REFUSED_FLAGS:
         command = click.option(flag, callback=_refuse, expose_value=False, hidden=True)(command)
@@ -67,6 +77,20 @@ def main() -> None:
 @click.option("--store-url", help="Where adapters are kept. [default: the data directory]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR)
 @click.option("--max-upload-mib", default=1024, show_default=True)
+@click.option(
+    "--trusted-proxy",
+    "trusted_proxies",
+    multiple=True,
+    callback=_networks,
+    help="Address or range whose X-Forwarded-For is believed; may be repeated.",
+)
+@click.option(
+    "--webhook-network",
+    "webhook_networks",
+    multiple=True,
+    callback=_networks,
+    help="Private address or range that webhooks may be sent to; may be repeated.",
+)
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and answer together.")
@@ -91,6 +115,8 @@ def serve(
     store_url: str | None,
     data_dir: Path,
     max_upload_mib: int,
+    trusted_proxies: tuple[Network, ...],
+    webhook_networks: tuple[Network, ...],
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -105,6 +131,8 @@ def serve(
         store_url=store_url,
         engine_flags=_engine_flags(engine_options),
         max_upload_bytes=max_upload_mib * MEBIBYTE,
+        trusted_proxies=trusted_proxies,
+        webhook_networks=webhook_networks,
     )
 
     async def ready(supervisor: Supervisor) -> None:

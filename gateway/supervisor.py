@@ -24,6 +24,7 @@ from typing import Any
 
 import httpx
 
+from gateway.addresses import Network
 from gateway.auth import PEPPER_VERSION, Authenticator
 from gateway.database import DATABASE_TROUBLE, Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
@@ -62,6 +63,8 @@ class ServeOptions:
     # Flags that the engine takes as they are.
     engine_flags: tuple[str, ...]
     max_upload_bytes: int = 1024 * MEBIBYTE
+    trusted_proxies: tuple[Network, ...] = ()
+    webhook_networks: tuple[Network, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,8 @@ class Supervisor:
             host=options.host,
             port=options.port,
             max_upload_bytes=options.max_upload_bytes,
+            trusted_proxies=options.trusted_proxies,
+            webhook_networks=options.webhook_networks,
             parent_pid=os.getpid(),
         )
         await self._ensure_operator_key(settings)

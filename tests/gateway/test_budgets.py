@@ -250,6 +250,32 @@ async def test_each_threshold_is_told_once_to_each_webhook(database: Database, s
         assert await percents() == expected
 
 
+async def test_a_hard_budget_that_refuses_is_told_as_spent(database: Database, shop: Shop) -> None:
+    async with database.as_worker() as session:
+        session.add(Webhook(id=new_id(), url="https://a.example", pepper_version=1))
+    await budget(database, shop, price_of(shop, 40))
+    await close(database, shop, await ask(database, shop, max_tokens=39), 39)
+    for _ in range(3):
+        with pytest.raises(BudgetSpent):
+            await admit_a_long_prompt(database, shop)
+    async with database.as_worker() as session:
+        rows = (await session.scalars(select(WebhookDelivery))).all()
+    assert sorted(row.event["percent"] for row in rows) == [50, 100]
+
+
+async def admit_a_long_prompt(database: Database, shop: Shop) -> None:
+    await admit(
+        database,
+        shop.principal,
+        shop.target,
+        request_id=new_id(),
+        endpoint="completions",
+        prompt_tokens=1000,
+        max_tokens=1,
+        gateway_instance_id=INSTANCE,
+    )
+
+
 async def test_whatever_happens_at_once_held_and_spent_stay_below_the_cap(
     database: Database, shop: Shop, home: Home
 ) -> None:
