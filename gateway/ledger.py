@@ -237,6 +237,8 @@ class Ledger:
         self._database = database
         self._journal = journal
         self._queue: dict[uuid.UUID, Settlement] = {}
+        # Of an earlier life, or of a sibling's: their tokens may have been given back already.
+        self._recovered: set[uuid.UUID] = set()
         # What the database will not take as it is; kept in the journal and tried at each start.
         self._refused: set[uuid.UUID] = set()
         self._wake = asyncio.Event()
@@ -355,7 +357,9 @@ class Ledger:
 
     async def _recover(self) -> None:
         leftovers = await asyncio.to_thread(self._journal.find_leftovers)
-        self._enqueue(self._journal.take_over(leftovers))
+        settlements = self._journal.take_over(leftovers)
+        self._recovered.update(each.request_id for each in settlements)
+        self._enqueue(settlements)
 
     async def _sync(self) -> None:
         await asyncio.to_thread(self._journal.sync)
@@ -402,10 +406,14 @@ class Ledger:
         """Correct the buckets in a transaction of its own: admissions must not wait for a disk."""
         try:
             async with self._database.as_worker() as session:
-                await refund(session, [_refund(each) for each in batch])
+                await refund(
+                    session,
+                    [_refund(each) for each in batch if each.request_id not in self._recovered],
+                )
         except DATABASE_TROUBLE as fault:
             # It drains away by itself.
             logger.warning("tokens_not_refunded", extra={"reason": str(fault)})
+        self._recovered.difference_update(each.request_id for each in batch)
 
     async def _find_refused(self, batch: Sequence[Settlement]) -> None:
         """One row that the database refuses must not hold up the others."""
