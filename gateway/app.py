@@ -31,10 +31,10 @@ from engine.protocol import Frame
 from gateway import api
 from gateway.aliases import Aliases
 from gateway.api import billing as billing_routes
-from gateway.api import chat, completions, health, lora, models, tenant
+from gateway.api import chat, completions, estimate, health, keys, limits, lora, models, tenant
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
-from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
+from gateway.auth import Authenticator, check_routes, guard, provide_principal
 from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import GatewayError, JournalFailed
@@ -56,6 +56,7 @@ from gateway.tables import new_id
 from gateway.templates import Templates
 from gateway.text import TextCodecs
 from gateway.uploads import Uploads
+from gateway.webhooks import Outbox
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Parts:
     templates: Templates
     journal: Journal
     ledger: Ledger
+    outbox: Outbox
     engine: EngineLink
     router: Router
     residency: Residency
@@ -129,7 +131,9 @@ def build(settings: Settings) -> Parts:
     return Parts(
         settings=settings,
         database=database,
-        authenticator=Authenticator(database, {PEPPER_VERSION: settings.pepper}),
+        authenticator=Authenticator(
+            database, settings.peppers, trusted_proxies=settings.trusted_proxies
+        ),
         store=store,
         registry=registry,
         aliases=Aliases(database),
@@ -142,6 +146,7 @@ def build(settings: Settings) -> Parts:
         uploads=uploads,
         journal=journal,
         ledger=ledger,
+        outbox=Outbox(database, settings.peppers, allowed_networks=settings.webhook_networks),
         engine=engine,
         router=router,
         residency=residency,
@@ -193,6 +198,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.retention)
         await stack.enter_async_context(parts.resumable_uploads)
         await stack.enter_async_context(parts.residency)
+        await stack.enter_async_context(parts.outbox)
         await stack.enter_async_context(parts.engine)
         attaching = asyncio.create_task(_attach_engine(parts))
         stack.callback(attaching.cancel)
@@ -233,10 +239,17 @@ def create_app(settings: Settings) -> Litestar:
             billing_routes.billing_router,
             chat.chat_completions,
             completions.completions,
+            estimate.estimate,
             health.live,
             health.ready,
             lora.load_lora_adapter,
             lora.unload_lora_adapter,
+            keys.create_key,
+            keys.list_keys,
+            keys.revoke_key,
+            keys.rotate_key,
+            limits.limits,
+            limits.list_budgets,
             models.get_model,
             models.list_models,
             tenant.usage,
@@ -265,7 +278,8 @@ def create_app(settings: Settings) -> Litestar:
 # What handlers may ask for by the name of a parameter.
 _HANDED_OUT = (
     *("aliases", "authenticator", "database", "grants", "inference", "ledger", "registry"),
-    *("residency", "resumable_uploads", "retention", "router", "runtime_loras", "uploads"),
+    *("outbox", "residency", "resumable_uploads", "retention", "router", "runtime_loras"),
+    "uploads",
 )
 
 

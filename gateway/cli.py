@@ -15,9 +15,10 @@ from typing import Any
 import click
 
 from adapters.errors import StoreUnavailable
+from gateway.addresses import Network, parse_networks
 from gateway.database import DATABASE_TROUBLE
 from gateway.demo import set_up_demo
-from gateway.errors import DatabaseRefused, GatewayError
+from gateway.errors import DatabaseRefused, GatewayError, InvalidRequest
 from gateway.fsck import Fsck, Report
 from gateway.lora_modules import LoraModule, parse, register
 from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS
@@ -82,6 +83,15 @@ def _parse_modules(
         raise click.BadParameter(str(error)) from error
 
 
+def _networks(
+    _: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[Network, ...]:
+    try:
+        return parse_networks(values, param=parameter.opts[0])
+    except InvalidRequest as error:
+        raise click.UsageError(f"{parameter.opts[0]}: {error.message}") from None
+
+
 def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
     for flag in REFUSED_FLAGS:
         command = click.option(flag, callback=_refuse, expose_value=False, hidden=True)(command)
@@ -119,6 +129,20 @@ def main() -> None:
     "--max-adapter-bytes-per-tenant",
     type=click.IntRange(min=0),
     help="The same for the bytes of their versions. [default: none]",
+)
+@click.option(
+    "--trusted-proxy",
+    "trusted_proxies",
+    multiple=True,
+    callback=_networks,
+    help="Address or range whose X-Forwarded-For is believed; may be repeated.",
+)
+@click.option(
+    "--webhook-network",
+    "webhook_networks",
+    multiple=True,
+    callback=_networks,
+    help="Private address or range that webhooks may be sent to; may be repeated.",
 )
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
@@ -163,6 +187,8 @@ def serve(
     max_adapter_bytes_per_tenant: int | None,
     lora_modules: tuple[LoraModule, ...],
     lora_folder: Path | None,
+    trusted_proxies: tuple[Network, ...],
+    webhook_networks: tuple[Network, ...],
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -181,6 +207,8 @@ def serve(
         max_adapters_per_tenant=max_adapters_per_tenant,
         max_adapter_bytes_per_tenant=max_adapter_bytes_per_tenant,
         lora_folder=lora_folder,
+        trusted_proxies=trusted_proxies,
+        webhook_networks=webhook_networks,
     )
 
     async def ready(supervisor: Supervisor) -> None:

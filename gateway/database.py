@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
@@ -21,7 +21,7 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, event, make_url, text
+from sqlalchemy import URL, Connection, Row, TextClause, event, make_url, text
 from sqlalchemy.exc import DisconnectionError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -83,6 +83,8 @@ class Database:
         self._app = _open_pool(app_url, pool_size=pool_size)
         self._worker = _open_pool(worker_url, pool_size=pool_size)
         self._app_sessions = async_sessionmaker(self._app, expire_on_commit=False)
+        # The same connections.
+        self._app_calls = self._app.execution_options(isolation_level="AUTOCOMMIT")
         self._worker_sessions = async_sessionmaker(self._worker, expire_on_commit=False)
 
     @asynccontextmanager
@@ -97,6 +99,17 @@ class Database:
         """One transaction that sees no tenant's rows."""
         async with self._app_sessions.begin() as session:
             yield session
+
+    async def call(
+        self, statement: TextClause, parameters: Mapping[str, Any]
+    ) -> Sequence[Row[Any]]:
+        """One statement as the app, which is its own transaction: a single round trip.
+
+        What it locks is free again when the server has run it, however busy this process is. Made
+        for functions of the schema that are given their tenant.
+        """
+        async with self._app_calls.connect() as connection:
+            return (await connection.execute(statement, parameters)).all()
 
     @asynccontextmanager
     async def as_worker(self) -> AsyncIterator[AsyncSession]:

@@ -18,13 +18,14 @@
     │   └── TooManyUploads        429
     ├── EngineFailed              500
     ├── Unavailable               503
+    │   └── Overloaded            503
     ├── DatabaseRefused           at start only: never answered to a client
     └── PostgresFailed            likewise
 
 `/v1` answers OpenAI error bodies, `/admin` RFC 9457 problem documents: see `api/wire.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adapters.validate import Finding
@@ -138,6 +139,8 @@ class LimitReached(GatewayError):
     """A rate limit is reached."""
 
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+    # Which rule it is, and what an error's body tells of it. Filled by whoever asked the rules.
+    rule: Mapping[str, str | int | None] | None = None
 
 
 class BudgetSpent(LimitReached):
@@ -170,6 +173,12 @@ class Unavailable(GatewayError):
     def __init__(self, message: str | None = None, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.headers = {"retry-after": str(retry_after_s)}
+
+
+class Overloaded(Unavailable):
+    """More requests wait here than can be started soon; try again in a moment."""
+
+    code = "overloaded"
 
 
 class DatabaseRefused(GatewayError):

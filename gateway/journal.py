@@ -184,6 +184,10 @@ class Meter:
         self._journal = journal
         self._sequences = {sequence_id: _SequenceCount() for sequence_id in opened.sequence_ids}
         self._count = Count(opened.number, 0, 0, 0, 0)
+        # What its hold pays for; grows with the heartbeats.
+        self.funded_output_tokens = opened.funded_output_tokens
+        # Whether tokens beyond that are counted, because no budget stands against them.
+        self.is_budgeted = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -215,6 +219,16 @@ class Meter:
         self._sequences[sequence_id].cap = num_tokens
         self._journal.record_progress([self])
 
+    def fund(self, output_tokens: int, *, is_budgeted: bool) -> None:
+        """The hold pays for so many output tokens now; those that waited for it are counted.
+
+        Raises JournalFailed.
+        """
+        self.funded_output_tokens = max(self.funded_output_tokens, output_tokens)
+        self.is_budgeted = is_budgeted
+        if self.is_connected:
+            self._journal.record_progress([self])
+
     def usage(self) -> Bill:
         """Counts and cost so far; the same that a replay would find for a streamed request."""
         return _bill(self.opened, self._count)
@@ -237,9 +251,12 @@ class Meter:
             # With several sequences the first computes the prompt and the others find it cached:
             # the prompt was computed once and is billed as that one found it.
             min(self.opened.prompt_tokens, *(each.cached for each in begun)),
-            sum(each.billable for each in begun),
+            self._payable(sum(each.billable for each in begun)),
             sum(each.engine_ns for each in self._sequences.values()),
         )
+
+    def _payable(self, num_tokens: int) -> int:
+        return min(num_tokens, self.funded_output_tokens) if self.is_budgeted else num_tokens
 
     def commit(self, count: Count) -> None:
         """The journal has this count."""
@@ -400,6 +417,10 @@ class Journal:
 
     def open_meters(self) -> list[Meter]:
         return list(self._meters.values())
+
+    def find_meter(self, request_id: uuid.UUID) -> Meter | None:
+        """The meter of a request that is open."""
+        return self._meters.get(request_id)
 
     def known_request_ids(self) -> set[uuid.UUID]:
         """All requests whose settlement is this journal's affair."""

@@ -99,7 +99,15 @@ class ApiKey(Table):
     """A key's fingerprint. `tenant_id` is null for an operator's key."""
 
     __tablename__ = "api_keys"
-    __table_args__ = (CheckConstraint("octet_length(secret_hmac) = 32", name="secret_hmac"),)
+    __table_args__ = (
+        CheckConstraint("octet_length(secret_hmac) = 32", name="secret_hmac"),
+        CheckConstraint("role IN ('owner', 'developer', 'billing', 'viewer')", name="role"),
+        CheckConstraint(
+            "num_nulls(previous_secret_hmac, previous_pepper_version, previous_expires_at)"
+            " IN (0, 3)",
+            name="previous_secret",
+        ),
+    )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     # The public middle part of `ml_<id>_<secret><checksum>`.
@@ -112,6 +120,15 @@ class ApiKey(Table):
     expires_at: Mapped[datetime.datetime | None]
     revoked_at: Mapped[datetime.datetime | None]
     last_used_at: Mapped[datetime.datetime | None]
+    # What the scopes were chosen by; null where they were named one by one.
+    role: Mapped[str | None]
+    # Globs of public names, and ranges of addresses in CIDR notation; null for all.
+    allowed_models: Mapped[list[str] | None] = mapped_column(ARRAY(Text()))
+    ip_ranges: Mapped[list[str] | None] = mapped_column(ARRAY(Text()))
+    # The secret before the last rotation, for as long as both are good.
+    previous_secret_hmac: Mapped[bytes | None]
+    previous_pepper_version: Mapped[int | None] = mapped_column(Integer)
+    previous_expires_at: Mapped[datetime.datetime | None]
     created_at: Mapped[datetime.datetime] = _now()
 
 
@@ -447,6 +464,12 @@ class Hold(Table):
         CheckConstraint("state IN ('open', 'settled', 'released')", name="state"),
         CheckConstraint("amount_nano >= 0", name="amount_nano"),
         Index("ix_holds_open", "gateway_instance_id", postgresql_where=text("state = 'open'")),
+        Index("ix_holds_open_of_tenant", "tenant_id", postgresql_where=text("state = 'open'")),
+        Index(
+            "ix_holds_open_of_adapter",
+            "adapter_id",
+            postgresql_where=text("state = 'open' AND adapter_id IS NOT NULL"),
+        ),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -555,3 +578,122 @@ class AuditEntry(Table):
     details: Mapped[dict[str, Any]]
     at: Mapped[datetime.datetime] = _now()
     hash: Mapped[bytes]
+
+
+class Limit(Table):
+    """Ceilings of a tenant, or of one of its keys or adapters, and how full each is now.
+
+    Levels are counted in sixty-millionths of a request or token: see migration 0005.
+    """
+
+    __tablename__ = "limits"
+    __table_args__ = (
+        UniqueConstraint(
+            "tenant_id", "api_key_id", "adapter_id", postgresql_nulls_not_distinct=True
+        ),
+        CheckConstraint("num_nonnulls(api_key_id, adapter_id) <= 1", name="one_scope"),
+        CheckConstraint(
+            "least(requests_per_minute, request_burst, tokens_per_minute, token_burst,"
+            " concurrent_requests, queue_time_ms) > 0",
+            name="positive",
+        ),
+        Index("ix_limits_adapter", "adapter_id", postgresql_where=text("adapter_id IS NOT NULL")),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    api_key_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"))
+    # Null means no such ceiling; a burst that is null is a minute's worth.
+    requests_per_minute: Mapped[int | None]
+    request_burst: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
+    token_burst: Mapped[int | None]
+    concurrent_requests: Mapped[int | None]
+    queue_time_ms: Mapped[int | None]
+    requests_level: Mapped[int] = mapped_column(server_default="0")
+    tokens_level: Mapped[int] = mapped_column(server_default="0")
+    # By the database's clock, in microseconds since 1970; since when tokens were never at zero.
+    measured_at_us: Mapped[int] = mapped_column(server_default="0")
+    busy_since_us: Mapped[int] = mapped_column(server_default="0")
+
+
+class Budget(Table):
+    """What a tenant, or one of its keys, may spend in a calendar period of its time zone.
+
+    A hard one is never passed; a soft one only alerts.
+    """
+
+    __tablename__ = "budgets"
+    __table_args__ = (
+        UniqueConstraint(
+            "tenant_id", "api_key_id", "kind", "period", postgresql_nulls_not_distinct=True
+        ),
+        CheckConstraint("kind IN ('hard', 'soft')", name="kind"),
+        CheckConstraint("period IN ('day', 'week', 'month')", name="period"),
+        CheckConstraint("cap_nano >= 0", name="cap_nano"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    api_key_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    kind: Mapped[str]
+    period: Mapped[str]
+    # A name of the IANA time zone database.
+    time_zone: Mapped[str]
+    cap_nano: Mapped[int]
+    # Percents of the cap at which webhooks are told.
+    alert_percents: Mapped[list[int]] = mapped_column(ARRAY(BigInteger()))
+    created_at: Mapped[datetime.datetime] = _now()
+
+
+class BudgetWindow(Table):
+    """What was spent of a budget in one of its periods; moved with usage events, in step."""
+
+    __tablename__ = "budget_windows"
+
+    budget_id: Mapped[uuid.UUID] = mapped_column(
+        ForeignKey("budgets.id", ondelete="CASCADE"), primary_key=True
+    )
+    starts_at: Mapped[datetime.datetime] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    spent_nano: Mapped[int]
+    # The highest threshold that was told of.
+    alerted_percent: Mapped[int] = mapped_column(server_default="0")
+
+
+class Webhook(Table):
+    """Where alerts go. The secret that signs them is derived from the pepper and the id."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    # Null for the alerts of all tenants.
+    tenant_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("tenants.id"))
+    url: Mapped[str]
+    pepper_version: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime.datetime] = _now()
+
+
+class WebhookDelivery(Table):
+    """One event on its way to one webhook."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("state IN ('waiting', 'delivered', 'failed')", name="state"),
+        Index(
+            "ix_webhook_deliveries_waiting",
+            "next_attempt_at",
+            postgresql_where=text("state = 'waiting'"),
+        ),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    webhook_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    event: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(server_default="waiting")
+    num_attempts: Mapped[int] = mapped_column(server_default="0")
+    next_attempt_at: Mapped[datetime.datetime] = _now()
+    last_error: Mapped[str | None]
+    created_at: Mapped[datetime.datetime] = _now()

@@ -12,6 +12,7 @@ from litestar.response import Stream
 from gateway.api.answer import WholeAnswer, answer_headers, collect
 from gateway.api.fields import (
     LogitBias,
+    MaxCost,
     MinP,
     MinTokens,
     NumTokens,
@@ -32,7 +33,7 @@ from gateway.api.fields import (
 from gateway.api.sse import DONE, event, event_stream
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
-from gateway.inference import Delta, Generation, GenerationRequest, Inference
+from gateway.inference import Delta, Generation, GenerationRequest, Inference, StoppedBy
 from gateway.text import TextCodec
 
 
@@ -85,6 +86,8 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # Ours: the most that the answer may cost, in nano-USD.
+    max_cost: MaxCost | None = None
     # One user always gets the same side of a canary.
     user: str | None = None
     # Accepted for the client's own use; they change nothing here.
@@ -137,6 +140,8 @@ class ChatChoice(msgspec.Struct, frozen=True):
     finish_reason: Literal["stop", "length"]
     logprobs: ChatLogprobs | None
     index: int = 0
+    # Ours: what ended the answer, where that was money.
+    stopped_by: StoppedBy | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
@@ -160,6 +165,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
     logprobs: ChatLogprobs | None = None
     index: int = 0
+    stopped_by: StoppedBy | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True):
@@ -229,6 +235,7 @@ def _read(data: ChatCompletionRequest) -> GenerationRequest:
         stop_token_ids=tuple(data.stop_token_ids or ()),
         ignore_eos=bool(data.ignore_eos),
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
+        max_cost_nano=data.max_cost,
     )
 
 
@@ -245,7 +252,14 @@ def _whole(
         id=_id(generation),
         created=int(generation.created.timestamp()),
         model=data.model,
-        choices=[ChatChoice(AssistantMessage(answer.text), answer.finish_reason, logprobs)],
+        choices=[
+            ChatChoice(
+                AssistantMessage(answer.text),
+                answer.finish_reason,
+                logprobs,
+                stopped_by=answer.stopped_by or msgspec.UNSET,
+            )
+        ],
         usage=Usage.of(bill),
     )
     return Response(
@@ -275,7 +289,13 @@ async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncI
             yield chunk(ChatChunkChoice(ChatDelta(content=delta.text), logprobs=logprobs))
         if delta.finish_reason:
             bill = generation.finish()
-            yield chunk(ChatChunkChoice(ChatDelta(), finish_reason=delta.finish_reason))
+            yield chunk(
+                ChatChunkChoice(
+                    ChatDelta(),
+                    finish_reason=delta.finish_reason,
+                    stopped_by=generation.stopped_by or msgspec.UNSET,
+                )
+            )
             if data.stream_options and data.stream_options.include_usage:
                 yield chunk(usage=Usage.of(bill))
     yield DONE

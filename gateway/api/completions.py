@@ -12,6 +12,7 @@ from litestar.response import Stream
 from gateway.api.answer import WholeAnswer, answer_headers, collect
 from gateway.api.fields import (
     LogitBias,
+    MaxCost,
     MinP,
     MinTokens,
     NumTokens,
@@ -32,7 +33,14 @@ from gateway.api.fields import (
 from gateway.api.sse import DONE, event, event_stream
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
-from gateway.inference import Delta, Generation, GenerationRequest, Inference, TokenPrompt
+from gateway.inference import (
+    Delta,
+    Generation,
+    GenerationRequest,
+    Inference,
+    StoppedBy,
+    TokenPrompt,
+)
 from gateway.text import TextCodec
 
 # OpenAI's own default for this endpoint.
@@ -61,6 +69,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # Ours: the most that the answer may cost, in nano-USD.
+    max_cost: MaxCost | None = None
     # One user always gets the same side of a canary.
     user: str | None = None
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
@@ -85,6 +95,8 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: Literal["stop", "length"] | None
     logprobs: CompletionLogprobs | None = None
     index: int = 0
+    # Ours: what ended the answer, where that was money.
+    stopped_by: StoppedBy | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -152,6 +164,7 @@ def _read(data: CompletionRequest) -> GenerationRequest:
         stop_token_ids=tuple(data.stop_token_ids or ()),
         ignore_eos=bool(data.ignore_eos),
         logprobs=data.logprobs,
+        max_cost_nano=data.max_cost,
     )
 
 
@@ -175,7 +188,12 @@ def _whole(
 ) -> Response[Completion]:
     bill = generation.finish()
     logprobs = None if data.logprobs is None else _logprobs(generation.codec, answer, offset=0)
-    choice = CompletionChoice(answer.text, answer.finish_reason, logprobs)
+    choice = CompletionChoice(
+        answer.text,
+        answer.finish_reason,
+        logprobs,
+        stopped_by=answer.stopped_by or msgspec.UNSET,
+    )
     return Response(
         _completion(generation, data, choice, usage=Usage.of(bill)),
         headers={**answer_headers(generation), "x-cost-nano": str(bill.cost_nano)},
@@ -190,7 +208,12 @@ async def _events(generation: Generation, data: CompletionRequest) -> AsyncItera
             None if data.logprobs is None else _logprobs(generation.codec, delta, offset=offset)
         )
         offset += len(delta.text)
-        choice = CompletionChoice(delta.text, delta.finish_reason, logprobs)
+        choice = CompletionChoice(
+            delta.text,
+            delta.finish_reason,
+            logprobs,
+            stopped_by=generation.stopped_by or msgspec.UNSET,
+        )
         yield event(_completion(generation, data, choice))
         if bill and data.stream_options and data.stream_options.include_usage:
             yield event(_completion(generation, data, usage=Usage.of(bill)))

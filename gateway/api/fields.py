@@ -24,6 +24,8 @@ MinTokens = Annotated[int, msgspec.Meta(ge=0)]
 NumTokens = Annotated[int, msgspec.Meta(ge=1)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], msgspec.Meta(max_length=16)]
+# Nano-USD, as an integer: the unit of every amount in this API.
+MaxCost = Annotated[int, msgspec.Meta(ge=1, le=10**18)]
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 TokenIds = Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=1_000_000)]
 

@@ -19,6 +19,8 @@ PLACES = {
     "adapter": "sql",
     "key_id": "0" * 32,
     "upload_id": "0" * 32,
+    "budget_id": "0" * 32,
+    "webhook_id": "0" * 32,
     "file": "a.tar",
     "number": "1",
     "version": "1",

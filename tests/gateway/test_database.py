@@ -37,8 +37,11 @@ from gateway.tables import (
     ApiKey,
     AuditEntry,
     BaseModel,
+    Budget,
+    BudgetWindow,
     GatewayInstance,
     Hold,
+    Limit,
     PriceVersion,
     PublicName,
     Table,
@@ -47,6 +50,8 @@ from gateway.tables import (
     UploadPart,
     UsageEvent,
     UsageRollup,
+    Webhook,
+    WebhookDelivery,
     WithheldBaseModel,
     new_id,
 )
@@ -130,8 +135,23 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID, withheld_id: uuid.U
     rollup = UsageRollup(
         id=new_id(), day=now.date(), api_key_id=key.id, requests=1, **tokens, **based
     )
+    budget = Budget(
+        id=new_id(),
+        kind="hard",
+        period="month",
+        time_zone="UTC",
+        cap_nano=1,
+        alert_percents=[100],
+        **ours,
+    )
+    webhook = Webhook(id=new_id(), url="https://alerts.example", pepper_version=1, **ours)
     return [
         tenant,
+        Limit(id=new_id(), requests_per_minute=1, **ours),
+        budget,
+        BudgetWindow(budget_id=budget.id, starts_at=NOW, spent_nano=0, **ours),
+        webhook,
+        WebhookDelivery(id=new_id(), webhook_id=webhook.id, event={}, **ours),
         key,
         adapter,
         PublicName(name=adapter.public_name, adapter_id=adapter.id),
@@ -289,6 +309,10 @@ async def test_a_tenant_cannot_add_a_row_for_another(database: Database, town: T
         "UPDATE tenants SET status = 'active'",
         "UPDATE api_keys SET revoked_at = NULL",
         "SELECT secret_hmac FROM api_keys",
+        "UPDATE limits SET requests_per_minute = NULL",
+        "UPDATE budgets SET cap_nano = 9",
+        "UPDATE budget_windows SET spent_nano = 0",
+        "SELECT extend_holds(gen_random_uuid(), '{}', '{}', '{}', '{}')",
         "SELECT * FROM gateway_instances",
         "CREATE TABLE mine (id int)",
         "ALTER TABLE holds DISABLE ROW LEVEL SECURITY",
