@@ -34,7 +34,7 @@ from gateway.errors import JournalCorrupt, JournalFailed, JournalInUse
 from gateway.limits import Admission
 from gateway.prices import Bill, Price, bill
 from gateway.registry import Target
-from gateway.segments import Segments, find_segments, read_records, sync_folder
+from gateway.segments import Segments, find_segments, peek_records, read_records, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -471,6 +471,42 @@ def replay(records: Iterable[Record]) -> list[Settlement]:
     return [
         _end_of(request, closed.get(number), counts.get(number))
         for number, request in opened.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a journal says of a request that ended."""
+
+    settlement: Settlement
+    # Whether the journal says that the database has it.
+    is_settled: bool
+
+
+def survey(directory: Path) -> list[Told]:
+    """Every request that the journals of this host saw end; the files stay as they are.
+
+    Raises JournalCorrupt.
+    """
+    if not directory.is_dir():
+        return []
+    return [
+        told
+        for folder in _instance_folders(directory)
+        for paths in find_segments(folder).values()
+        for told in _ended([_decoder.decode(raw) for path in paths for raw in peek_records(path)])
+    ]
+
+
+def _ended(records: Sequence[Record]) -> list[Told]:
+    opened = {record.number: record for record in records if isinstance(record, Opened)}
+    settled = {
+        number for record in records if isinstance(record, Settled) for number in record.numbers
+    }
+    return [
+        Told(_end_of(opened[record.number], record, None), record.number in settled)
+        for record in records
+        if isinstance(record, Closed) and record.number in opened
     ]
 
 

@@ -8,7 +8,7 @@ Knows nothing of requests' lives or of reports.
 import datetime
 import uuid
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
 import msgspec
 from sqlalchemy import ColumnElement, and_, func, select, update
@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from gateway.tables import BaseModel, PriceVersion, new_id
 
 TOKENS_PER_RATE = 1_000_000
+BYTE_HOURS_PER_RATE = 1 << 30
 # A million USD per million tokens: far above any price, far below where BIGINT would overflow.
 MAX_RATE_NANO = 10**15
 
@@ -25,11 +26,16 @@ Rate = Annotated[int, msgspec.Meta(ge=0, le=MAX_RATE_NANO)]
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """Nano-USD per million tokens."""
+    """Nano-USD per million tokens, and per GiB of an adapter and hour that it is kept."""
 
     input_nano_per_million: Rate = 0
     cached_input_nano_per_million: Rate = 0
     output_nano_per_million: Rate = 0
+    storage_nano_per_gib_hour: Rate = 0
+
+    @classmethod
+    def of(cls, row: PriceVersion) -> Self:
+        return cls(**{name: getattr(row, name) for name in cls.__struct_fields__})
 
 
 class Price(msgspec.Struct, frozen=True, array_like=True):
@@ -91,6 +97,16 @@ def ceiling(price: Price, *, prompt_tokens: int, output_tokens: int) -> int:
     return -(-total // TOKENS_PER_RATE)
 
 
+def amount(quantity: int, *, rate_nano: int, per: int) -> int:
+    """Nano-USD of a quantity at a rate, rounded once, half to even; less than nothing too."""
+    return _divide_half_even(quantity * rate_nano, per)
+
+
+def storage_cost(size_bytes: int, *, rate_nano: int) -> int:
+    """Nano-USD of keeping so many bytes for one hour."""
+    return amount(size_bytes, rate_nano=rate_nano, per=BYTE_HOURS_PER_RATE)
+
+
 def _divide_half_even(numerator: int, denominator: int) -> int:
     quotient, remainder = divmod(numerator, denominator)
     if 2 * remainder > denominator or (2 * remainder == denominator and quotient % 2):
@@ -112,6 +128,17 @@ class PriceScope:
             table.tenant_id.is_not_distinct_from(self.tenant_id),
             table.adapter_id.is_not_distinct_from(self.adapter_id),
         )
+
+
+async def running_price(session: AsyncSession, scope: PriceScope) -> PriceVersion | None:
+    """The row of exactly this scope that holds now."""
+    return (
+        await session.scalars(
+            select(PriceVersion).where(
+                scope.is_of(PriceVersion), func.upper_inf(PriceVersion.effective)
+            )
+        )
+    ).one_or_none()
 
 
 async def set_price(session: AsyncSession, scope: PriceScope, *, rates: Rates) -> PriceVersion:
@@ -137,12 +164,7 @@ async def set_price(session: AsyncSession, scope: PriceScope, *, rates: Rates) -
 async def ensure_default(session: AsyncSession, base_model_id: uuid.UUID) -> None:
     """Give a base model that has no price a price of zero, so that it can be served."""
     scope = PriceScope(base_model_id)
-    running = await session.execute(
-        select(PriceVersion.id).where(
-            scope.is_of(PriceVersion), func.upper_inf(PriceVersion.effective)
-        )
-    )
-    if running.first() is None:
+    if await running_price(session, scope) is None:
         await set_price(session, scope, rates=Rates())
 
 
@@ -158,6 +180,7 @@ async def _insert_price(
         input_nano_per_million=rates.input_nano_per_million,
         cached_input_nano_per_million=rates.cached_input_nano_per_million,
         output_nano_per_million=rates.output_nano_per_million,
+        storage_nano_per_gib_hour=rates.storage_nano_per_gib_hour,
     )
     session.add(row)
     await session.flush()

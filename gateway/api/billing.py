@@ -21,7 +21,7 @@ from gateway.api.usage import (
     write_report,
 )
 from gateway.auth import Principal
-from gateway.billing import Dimension, UsageReport, usage_report
+from gateway.billing.usage import Dimension, UsageReport, usage_report
 from gateway.database import Database
 from gateway.errors import InvalidRequest, NotFound
 from gateway.prices import PriceScope, Rate, Rates, set_price

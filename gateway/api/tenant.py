@@ -15,7 +15,7 @@ from gateway.api.usage import (
     write_report,
 )
 from gateway.auth import Principal
-from gateway.billing import Dimension, UsageReport, usage_report
+from gateway.billing.usage import Dimension, UsageReport, usage_report
 from gateway.database import Database
 
 GROUPS = (Dimension.DAY, Dimension.ADAPTER, Dimension.KEY, Dimension.MODEL)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from litestar import Response
 
-from gateway.billing import Dimension, Period, UsageReport, to_csv
+from gateway.billing.usage import Dimension, Period, UsageReport, to_csv
 from gateway.errors import InvalidRequest
 
 Format = Literal["json", "csv"]

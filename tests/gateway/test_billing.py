@@ -25,7 +25,7 @@ from gateway.api.billing import billing_router
 from gateway.api.usage import parse_group_by, parse_period
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, create_key, guard, provide_principal
-from gateway.billing import (
+from gateway.billing.usage import (
     Dimension,
     Period,
     UsageReport,
@@ -33,8 +33,8 @@ from gateway.billing import (
     UsageTotals,
     to_csv,
     usage_report,
-    verify,
 )
+from gateway.billing.verify import verify
 from gateway.database import Database
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.journal import Journal, Opened, Settlement

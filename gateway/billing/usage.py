@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 import msgspec
-from sqlalchemy import Date, Select, cast, func, select, text
+from sqlalchemy import Date, Select, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -82,17 +82,6 @@ class Period:
     until: datetime.datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Mismatch:
-    """A place where events, rollups and holds do not say the same."""
-
-    kind: str
-    # The request, or the key of the rollup.
-    subject: str
-    expected: str
-    found: str
-
-
 _COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_nano")
 # Columns of a row, by what it is grouped by.
 _FIELDS = {
@@ -102,38 +91,6 @@ _FIELDS = {
     Dimension.KEY: ("key_id", "key_name"),
     Dimension.MODEL: ("model",),
 }
-
-# Usage events against the rollups that were written beside them, by the rollup's key.
-FIND_ROLLUP_MISMATCHES = text("""
-    WITH both_sides AS (
-        SELECT tenant_id, (finished_at AT TIME ZONE 'UTC')::date AS day, base_model_id, adapter_id,
-               api_key_id, 1 AS events, 1 AS requests, prompt_tokens, cached_tokens,
-               completion_tokens, cost_nano
-        FROM usage_events
-        UNION ALL
-        SELECT tenant_id, day, base_model_id, adapter_id, api_key_id, 0, -requests,
-               -prompt_tokens, -cached_tokens, -completion_tokens, -cost_nano
-        FROM usage_rollups
-    )
-    SELECT tenant_id, day, base_model_id, adapter_id, api_key_id,
-           sum(events) AS events, sum(requests) AS requests, sum(prompt_tokens) AS prompt_tokens,
-           sum(cached_tokens) AS cached_tokens, sum(completion_tokens) AS completion_tokens,
-           sum(cost_nano) AS cost_nano
-    FROM both_sides
-    GROUP BY tenant_id, day, base_model_id, adapter_id, api_key_id
-    HAVING (sum(requests), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens),
-            sum(cost_nano)) <> (0, 0, 0, 0, 0)
-    ORDER BY tenant_id, day
-""")
-
-# Settled holds without an event, and events whose hold is not settled.
-FIND_HOLD_MISMATCHES = text("""
-    SELECT coalesce(h.id, e.id) AS id, h.state, e.id IS NOT NULL AS has_event
-    FROM holds h FULL JOIN usage_events e ON e.id = h.id
-    WHERE (h.state = 'settled') IS DISTINCT FROM (e.id IS NOT NULL)
-      AND (h.state = 'settled' OR e.id IS NOT NULL)
-    ORDER BY 1
-""")
 
 
 async def usage_report(
@@ -229,33 +186,3 @@ def _cell(value: object) -> str:
         return ""
     written = str(value)
     return f"'{written}" if written.startswith(_FORMULA_STARTS) else written
-
-
-async def verify(session: AsyncSession) -> list[Mismatch]:
-    """Compare events, rollups and holds, as the worker; nothing to say means all is well.
-
-    Requests that end meanwhile are seen by all three or by none where the session's transaction
-    is REPEATABLE READ; at READ COMMITTED a mismatch is worth a second look.
-    """
-    rollups = (await session.execute(FIND_ROLLUP_MISMATCHES)).mappings().all()
-    holds = (await session.execute(FIND_HOLD_MISMATCHES)).all()
-    return [_rollup_mismatch(dict(row)) for row in rollups] + [
-        Mismatch(
-            kind="event_without_settled_hold" if row.has_event else "settled_hold_without_event",
-            subject=str(row.id),
-            expected="settled" if row.has_event else "an event",
-            found=str(row.state) if row.has_event else "none",
-        )
-        for row in holds
-    ]
-
-
-def _rollup_mismatch(row: dict[str, Any]) -> Mismatch:
-    excess = {name: int(row[name]) for name in _COUNTS if row[name]}
-    key = {name: str(value) for name, value in row.items() if name not in (*_COUNTS, "events")}
-    return Mismatch(
-        kind="rollup",
-        subject=" ".join(f"{name}={value}" for name, value in key.items()),
-        expected=f"the sum of {row['events']} events",
-        found=f"a rollup that lacks {excess}",
-    )

@@ -1,0 +1,338 @@
+"""A month that is closed stays as it is, and every nano-USD is in exactly one statement."""
+
+import datetime
+import itertools
+import uuid
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import func, select, text, update
+
+from gateway import audit
+from gateway.billing.periods import GRACE, advance, close, month_end, open_periods
+from gateway.billing.verify import Mismatch, prove
+from gateway.database import Database
+from gateway.errors import InvalidRequest
+from gateway.journal import Opened, Settlement
+from gateway.ledger import settle
+from gateway.prices import Price, PriceScope, Rates, bill, set_price
+from gateway.tables import (
+    Adapter,
+    AdapterVersion,
+    BillingAccount,
+    BillingPeriod,
+    Chore,
+    GatewayInstance,
+    Statement,
+    StatementLine,
+    StorageHour,
+    Tenant,
+    UsageEvent,
+    UsageRollup,
+)
+from tests.conftest import Home, execute
+from tests.gateway.money import Shop, a_base_model, a_shop, price_of
+
+INSTANCE = uuid.UUID(int=99)
+JUNE, JULY, AUGUST = (datetime.date(2026, month, 1) for month in (6, 7, 8))
+IN_JUNE = datetime.datetime(2026, 6, 30, 23, 59, 59, tzinfo=datetime.UTC)
+IN_JULY = datetime.datetime(2026, 7, 14, tzinfo=datetime.UTC)
+IN_SEPTEMBER = datetime.datetime(2026, 9, 15, tzinfo=datetime.UTC)
+
+
+@pytest.fixture
+async def shop(database: Database) -> Shop:
+    async with database.as_worker() as session:
+        session.add(GatewayInstance(id=INSTANCE, host="here", epoch=1))
+    return await a_shop(database, "acme", await a_base_model(database))
+
+
+async def use(
+    database: Database,
+    shop: Shop,
+    at: datetime.datetime,
+    *,
+    tokens: int = 7,
+    price: Price | None = None,
+    **changes: Any,
+) -> int:
+    """One request that ended then; what it cost."""
+    pinned = price or shop.price
+    opened: Opened = shop.request(INSTANCE, started_at=at, price=pinned, **changes)
+    charged = bill(pinned, prompt_tokens=10, cached_tokens=4, completion_tokens=tokens)
+    async with database.as_worker() as session:
+        await settle(session, [Settlement(opened, "stop", at, charged)])
+    return charged.cost_nano
+
+
+async def statements(database: Database) -> dict[str, Statement]:
+    async with database.as_worker() as session:
+        return {row.number: row for row in await session.scalars(select(Statement))}
+
+
+async def lines(database: Database, number: str) -> list[StatementLine]:
+    query = (
+        select(StatementLine)
+        .join(Statement, Statement.id == StatementLine.statement_id)
+        .where(Statement.number == number)
+        .order_by(StatementLine.number)
+    )
+    async with database.as_worker() as session:
+        return list((await session.scalars(query)).all())
+
+
+async def states(database: Database) -> dict[datetime.date, str]:
+    async with database.as_worker() as session:
+        rows = await session.execute(select(BillingPeriod.month, BillingPeriod.state))
+        return {row.month: row.state for row in rows}
+
+
+async def differences(database: Database) -> list[Mismatch]:
+    return (await prove(database)).mismatches
+
+
+async def test_a_months_lines_add_up_to_its_events_to_the_nano(
+    database: Database, shop: Shop
+) -> None:
+    costs = [await use(database, shop, IN_JULY, tokens=n) for n in range(1, 30)]
+    costs.append(await use(database, shop, IN_JULY, adapter_id=None, adapter_version_id=None))
+    await close(database, JULY, now=IN_SEPTEMBER)
+
+    made = await lines(database, "acme-2026-07")
+    assert sum(line.amount_nano for line in made) == sum(costs)
+    assert [(line.unit, line.quantity) for line in made if line.adapter_id] == [
+        ("input_tokens", 29 * 6),
+        ("cached_input_tokens", 29 * 4),
+        ("output_tokens", sum(range(1, 30))),
+        ("roundings", 29),
+    ]
+    for line in made:
+        if line.rate_nano is not None:
+            assert abs(line.amount_nano * 1_000_000 - line.quantity * line.rate_nano) <= 500_000
+    statement = (await statements(database))["acme-2026-07"]
+    assert statement.total_nano == sum(costs)
+    assert statement.payable_cents * 10_000_000 + statement.carried_out_nano == sum(costs)
+    assert await differences(database) == []
+
+
+async def test_what_comes_late_is_an_adjustment_of_the_next_statement(
+    database: Database, shop: Shop
+) -> None:
+    await use(database, shop, IN_JUNE)
+    await close(database, JUNE, now=IN_SEPTEMBER)
+    before = (await statements(database))["acme-2026-06"], await lines(database, "acme-2026-06")
+    late = await use(database, shop, IN_JUNE, tokens=100)
+    on_time = await use(database, shop, IN_JULY)
+    assert await differences(database) == []
+    await close(database, JULY, now=IN_SEPTEMBER)
+
+    july = await lines(database, "acme-2026-07")
+    adjustments = [line for line in july if line.usage_month == JUNE]
+    assert sum(line.amount_nano for line in adjustments) == late
+    assert ("output_tokens", 100) in {(line.unit, line.quantity) for line in adjustments}
+    assert sum(line.amount_nano for line in july) == late + on_time
+    after = (await statements(database))["acme-2026-06"], await lines(database, "acme-2026-06")
+    assert [row.id for row in after[1]] == [row.id for row in before[1]]
+    assert after[0].total_nano == before[0].total_nano
+    assert await differences(database) == []
+
+
+async def test_closing_twice_and_at_once_makes_one_statement(
+    database: Database, shop: Shop
+) -> None:
+    await use(database, shop, IN_JULY)
+    await close(database, JULY, now=IN_SEPTEMBER)
+    assert await close(database, JULY, now=IN_SEPTEMBER) == []
+    assert list(await statements(database)) == ["acme-2026-07"]
+
+
+async def test_a_month_is_open_then_in_grace_then_closed_by_itself(
+    database: Database, shop: Shop
+) -> None:
+    await use(database, shop, IN_JULY)
+    assert await advance(database, now=IN_JULY) == []
+    assert await states(database) == {JULY: "open"}
+    over = month_end(JULY)
+    assert await advance(database, now=over) == []
+    assert await states(database) == {JULY: "grace", AUGUST: "open"}
+    [closed] = await advance(database, now=over + GRACE)
+    assert (closed.number, await states(database)) == (
+        "acme-2026-07",
+        {JULY: "closed", AUGUST: "open"},
+    )
+
+
+async def test_a_month_that_runs_cannot_be_closed(database: Database, shop: Shop) -> None:
+    await use(database, shop, IN_JULY)
+    with pytest.raises(InvalidRequest, match="ends at 2026-08-01"):
+        await close(database, JULY, now=IN_JULY)
+
+
+async def test_months_close_in_order_and_quiet_ones_say_nothing_to_pay(
+    database: Database, shop: Shop
+) -> None:
+    await use(database, shop, IN_JUNE)
+    closed = await close(database, AUGUST, now=IN_SEPTEMBER)
+    assert [each.number for each in closed] == ["acme-2026-06", "acme-2026-07", "acme-2026-08"]
+    assert [each.num_lines for each in closed] == [4, 0, 0]
+
+
+async def test_less_than_a_cent_goes_to_the_next_statement(database: Database, shop: Shop) -> None:
+    rates = Rates(output_nano_per_million=4_000_000 * 1_000_000)
+    async with database.as_worker() as session:
+        row = await set_price(session, PriceScope(shop.base_model.id), rates=rates)
+    for at in (IN_JUNE, IN_JULY):
+        await use(database, shop, at, tokens=1, price=price_of(row))
+    await close(database, JULY, now=IN_SEPTEMBER)
+    made = await statements(database)
+    june, july = made["acme-2026-06"], made["acme-2026-07"]
+    assert (june.payable_cents, june.carried_out_nano) == (0, 4_000_000)
+    assert (july.carried_in_nano, july.payable_cents) == (4_000_000, 1)
+    assert july.carried_out_nano == -2_000_000
+    assert await differences(database) == []
+
+
+async def test_a_statement_keeps_the_name_and_address_of_its_day(
+    database: Database, shop: Shop
+) -> None:
+    await use(database, shop, IN_JULY)
+    async with database.as_worker() as session:
+        session.add(BillingAccount(tenant_id=shop.tenant.id, bill_to="Acme\nOne Street"))
+    await close(database, JULY, now=IN_SEPTEMBER)
+    async with database.as_worker() as session:
+        await session.execute(update(Tenant).values(name="Other"))
+        await session.execute(update(BillingAccount).values(bill_to="Elsewhere"))
+    statement = (await statements(database))["acme-2026-07"]
+    assert (statement.tenant_name, statement.bill_to) == ("acme", "Acme\nOne Street")
+
+
+async def test_storage_is_metered_hour_by_hour_also_for_hours_when_nobody_ran(
+    database: Database, shop: Shop, home: Home
+) -> None:
+    gib = 1 << 30
+    begun = datetime.datetime(2026, 7, 1, 0, 30, tzinfo=datetime.UTC)
+    ended = datetime.datetime(2026, 7, 3, 0, 30, tzinfo=datetime.UTC)
+    rates = Rates(storage_nano_per_gib_hour=1001)
+    async with database.as_worker() as session:
+        await set_price(session, PriceScope(shop.base_model.id), rates=rates)
+        await session.execute(update(Chore).values(done_until=begun.replace(minute=0)))
+        await session.execute(update(Adapter).values(deleted_at=ended))
+    for statement in (
+        "UPDATE price_versions SET effective = '[2026-01-01,2026-01-02)'"
+        " WHERE storage_nano_per_gib_hour = 0",
+        "UPDATE price_versions SET effective = '[2026-01-02,)' WHERE storage_nano_per_gib_hour > 0",
+        f"UPDATE adapters SET created_at = '{begun}'",
+        f"UPDATE adapter_versions SET created_at = '{begun}', size_bytes = {gib // 2}",
+    ):
+        await execute(home.superuser_url, statement)
+
+    await open_periods(database, now=begun + datetime.timedelta(hours=5))
+    await close(database, JULY, now=IN_SEPTEMBER)
+
+    async with database.as_worker() as session:
+        hours = (await session.scalars(select(StorageHour.hour).order_by(StorageHour.hour))).all()
+    first = datetime.datetime(2026, 7, 1, 1, tzinfo=datetime.UTC)
+    assert hours == [first + datetime.timedelta(hours=n) for n in range(48)]
+    weight, rest = await lines(database, "acme-2026-07")
+    assert (weight.kind, weight.unit, weight.quantity) == ("storage", "byte_hours", 24 * gib)
+    assert (weight.amount_nano, rest.unit, rest.amount_nano) == (24 * 1001, "roundings", -24)
+    assert await differences(database) == []
+    async with database.as_worker() as session:
+        assert (await session.scalars(select(AdapterVersion.size_bytes))).one() == gib // 2
+
+
+@pytest.mark.parametrize(
+    ("tampering", "kind"),
+    [
+        ("UPDATE usage_events SET cost_nano = cost_nano + 1", "event_cost"),
+        ("UPDATE usage_events SET completion_tokens = completion_tokens + 1", "rollup"),
+        ("DELETE FROM usage_events", "settled_hold_without_event"),
+        ("DELETE FROM holds", "event_without_settled_hold"),
+        ("UPDATE usage_rollups SET requests = requests + 1", "rollup"),
+        ("UPDATE statement_lines SET quantity = quantity + 1 WHERE number = 1", "statement_lines"),
+        ("UPDATE statement_lines SET amount_nano = amount_nano + 1 WHERE number = 1", "statement"),
+        ("UPDATE statements SET total_nano = 0, carried_out_nano = 0", "statement"),
+        ("UPDATE audit_log SET subject = 'x'", "audit"),
+        (
+            "INSERT INTO usage_credits SELECT id, tenant_id, id, base_model_id, adapter_id,"
+            " price_version_id, finished_at, cost_nano + 1 FROM usage_events",
+            "credit",
+        ),
+    ],
+)
+async def test_whatever_is_changed_behind_the_triggers_shows(
+    database: Database, shop: Shop, home: Home, tampering: str, kind: str
+) -> None:
+    await use(database, shop, IN_JULY)
+    await close(database, JULY, now=IN_SEPTEMBER)
+    async with database.as_worker() as session:
+        await audit.record(
+            session,
+            tenant_id=shop.tenant.id,
+            actor_key_id=None,
+            action="test",
+            subject="s",
+            details={},
+        )
+    assert await differences(database) == []
+    await execute(home.superuser_url, f"SET session_replication_role = replica; {tampering}")
+    assert kind in {each.kind for each in await differences(database)}
+
+
+MOMENTS = st.datetimes(
+    datetime.datetime(2026, 6, 1),
+    datetime.datetime(2026, 9, 14),
+    timezones=st.just(datetime.UTC),
+)
+STEPS = st.one_of(
+    st.tuples(st.just("use"), MOMENTS, st.integers(1, 5000)),
+    st.tuples(st.just("price"), st.integers(0, 10**12), st.integers(0, 10**12)),
+    st.tuples(st.just("close"), st.sampled_from([JUNE, JULY, AUGUST]), st.just(0)),
+)
+SLUGS = (f"t{number}" for number in itertools.count())
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(history=st.lists(STEPS, min_size=3, max_size=20))
+async def test_any_history_of_use_prices_and_closings_adds_up(
+    database: Database, history: list[tuple[str, Any, Any]]
+) -> None:
+    async with database.as_worker() as session:
+        if await session.get(GatewayInstance, INSTANCE) is None:
+            session.add(GatewayInstance(id=INSTANCE, host="here", epoch=1))
+    slug = next(SLUGS)
+    shop = await a_shop(database, slug, await a_base_model(database, f"base-of-{slug}"))
+    price, spent_nano = shop.price, 0
+    for step, first, second in history:
+        match step:
+            case "use":
+                spent_nano += await use(database, shop, first, tokens=second, price=price)
+            case "price":
+                rates = Rates(input_nano_per_million=first, output_nano_per_million=second)
+                async with database.as_worker() as session:
+                    row = await set_price(session, PriceScope(shop.base_model.id), rates=rates)
+                price = price_of(row)
+            case "close":
+                await close(database, first, now=IN_SEPTEMBER)
+    await close(database, AUGUST, now=IN_SEPTEMBER)
+    late = await close(
+        database, datetime.date(2026, 10, 1), now=month_end(datetime.date(2026, 10, 1))
+    )
+    async with database.as_worker() as session:
+        ours = StatementLine.tenant_id == shop.tenant.id
+        stated = await session.scalar(select(func.sum(StatementLine.amount_nano)).where(ours))
+        owed = await session.scalar(
+            select(func.sum(UsageEvent.cost_nano)).where(UsageEvent.tenant_id == shop.tenant.id)
+        )
+        rolled = await session.scalar(
+            select(func.sum(UsageRollup.cost_nano)).where(UsageRollup.tenant_id == shop.tenant.id)
+        )
+    assert int(stated or 0) == int(owed or 0) == int(rolled or 0) == spent_nano
+    assert bool(late) == bool(spent_nano or owed is not None)
+    assert await differences(database) == []
