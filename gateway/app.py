@@ -29,10 +29,11 @@ from engine.errors import LinkError
 from engine.protocol import Frame
 from gateway import api
 from gateway.api import billing as billing_routes
-from gateway.api import chat, completions, health, models, tenant
+from gateway.api import chat, completions, health, models, statements, tenant
 from gateway.api.admin import admin_router
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
+from gateway.bookkeeping import Bookkeeper
 from gateway.database import Database
 from gateway.errors import GatewayError, JournalFailed
 from gateway.inference import Inference
@@ -144,6 +145,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.authenticator)
         await parts.ledger.start()
         stack.push_async_callback(parts.ledger.stop)
+        await stack.enter_async_context(Bookkeeper(parts.database))
         await stack.enter_async_context(parts.engine)
         attaching = asyncio.create_task(_attach_engine(parts))
         stack.callback(attaching.cancel)
@@ -186,6 +188,9 @@ def create_app(settings: Settings) -> Litestar:
             health.ready,
             models.get_model,
             models.list_models,
+            statements.statements_router,
+            statements.list_own,
+            statements.show_own,
             tenant.usage,
             create_static_files_router("/static", [STATIC_DIR], opt={"scope": "public"}),
         ],

@@ -74,6 +74,15 @@ async def verify_chain(session: AsyncSession, tenant_id: uuid.UUID | None) -> in
     return None
 
 
+def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Details of an action that changed something: the fields that differ, as they were and are."""
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return {
+        "before": {name: before[name] for name in names if name in before},
+        "after": {name: after[name] for name in names if name in after},
+    }
+
+
 def redact(value: Any) -> Any:
     """The value without API keys and without anything that is called a secret."""
     if isinstance(value, str):

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from gateway.billing.commands import billing
 from gateway.demo import set_up_demo
 from gateway.errors import DatabaseRefused
 from gateway.settings import MEBIBYTE
@@ -56,6 +57,9 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
 @click.version_option(package_name="manylora")
 def main() -> None:
     """Serve many LoRA fine-tunes of one base model to many tenants."""
+
+
+main.add_command(billing)
 
 
 @main.command()

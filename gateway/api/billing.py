@@ -24,12 +24,12 @@ from gateway.auth import Principal
 from gateway.billing.usage import Dimension, UsageReport, usage_report
 from gateway.database import Database
 from gateway.errors import InvalidRequest, NotFound
-from gateway.prices import PriceScope, Rate, Rates, set_price
+from gateway.prices import PriceScope, Rate, Rates, running_price, set_price
 from gateway.tables import Adapter, BaseModel, PriceVersion, Tenant
 
 
 class PriceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """New rates, in nano-USD per million tokens, from now on."""
+    """New rates from now on: nano-USD per million tokens, and per GiB and hour of storage."""
 
     # Name of the base model whose tokens these are.
     base_model: str
@@ -37,6 +37,8 @@ class PriceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output_nano_per_million: Rate
     # The input rate, where it is left out.
     cached_input_nano_per_million: Rate | None = None
+    # For each GiB of adapters' versions and each hour that they are kept.
+    storage_nano_per_gib_hour: Rate = 0
     # For one tenant alone, by slug, or for one adapter alone, by public name.
     tenant: str | None = None
     adapter: str | None = None
@@ -52,6 +54,7 @@ class PriceEntry(msgspec.Struct, frozen=True):
     input_nano_per_million: int
     cached_input_nano_per_million: int
     output_nano_per_million: int
+    storage_nano_per_gib_hour: int
     since: datetime.datetime = msgspec.field(name="from")
     # Null while it holds.
     until: datetime.datetime | None = msgspec.field(name="to")
@@ -120,9 +123,12 @@ async def change_price(
             else data.cached_input_nano_per_million
         ),
         output_nano_per_million=data.output_nano_per_million,
+        storage_nano_per_gib_hour=data.storage_nano_per_gib_hour,
     )
     async with database.as_worker() as session:
         scope = await _find_scope(session, data)
+        before = await running_price(session, scope)
+        was = {} if before is None else msgspec.to_builtins(Rates.of(before))
         row = await set_price(session, scope, rates=rates)
         await audit.record(
             session,
@@ -130,7 +136,10 @@ async def change_price(
             actor_key_id=principal.key_id,
             action="price.set",
             subject=data.adapter or data.tenant or data.base_model,
-            details={"base_model": data.base_model, **msgspec.to_builtins(rates)},
+            details={
+                "base_model": data.base_model,
+                **audit.change(was, msgspec.to_builtins(rates)),
+            },
         )
         entry = (await session.execute(_select_prices().where(PriceVersion.id == row.id))).one()
     return PriceEntry(**entry._mapping)
@@ -177,6 +186,7 @@ def _select_prices() -> Select[Any]:
             PriceVersion.input_nano_per_million,
             PriceVersion.cached_input_nano_per_million,
             PriceVersion.output_nano_per_million,
+            PriceVersion.storage_nano_per_gib_hour,
             func.lower(PriceVersion.effective).label("since"),
             func.upper(PriceVersion.effective).label("until"),
         )

@@ -15,6 +15,7 @@ from sqlalchemy import Row, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from gateway import audit
 from gateway.billing.lines import unstated_lines
 from gateway.billing.storage import meter_storage
 from gateway.database import Database
@@ -107,6 +108,7 @@ async def close(
     *,
     now: datetime.datetime,
     tenant_id: uuid.UUID | None = None,
+    actor_key_id: uuid.UUID | None = None,
 ) -> list[Closed]:
     """Close a month that is over without waiting for its grace, and all months before it.
 
@@ -124,7 +126,7 @@ async def close(
         for row in await _unclosed(database)
         if row.month <= month and tenant_id in (None, row.tenant_id)
     ]
-    return await _close_all(database, due)
+    return await _close_all(database, due, actor_key_id=actor_key_id)
 
 
 async def open_periods(database: Database, *, now: datetime.datetime) -> None:
@@ -159,13 +161,25 @@ async def _unclosed(database: Database) -> list[Row[uuid.UUID, uuid.UUID, dateti
 
 
 async def _close_all(
-    database: Database, due: list[Row[uuid.UUID, uuid.UUID, datetime.date]]
+    database: Database,
+    due: list[Row[uuid.UUID, uuid.UUID, datetime.date]],
+    *,
+    actor_key_id: uuid.UUID | None = None,
 ) -> list[Closed]:
     closed = []
     for row in due:
         as_of = await settled_now(database)
         async with database.as_worker() as session:
             made = await close_period(session, row.id, as_of=as_of)
+            if made is not None:
+                await audit.record(
+                    session,
+                    tenant_id=made.tenant_id,
+                    actor_key_id=actor_key_id,
+                    action="billing.close",
+                    subject=made.number,
+                    details={"as_of": as_of, "total_nano": made.total_nano},
+                )
         if made is not None:
             logger.info("period_closed", extra={"statement": made.number})
             closed.append(made)

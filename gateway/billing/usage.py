@@ -171,7 +171,7 @@ def to_csv(report: UsageReport) -> str:
     writer = csv.writer(file)
     writer.writerow([*fields, *_COUNTS])
     for row in report.rows:
-        names = [_cell(getattr(row, field)) for field in fields]
+        names = [cell(getattr(row, field)) for field in fields]
         writer.writerow([*names, *(getattr(row, name) for name in _COUNTS)])
     return file.getvalue()
 
@@ -180,7 +180,7 @@ def to_csv(report: UsageReport) -> str:
 _FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     """A name as text that no spreadsheet runs."""
     if value is None:
         return ""

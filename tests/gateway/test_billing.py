@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from litestar import Litestar
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
+from sqlalchemy import select
 
+from gateway.api import statements
 from gateway.api import tenant as tenant_routes
 from gateway.api.billing import billing_router
 from gateway.api.usage import parse_group_by, parse_period
@@ -40,7 +42,7 @@ from gateway.errors import GatewayError, InvalidRequest
 from gateway.journal import Journal, Opened, Settlement
 from gateway.ledger import Ledger, settle
 from gateway.prices import bill
-from gateway.tables import ApiKey, GatewayInstance, new_id
+from gateway.tables import ApiKey, AuditEntry, GatewayInstance, new_id
 from tests.gateway.admin_plane import serve
 from tests.gateway.money import Shop, a_base_model, a_shop, frame_of
 
@@ -113,7 +115,13 @@ async def town(database: Database, shops: tuple[Shop, Shop]) -> AsyncIterator[To
 
 def an_app(database: Database) -> Litestar:
     app = Litestar(
-        [billing_router, tenant_routes.usage],
+        [
+            billing_router,
+            statements.statements_router,
+            statements.list_own,
+            statements.show_own,
+            tenant_routes.usage,
+        ],
         guards=[guard],
         dependencies={
             "principal": Provide(provide_principal),
@@ -276,6 +284,63 @@ async def test_a_price_changes_from_now_on_and_the_old_one_stays_on_record(town:
         (None, 10_500_001, made.json()["from"]),
         ("acme-sql", 9, None),
     ]
+
+
+async def test_a_tenant_reads_its_statements_and_nobody_elses(
+    database: Database, town: Town
+) -> None:
+    june = datetime.datetime(2026, 6, 2, tzinfo=datetime.UTC)
+    await settle_all(database, a_settlement(town.acme, june), a_settlement(town.globex, june))
+    headers = {"authorization": f"Bearer {town.operator_key}"}
+    account = {"bill_to": "Acme\nOne Street", "stripe_customer_id": "cus_1"}
+    put = await town.client.put(
+        "/admin/v1/tenants/acme/billing-account", json=account, headers=headers
+    )
+    assert put.json() == account
+    closed = await town.client.post(
+        "/admin/v1/billing/close", json={"month": "2026-06"}, headers=headers
+    )
+    assert closed.json() == {"statements": ["acme-2026-06", "globex-2026-06"]}
+
+    [own] = (await town.get("/v1/statements", town.acme_key)).json()["data"]
+    assert own["number"] == "acme-2026-06"
+    told = (await town.get("/v1/statements/acme-2026-06", town.acme_key)).json()
+    assert told["bill_to"] == account["bill_to"]
+    assert sum(line["amount_nano"] for line in told["lines"]) == own["total_nano"]
+    written = await town.get("/v1/statements/acme-2026-06", town.acme_key, format="csv")
+    rows = list(csv.DictReader(io.StringIO(written.text)))
+    assert [int(row["amount_nano"]) for row in rows] == [
+        line["amount_nano"] for line in told["lines"]
+    ]
+    page = await town.get("/v1/statements/acme-2026-06", town.acme_key, format="html")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "One Street" in page.text
+    assert (await town.get("/v1/statements/globex-2026-06", town.acme_key)).status_code == 404
+    everybody = await town.get("/admin/v1/billing/statements", town.operator_key, month="2026-06")
+    assert len(everybody.json()["data"]) == 2
+    async with database.as_worker() as session:
+        actions = (await session.scalars(select(AuditEntry).order_by(AuditEntry.id))).all()
+    assert {(row.action, row.subject) for row in actions} >= {
+        ("billing_account.set", "acme"),
+        ("billing.close", "acme-2026-06"),
+    }
+
+
+async def test_a_price_change_is_on_record_with_what_was_before(
+    database: Database, town: Town
+) -> None:
+    body = {"base_model": "tiny", "input_nano_per_million": 5, "output_nano_per_million": 9}
+    headers = {"authorization": f"Bearer {town.operator_key}"}
+    await town.client.post("/admin/v1/prices", json=body, headers=headers)
+    body["storage_nano_per_gib_hour"] = 7
+    await town.client.post("/admin/v1/prices", json=body, headers=headers)
+    async with database.as_worker() as session:
+        [_, last] = await session.scalars(select(AuditEntry).order_by(AuditEntry.number))
+    assert last.details == {
+        "base_model": "tiny",
+        "before": {"storage_nano_per_gib_hour": 0},
+        "after": {"storage_nano_per_gib_hour": 7},
+    }
 
 
 async def test_a_wrong_price_is_refused_by_name(town: Town) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy import Table as SqlTable
 from sqlalchemy.dialects.postgresql import Range
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import make_transient
 
 from gateway.database import (
     DATABASE_TROUBLE,
@@ -420,16 +421,19 @@ async def test_a_statement_stands_with_its_lines_and_a_closed_period_or_not_at_a
     period, statement = a_closed_month(town.acme, "another")
     period.month = datetime.date(2026, 2, 1)
     with pytest.raises(IntegrityError, match="sum of its lines"):
-        async with database.as_worker() as session:
-            session.add(period)
-            await session.flush()
-            session.add(statement)
+        await add_and_close(database, period, statement)
+    period.id, period.state, period.closed_at = new_id(), "open", None
     with pytest.raises(IntegrityError, match="no statement to close with"):
-        async with database.as_worker() as session:
-            period.id = new_id()
-            session.add(period)
+        await add_and_close(database, period)
+
+
+async def add_and_close(database: Database, period: BillingPeriod, *rows: Table) -> None:
+    async with database.as_worker() as session:
+        for row in (period, *rows):
+            make_transient(row)
+            session.add(row)
             await session.flush()
-            period.state, period.closed_at = "closed", NOW
+        period.state, period.closed_at = "closed", NOW
 
 
 async def test_an_exception_undoes_the_transaction(database: Database) -> None:
@@ -613,6 +617,16 @@ async def test_checks_in_the_database_are_those_of_the_tables(home: Home) -> Non
         )
         assert {name for name in found.scalars() if name.startswith("ck_")} == declared
     await engine.dispose()
+
+
+async def test_the_owner_may_work_as_the_worker(own_home: Home) -> None:
+    await migrated(own_home)
+    database = Database.of_worker(own_home.owner_url)
+    try:
+        async with database.as_worker() as session:
+            assert (await session.execute(text("SELECT current_user"))).scalar_one() == "own_worker"
+    finally:
+        await database.close()
 
 
 async def test_migrating_again_changes_only_the_passwords(own_home: Home) -> None:

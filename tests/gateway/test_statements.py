@@ -1,26 +1,31 @@
 """A month that is closed stays as it is, and every nano-USD is in exactly one statement."""
 
+import asyncio
 import datetime
 import itertools
 import uuid
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, select, update
 
 from gateway import audit
+from gateway.billing.documents import LineView, StatementView, to_html
 from gateway.billing.periods import GRACE, advance, close, month_end, open_periods
 from gateway.billing.verify import Mismatch, prove
+from gateway.cli import main
 from gateway.database import Database
 from gateway.errors import InvalidRequest
-from gateway.journal import Opened, Settlement
+from gateway.journal import Journal, Opened, Settlement
 from gateway.ledger import settle
 from gateway.prices import Price, PriceScope, Rates, bill, set_price
 from gateway.tables import (
     Adapter,
-    AdapterVersion,
     BillingAccount,
     BillingPeriod,
     Chore,
@@ -33,7 +38,7 @@ from gateway.tables import (
     UsageRollup,
 )
 from tests.conftest import Home, execute
-from tests.gateway.money import Shop, a_base_model, a_shop, price_of
+from tests.gateway.money import Shop, a_base_model, a_shop, frame_of, price_of
 
 INSTANCE = uuid.UUID(int=99)
 JUNE, JULY, AUGUST = (datetime.date(2026, month, 1) for month in (6, 7, 8))
@@ -223,8 +228,8 @@ async def test_storage_is_metered_hour_by_hour_also_for_hours_when_nobody_ran(
         "UPDATE price_versions SET effective = '[2026-01-01,2026-01-02)'"
         " WHERE storage_nano_per_gib_hour = 0",
         "UPDATE price_versions SET effective = '[2026-01-02,)' WHERE storage_nano_per_gib_hour > 0",
-        f"UPDATE adapters SET created_at = '{begun}'",
-        f"UPDATE adapter_versions SET created_at = '{begun}', size_bytes = {gib // 2}",
+        "UPDATE adapters SET created_at = '2026-07-01 00:30:00+00'",
+        "UPDATE adapter_versions SET created_at = '2026-07-01 00:30:00+00', size_bytes = 1 << 29",
     ):
         await execute(home.superuser_url, statement)
 
@@ -239,8 +244,6 @@ async def test_storage_is_metered_hour_by_hour_also_for_hours_when_nobody_ran(
     assert (weight.kind, weight.unit, weight.quantity) == ("storage", "byte_hours", 24 * gib)
     assert (weight.amount_nano, rest.unit, rest.amount_nano) == (24 * 1001, "roundings", -24)
     assert await differences(database) == []
-    async with database.as_worker() as session:
-        assert (await session.scalars(select(AdapterVersion.size_bytes))).one() == gib // 2
 
 
 @pytest.mark.parametrize(
@@ -336,3 +339,76 @@ async def test_any_history_of_use_prices_and_closings_adds_up(
     assert int(stated or 0) == int(owed or 0) == int(rolled or 0) == spent_nano
     assert bool(late) == bool(spent_nano or owed is not None)
     assert await differences(database) == []
+
+
+async def run_command(home: Home, *words: str, folder: Path) -> Result:
+    """The command in a thread: it has an event loop of its own."""
+    arguments = [*words, "--database-url", home.worker_url, "--data-dir", str(folder)]
+    return await asyncio.to_thread(CliRunner().invoke, main, arguments)
+
+
+async def test_the_commands_close_a_month_and_prove_it(
+    database: Database, shop: Shop, home: Home, tmp_path: Path
+) -> None:
+    at = datetime.datetime(2026, 3, 3, tzinfo=datetime.UTC)
+    journal = Journal.open(tmp_path / "journal")
+    meter = journal.opened(shop.request(INSTANCE, started_at=at))
+    journal.on_frame(frame_of((1, 5)))
+    settlement = journal.closed(meter.opened.request_id, "stop")
+    await use(database, shop, at)
+
+    closed = await run_command(home, "billing", "close", "--month", "2026-03", folder=tmp_path)
+    assert closed.exit_code == 0, closed.output
+    assert "acme-2026-03" in closed.output
+    proved = await run_command(home, "billing", "verify", folder=tmp_path)
+    assert proved.exit_code == 0, proved.output
+    assert "1, 1 still to be settled" in proved.output
+    assert "all books agree" in proved.output
+
+    charged = settlement.bill
+    assert charged is not None
+    cheaper = bill(shop.price, prompt_tokens=10, cached_tokens=0, completion_tokens=1)
+    async with database.as_worker() as session:
+        await settle(session, [replace(settlement, bill=cheaper)])
+    denied = await run_command(home, "billing", "verify", folder=tmp_path)
+    assert denied.exit_code == 1
+    assert f"DIFFERENCE journal: {settlement.request_id}" in denied.output
+    assert f"expected (10, 0, 5, {charged.cost_nano})" in denied.output
+    journal.close()
+
+
+async def test_a_month_that_is_none_is_refused_by_the_command(home: Home, tmp_path: Path) -> None:
+    for month, words in (("2026-13", "not a month"), ("2100-01", "ends at 2100-02-01")):
+        refused = await run_command(home, "billing", "close", "--month", month, folder=tmp_path)
+        assert (refused.exit_code != 0, words in refused.output) == (True, True), refused.output
+
+
+def test_an_invoice_shows_every_line_and_runs_nothing() -> None:
+    line = LineView(
+        kind="usage",
+        usage_month=JUNE,
+        is_adjustment=True,
+        model="tiny",
+        adapter="acme-sql",
+        unit="output_tokens",
+        quantity=1234567,
+        rate_nano=10_500_001,
+        amount_nano=-12_962_955,
+    )
+    statement = StatementView(
+        number="acme-2026-07",
+        tenant="acme",
+        month=JULY,
+        as_of=IN_SEPTEMBER,
+        total_nano=-12_962_955,
+        carried_in_nano=0,
+        payable_cents=-1,
+        carried_out_nano=-2_962_955,
+        tenant_name="<script>alert(1)</script>",
+        bill_to="One Street",
+        lines=[line],
+    )
+    page = to_html(statement)
+    assert "<script>" not in page
+    for words in ("July 2026", "used in June 2026", "1,234,567", "-0.012962955", "-0.010000000"):
+        assert words in page
