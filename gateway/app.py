@@ -31,11 +31,13 @@ from gateway import api
 from gateway.api import billing as billing_routes
 from gateway.api import chat, completions, health, models, statements, tenant
 from gateway.api.admin import admin_router
+from gateway.api.attempts import Attempts
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
 from gateway.bookkeeping import Bookkeeper
 from gateway.database import Database
 from gateway.errors import GatewayError, JournalFailed
+from gateway.idempotency import Answers
 from gateway.inference import Inference
 from gateway.journal import Journal
 from gateway.ledger import Ledger
@@ -69,6 +71,7 @@ class Parts:
     engine: EngineLink
     router: Router
     inference: Inference
+    attempts: Attempts
 
 
 def build(settings: Settings) -> Parts:
@@ -80,7 +83,7 @@ def build(settings: Settings) -> Parts:
     store = ArtifactStore(settings.store_url)
     registry = Registry(database)
     journal = Journal.open(settings.data_dir / "journal")
-    ledger = Ledger(database, journal)
+    ledger = Ledger(database, journal, max_retry_credit_nano=settings.max_retry_credit_nano)
     engine = EngineLink(
         settings.engine_address,
         worker_id=str(journal.instance_id),
@@ -116,6 +119,7 @@ def build(settings: Settings) -> Parts:
             journal=journal,
             ledger=ledger,
         ),
+        attempts=Attempts(Answers(database), compares_streams=settings.max_retry_credit_nano > 0),
     )
 
 
@@ -145,6 +149,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.authenticator)
         await parts.ledger.start()
         stack.push_async_callback(parts.ledger.stop)
+        await stack.enter_async_context(parts.attempts.answers)
         await stack.enter_async_context(Bookkeeper(parts.database))
         await stack.enter_async_context(parts.engine)
         attaching = asyncio.create_task(_attach_engine(parts))
@@ -215,7 +220,16 @@ def create_app(settings: Settings) -> Litestar:
 
 
 # What handlers may ask for by the name of a parameter.
-_HANDED_OUT = ("authenticator", "database", "inference", "ledger", "registry", "router", "uploads")
+_HANDED_OUT = (
+    "attempts",
+    "authenticator",
+    "database",
+    "inference",
+    "ledger",
+    "registry",
+    "router",
+    "uploads",
+)
 
 
 def _provide(part: object) -> Provide:

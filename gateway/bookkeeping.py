@@ -13,6 +13,7 @@ from typing import Self
 
 from gateway.billing.periods import advance
 from gateway.database import Database
+from gateway.idempotency import forget_answers
 
 logger = logging.getLogger(__name__)
 
@@ -53,3 +54,4 @@ class Bookkeeper:
 async def keep_books(database: Database, *, now: datetime.datetime) -> None:
     """One round."""
     await advance(database, now=now)
+    await forget_answers(database)

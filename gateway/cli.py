@@ -71,6 +71,13 @@ main.add_command(billing)
 @click.option("--store-url", help="Where adapters are kept. [default: the data directory]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR)
 @click.option("--max-upload-mib", default=1024, show_default=True)
+@click.option(
+    "--credit-retries",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="NANO_USD",
+    help="Most that a tenant gets back in a day for streams that it left and asked for again.",
+)
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and answer together.")
@@ -95,6 +102,7 @@ def serve(
     store_url: str | None,
     data_dir: Path,
     max_upload_mib: int,
+    credit_retries: int,
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -109,6 +117,7 @@ def serve(
         store_url=store_url,
         engine_flags=_engine_flags(engine_options),
         max_upload_bytes=max_upload_mib * MEBIBYTE,
+        max_retry_credit_nano=credit_retries,
     )
 
     async def ready(supervisor: Supervisor) -> None:

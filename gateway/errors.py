@@ -9,7 +9,9 @@
     ├── NotFound                  404
     │   └── ModelNotFound         404
     ├── Conflict                  409
+    │   └── StillRunning          409
     ├── BodyTooLarge              413
+    ├── OtherBody                 422
     ├── RejectedUpload            422
     ├── LimitReached              429
     │   └── BudgetSpent           429
@@ -88,6 +90,22 @@ class Conflict(GatewayError):
     """The name is taken."""
 
     status, type, code = 409, "invalid_request_error", "conflict"
+
+
+class StillRunning(Conflict):
+    """A request with this Idempotency-Key is being answered; ask again shortly."""
+
+    code = "request_in_progress"
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.headers = {"retry-after": "1"}
+
+
+class OtherBody(GatewayError):
+    """This Idempotency-Key was used with another body; use a new one."""
+
+    status, type, code = 422, "invalid_request_error", "idempotency_key_reused"
 
 
 class BodyTooLarge(GatewayError):

@@ -84,6 +84,20 @@ class GenerationRequest:
     ignore_eos: bool
     # How many alternatives beside each token's own log-probability; None for neither.
     logprobs: int | None
+    # Whom the client asks for; reports can be grouped by it.
+    end_user: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What is known of other attempts at the same request."""
+
+    # The same for all of them; None where nobody wants to compare.
+    digest: bytes | None = None
+    is_retry: bool = False
+
+
+FIRST = Attempt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +158,10 @@ class Generation:
         except GatewayError:
             self._close("error")
             raise
+
+    def bill(self) -> Bill:
+        """What `finish` is going to say, once the last delta is there."""
+        return self._meter.usage()
 
     def finish(self) -> Bill:
         """Close a whole answer; call it just before its last byte is written."""
@@ -228,7 +246,9 @@ class Inference:
         self._journal = journal
         self._ledger = ledger
 
-    async def start(self, principal: Principal, request: GenerationRequest) -> Generation:
+    async def start(
+        self, principal: Principal, request: GenerationRequest, attempt: Attempt = FIRST
+    ) -> Generation:
         """Admit a request and hand it to an engine.
 
         Raises ModelNotFound, TemplateFault, InvalidRequest, LimitReached or Unavailable; nothing
@@ -270,6 +290,9 @@ class Inference:
                     is_streamed=request.is_streamed,
                     prompt_tokens=len(prompt_ids),
                     sequence_ids=[stream.sequence_id],
+                    end_user=request.end_user,
+                    attempt_digest=attempt.digest,
+                    is_retry=attempt.is_retry,
                 )
             )
         except JournalFailed:

@@ -68,6 +68,11 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     funded_output_tokens: int
     started_at: datetime.datetime
     sequence_ids: tuple[int, ...]
+    # What the request's `user` field said.
+    end_user: str | None = None
+    # What it has in common with other attempts at it, and whether it came after one.
+    attempt_digest: bytes | None = None
+    is_retry: bool = False
 
     @classmethod
     def of(
@@ -80,6 +85,9 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
         is_streamed: bool,
         prompt_tokens: int,
         sequence_ids: Sequence[int],
+        end_user: str | None = None,
+        attempt_digest: bytes | None = None,
+        is_retry: bool = False,
     ) -> Self:
         assert principal.tenant_id is not None, "only tenants are billed"
         return cls(
@@ -100,6 +108,9 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
             funded_output_tokens=admission.funded_output_tokens,
             started_at=admission.admitted_at,
             sequence_ids=tuple(sequence_ids),
+            end_user=end_user,
+            attempt_digest=attempt_digest,
+            is_retry=is_retry,
         )
 
 

@@ -14,23 +14,24 @@ import socket
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, func, text, update
+from sqlalchemy import Row, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from gateway.credits import credit_retries
 from gateway.database import Database
 from gateway.journal import Journal, Meter, Opened, Settlement
 from gateway.limits import Stream, extend, fund
 from gateway.prices import Bill, Price, bill
-from gateway.tables import GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
+from gateway.tables import EndUser, GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
 
 logger = logging.getLogger(__name__)
 
-# 17 columns each: well below the 32,767 parameters that a statement may have.
+# 20 columns each: well below the 32,767 parameters that a statement may have.
 MAX_BATCH = 500
 HEARTBEAT_S = 1.0
 SWEEP_S = 10.0
@@ -66,10 +67,13 @@ FIND_LOST = text("""
 """)
 
 
-async def settle(session: AsyncSession, settlements: Sequence[Settlement]) -> int:
+async def settle(
+    session: AsyncSession, settlements: Sequence[Settlement], *, max_credit_nano: int = 0
+) -> int:
     """Write usage events, rollups and holds; return how many events are new.
 
     A request that was settled before changes nothing, so this may be repeated at will.
+    `max_credit_nano` is what retries may give back to a tenant in a day.
     """
     ordered = sorted(settlements, key=lambda each: each.request_id)
     billed = [each for each in ordered if each.bill is not None]
@@ -77,24 +81,57 @@ async def settle(session: AsyncSession, settlements: Sequence[Settlement]) -> in
     await _add_to_rollups(session, [each for each in billed if each.request_id in fresh])
     await _settle_holds(session, billed)
     await _release_holds(session, [each.request_id for each in ordered if each.bill is None])
+    comparable = [
+        each.request_id
+        for each in billed
+        if each.request_id in fresh and each.opened.attempt_digest is not None
+    ]
+    if max_credit_nano and comparable:
+        await credit_retries(session, comparable, max_a_day_nano=max_credit_nano)
     return len(fresh)
 
 
 async def _insert_events(session: AsyncSession, billed: Sequence[Settlement]) -> set[uuid.UUID]:
     if not billed:
         return set()
+    users = await _end_users(session, billed)
     statement = (
         insert(UsageEvent)
-        .values([_event(each) for each in billed])
+        .values([_event(each, users) for each in billed])
         .on_conflict_do_nothing(index_elements=[UsageEvent.id])
         .returning(UsageEvent.id)
     )
     return set((await session.execute(statement)).scalars())
 
 
-def _event(settlement: Settlement) -> dict[str, Any]:
+async def _end_users(
+    session: AsyncSession, billed: Sequence[Settlement]
+) -> dict[tuple[uuid.UUID, str], uuid.UUID]:
+    """The rows of everybody whom these requests named, made where there is none."""
+    named = {
+        (each.opened.tenant_id, each.opened.end_user)
+        for each in billed
+        if each.opened.end_user is not None
+    }
+    if not named:
+        return {}
+    # Always in one order, so that two settlers wait for each other instead of deadlocking.
+    rows = [{"id": new_id(), "tenant_id": t, "name": name} for t, name in sorted(named)]
+    await session.execute(insert(EndUser).values(rows).on_conflict_do_nothing())
+    found = await session.execute(
+        select(EndUser.tenant_id, EndUser.name, EndUser.id).where(
+            tuple_(EndUser.tenant_id, EndUser.name).in_(sorted(named))
+        )
+    )
+    return {(row.tenant_id, row.name): row.id for row in found}
+
+
+def _event(
+    settlement: Settlement, users: Mapping[tuple[uuid.UUID, str], uuid.UUID]
+) -> dict[str, Any]:
     opened, charged = settlement.opened, settlement.bill
     assert charged is not None
+    user = opened.end_user
     return {
         "id": opened.request_id,
         "tenant_id": opened.tenant_id,
@@ -113,6 +150,9 @@ def _event(settlement: Settlement) -> dict[str, Any]:
         "engine_ns": charged.engine_ns,
         "started_at": opened.started_at,
         "finished_at": settlement.finished_at,
+        "end_user_id": None if user is None else users[opened.tenant_id, user],
+        "attempt_digest": opened.attempt_digest,
+        "is_retry": opened.is_retry,
     }
 
 
@@ -207,8 +247,11 @@ class Ledger:
     docstring says what keeps it short.
     """
 
-    def __init__(self, database: Database, journal: Journal) -> None:
+    def __init__(
+        self, database: Database, journal: Journal, *, max_retry_credit_nano: int = 0
+    ) -> None:
         self._database = database
+        self._max_credit_nano = max_retry_credit_nano
         self._journal = journal
         self._queue: dict[uuid.UUID, Settlement] = {}
         # What the database will not take as it is; kept in the journal and tried at each start.
@@ -339,7 +382,7 @@ class Ledger:
     async def _settle_batch(self, batch: Sequence[Settlement]) -> None:
         try:
             async with self._database.as_worker() as session:
-                await settle(session, batch)
+                await settle(session, batch, max_credit_nano=self._max_credit_nano)
         except (IntegrityError, DataError):
             await self._find_refused(batch)
             return

@@ -33,6 +33,8 @@ class Settings:
     host: str
     port: int
     max_upload_bytes: int
+    # What retries of streams that were left may give back to a tenant in a day; 0 for nothing.
+    max_retry_credit_nano: int = 0
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -49,6 +51,7 @@ class Settings:
             "MANYLORA_HOST": self.host,
             "MANYLORA_PORT": str(self.port),
             "MANYLORA_MAX_UPLOAD_BYTES": str(self.max_upload_bytes),
+            "MANYLORA_MAX_RETRY_CREDIT_NANO": str(self.max_retry_credit_nano),
             **({} if self.parent_pid is None else {PARENT_VARIABLE: str(self.parent_pid)}),
         }
 
@@ -66,6 +69,7 @@ class Settings:
             host=environment.get("MANYLORA_HOST", "127.0.0.1"),
             port=_integer(environment, "MANYLORA_PORT", 8000),
             max_upload_bytes=_integer(environment, "MANYLORA_MAX_UPLOAD_BYTES", 1024 * MEBIBYTE),
+            max_retry_credit_nano=_integer(environment, "MANYLORA_MAX_RETRY_CREDIT_NANO", 0),
             parent_pid=_integer(environment, PARENT_VARIABLE, 0) or None,
         )
 

@@ -62,6 +62,8 @@ class ServeOptions:
     # Flags that the engine takes as they are.
     engine_flags: tuple[str, ...]
     max_upload_bytes: int = 1024 * MEBIBYTE
+    # Back to a tenant in a day, for streams that were left and asked for again.
+    max_retry_credit_nano: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,7 @@ class Supervisor:
             host=options.host,
             port=options.port,
             max_upload_bytes=options.max_upload_bytes,
+            max_retry_credit_nano=options.max_retry_credit_nano,
             parent_pid=os.getpid(),
         )
         await self._ensure_operator_key(settings)

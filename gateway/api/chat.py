@@ -10,6 +10,7 @@ from litestar.params import JSONBody
 from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer, answer_headers, collect
+from gateway.api.attempts import Answering, Attempts, finish_whole, replay
 from gateway.api.fields import (
     LogitBias,
     MinP,
@@ -26,12 +27,15 @@ from gateway.api.fields import (
     TopK,
     TopP,
     Usage,
+    User,
+    end_user,
     refuse_unserved,
     stop_strings,
 )
 from gateway.api.sse import DONE, event, event_stream
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
+from gateway.idempotency import KeptAnswer
 from gateway.inference import Delta, Generation, GenerationRequest, Inference
 from gateway.text import TextCodec
 
@@ -85,8 +89,9 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # Whom the client asks for: reports can be grouped by it.
+    user: User | None = None
     # Accepted for the client's own use; they change nothing here.
-    user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -185,18 +190,28 @@ async def chat_completions(
     request: Request[Any, Any, Any],
     principal: NamedDependency[Principal],
     inference: NamedDependency[Inference],
+    attempts: NamedDependency[Attempts],
 ) -> Response[ChatCompletion] | Stream:
     """Answer a conversation with a base model or one of the caller's adapters."""
-    generation = await inference.start(principal, _read(data))
-    if data.stream:
-        return await event_stream(
-            request,
-            _events(generation, data),
-            headers=answer_headers(generation),
-            leave=generation.leave,
-        )
-    answer = await collect(request, generation)
-    return _whole(generation, data, answer)
+    asked = _read(data)
+    answering = await attempts.begin(request, principal, is_streamed=asked.is_streamed)
+    if isinstance(answering, KeptAnswer):
+        return replay(answering)
+    try:
+        generation = await inference.start(principal, asked, answering.facts)
+        if not data.stream:
+            return await _whole(generation, data, await collect(request, generation), answering)
+    except BaseException:
+        answering.leave()
+        raise
+
+    def leave() -> None:
+        generation.leave()
+        answering.leave()
+
+    headers = answer_headers(generation)
+    events = answering.keep_stream(_events(generation, data), headers=headers)
+    return await event_stream(request, events, headers=headers, leave=leave)
 
 
 def _read(data: ChatCompletionRequest) -> GenerationRequest:
@@ -208,6 +223,7 @@ def _read(data: ChatCompletionRequest) -> GenerationRequest:
     if data.top_logprobs is not None and not data.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     return GenerationRequest(
+        end_user=end_user(data.user),
         endpoint="chat.completions",
         model=data.model,
         prompt=[message.for_template() for message in data.messages],
@@ -234,10 +250,13 @@ def _id(generation: Generation) -> str:
     return f"chatcmpl-{generation.request_id.hex}"
 
 
-def _whole(
-    generation: Generation, data: ChatCompletionRequest, answer: WholeAnswer
+async def _whole(
+    generation: Generation,
+    data: ChatCompletionRequest,
+    answer: WholeAnswer,
+    answering: Answering,
 ) -> Response[ChatCompletion]:
-    bill = generation.finish()
+    bill = generation.bill()
     logprobs = _logprobs(generation.codec, answer) if data.logprobs else None
     completion = ChatCompletion(
         id=_id(generation),
@@ -246,9 +265,7 @@ def _whole(
         choices=[ChatChoice(AssistantMessage(answer.text), answer.finish_reason, logprobs)],
         usage=Usage.of(bill),
     )
-    return Response(
-        completion, headers={**answer_headers(generation), "x-cost-nano": str(bill.cost_nano)}
-    )
+    return await finish_whole(generation, completion, answering)
 
 
 async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncIterator[bytes]:

@@ -10,6 +10,7 @@ from litestar.params import JSONBody
 from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer, answer_headers, collect
+from gateway.api.attempts import Answering, Attempts, finish_whole, replay
 from gateway.api.fields import (
     LogitBias,
     MinP,
@@ -26,12 +27,15 @@ from gateway.api.fields import (
     TopK,
     TopP,
     Usage,
+    User,
+    end_user,
     refuse_unserved,
     stop_strings,
 )
 from gateway.api.sse import DONE, event, event_stream
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
+from gateway.idempotency import KeptAnswer
 from gateway.inference import Delta, Generation, GenerationRequest, Inference, TokenPrompt
 from gateway.text import TextCodec
 
@@ -61,8 +65,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    # Accepted for the client's own use; it changes nothing here.
-    user: str | None = None
+    # Whom the client asks for: reports can be grouped by it.
+    user: User | None = None
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
     best_of: int | None = None
     echo: bool | None = None
@@ -111,18 +115,28 @@ async def completions(
     request: Request[Any, Any, Any],
     principal: NamedDependency[Principal],
     inference: NamedDependency[Inference],
+    attempts: NamedDependency[Attempts],
 ) -> Response[Completion] | Stream:
     """Continue a prompt with a base model or one of the caller's adapters."""
-    generation = await inference.start(principal, _read(data))
-    if data.stream:
-        return await event_stream(
-            request,
-            _events(generation, data),
-            headers=answer_headers(generation),
-            leave=generation.leave,
-        )
-    answer = await collect(request, generation)
-    return _whole(generation, data, answer)
+    asked = _read(data)
+    answering = await attempts.begin(request, principal, is_streamed=asked.is_streamed)
+    if isinstance(answering, KeptAnswer):
+        return replay(answering)
+    try:
+        generation = await inference.start(principal, asked, answering.facts)
+        if not data.stream:
+            return await _whole(generation, data, await collect(request, generation), answering)
+    except BaseException:
+        answering.leave()
+        raise
+
+    def leave() -> None:
+        generation.leave()
+        answering.leave()
+
+    headers = answer_headers(generation)
+    events = answering.keep_stream(_events(generation, data), headers=headers)
+    return await event_stream(request, events, headers=headers, leave=leave)
 
 
 def _read(data: CompletionRequest) -> GenerationRequest:
@@ -132,6 +146,7 @@ def _read(data: CompletionRequest) -> GenerationRequest:
     if data.stream_options is not None and not data.stream:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
     return GenerationRequest(
+        end_user=end_user(data.user),
         endpoint="completions",
         model=data.model,
         prompt=data.prompt if isinstance(data.prompt, str) else TokenPrompt(data.prompt),
@@ -169,16 +184,14 @@ def _completion(
     )
 
 
-def _whole(
-    generation: Generation, data: CompletionRequest, answer: WholeAnswer
+async def _whole(
+    generation: Generation, data: CompletionRequest, answer: WholeAnswer, answering: Answering
 ) -> Response[Completion]:
-    bill = generation.finish()
+    bill = generation.bill()
     logprobs = None if data.logprobs is None else _logprobs(generation.codec, answer, offset=0)
     choice = CompletionChoice(answer.text, answer.finish_reason, logprobs)
-    return Response(
-        _completion(generation, data, choice, usage=Usage.of(bill)),
-        headers={**answer_headers(generation), "x-cost-nano": str(bill.cost_nano)},
-    )
+    completion = _completion(generation, data, choice, usage=Usage.of(bill))
+    return await finish_whole(generation, completion, answering)
 
 
 async def _events(generation: Generation, data: CompletionRequest) -> AsyncIterator[bytes]:

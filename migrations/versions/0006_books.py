@@ -391,7 +391,7 @@ WORKER_GRANTS = (
     "SELECT, INSERT, UPDATE (state, closed_at) ON billing_periods",
     "SELECT, INSERT ON statements",
     "SELECT, INSERT ON statement_lines",
-    "SELECT, INSERT, DELETE ON idempotency_keys",
+    "SELECT, INSERT, UPDATE (expires_at), DELETE ON idempotency_keys",
     "SELECT, INSERT, UPDATE (keep_days), DELETE ON content_policies",
     "SELECT, INSERT, DELETE ON stored_contents",
 )
