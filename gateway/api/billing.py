@@ -2,26 +2,29 @@
 
 import datetime
 import uuid
+from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Request, Response, Router, get, post
+from litestar import Request, Router, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromQuery, JSONBody, QueryParameter
+from litestar.response import Stream
 from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway import audit, tenants
 from gateway.api.usage import (
     DEFAULT_GROUPS,
-    Format,
-    parse_group_by,
-    parse_period,
+    PARAMETERS,
+    REPORT,
+    read_question,
     refuse_unknown,
     write_report,
 )
 from gateway.auth import Principal
-from gateway.billing.usage import Dimension, UsageReport, usage_report
+from gateway.billing.usage import Dimension
+from gateway.billing.writers import Format
 from gateway.database import Database
 from gateway.errors import InvalidRequest, NotFound
 from gateway.prices import PriceScope, Rate, Rates, running_price, set_price
@@ -71,6 +74,7 @@ class PriceList(msgspec.Struct, frozen=True):
     scope="operator",
     tags=["billing"],
     summary="Report who used what, and what it costs",
+    responses=REPORT,
 )
 async def report_usage(
     request: Request[Any, Any, Any],
@@ -80,18 +84,19 @@ async def report_usage(
     until: Annotated[str | None, QueryParameter(name="to")] = None,
     group_by: FromQuery[str] = DEFAULT_GROUPS,
     format: FromQuery[Format] = "json",  # noqa: A002 - its name in the URL
-) -> Response[UsageReport | str]:
-    """Dates or RFC 3339 times, in UTC; `to` is not included. Without both: the current month.
+    time_zone: FromQuery[str] = "UTC",
+    as_of: FromQuery[str | None] = None,
+) -> Stream:
+    """Dates of the time zone, or RFC 3339 times; `to` is not included. Else: the current month.
 
-    `group_by` takes any of day, tenant, adapter, key and model.
+    `group_by` takes any of day, hour, tenant, adapter, version, key, model and user. With `as_of`,
+    a moment of the past, the report is what it was then, to the nano-USD.
     """
-    refuse_unknown(request.query_params, known=("tenant", "from", "to", "group_by", "format"))
-    period = parse_period(since, until)
-    groups = parse_group_by(group_by, allowed=tuple(Dimension))
+    refuse_unknown(request.query_params, known=("tenant", *PARAMETERS))
+    question = await read_question(request, database, allowed=tuple(Dimension))
     async with database.as_worker() as session:
         tenant_id = (await tenants.get_tenant(session, tenant)).id if tenant else None
-        report = await usage_report(session, period, group_by=groups, tenant_id=tenant_id)
-    return write_report(report, format)
+        return await write_report(session, replace(question, tenant_id=tenant_id), format)
 
 
 @get("/prices", scope="operator", tags=["billing"], summary="List all prices, past ones too")

@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import dataclasses
 import datetime
 import io
 import random
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,22 +30,16 @@ from gateway.api.billing import billing_router
 from gateway.api.usage import parse_group_by, parse_period
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, create_key, guard, provide_principal
-from gateway.billing.usage import (
-    Dimension,
-    Period,
-    UsageReport,
-    UsageRow,
-    UsageTotals,
-    to_csv,
-    usage_report,
-)
+from gateway.billing.periods import settled_now
+from gateway.billing.usage import Dimension, Period, Question, UsageRow, usage_rows
 from gateway.billing.verify import verify
+from gateway.billing.writers import open_writer
 from gateway.database import Database
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.journal import Journal, Opened, Settlement
 from gateway.ledger import Ledger, settle
 from gateway.prices import bill
-from gateway.tables import ApiKey, AuditEntry, GatewayInstance, new_id
+from gateway.tables import ApiKey, AuditEntry, GatewayInstance, UsageEvent, new_id
 from tests.gateway.admin_plane import serve
 from tests.gateway.money import Shop, a_base_model, a_shop, frame_of
 
@@ -217,13 +214,16 @@ async def test_a_report_of_nothing_is_an_empty_one(town: Town) -> None:
         assert report["rows"] == []
         assert numbers_of(report["totals"]) == (0, 0, 0, 0, 0)
     assert (await town.usage(format="csv", group_by="day")).text == (
-        "day,requests,prompt_tokens,cached_tokens,completion_tokens,cost_nano\r\n"
+        "day,requests,prompt_tokens,cached_tokens,completion_tokens,cost_nano,engine_ns\r\n"
     )
 
 
 async def test_a_wrong_parameter_is_named_with_what_would_be_right(town: Town) -> None:
     for parameters, param, words in (
-        ({"group_by": "day,week"}, "group_by", "day, adapter, key, model"),
+        ({"group_by": "day,week"}, "group_by", "day, hour, adapter, version, key, model, user"),
+        ({"time_zone": "Mars/Olympus"}, "time_zone", "Europe/Berlin"),
+        ({"time_zone": "../etc/passwd"}, "time_zone", "Europe/Berlin"),
+        ({"as_of": "2100-01-01"}, "as_of", "still to come"),
         ({"group_by": "tenant"}, "group_by", "'tenant'"),
         ({"group_by": "day,day"}, "group_by", "twice"),
         ({"from": "yesterday"}, "from", "RFC 3339"),
@@ -243,7 +243,7 @@ async def test_a_wrong_parameter_is_named_with_what_would_be_right(town: Town) -
 def test_the_api_document_shows_reports_and_prices(database: Database) -> None:
     document = an_app(database).openapi_schema.to_schema()
     names = [each["name"] for each in document["paths"]["/v1/usage"]["get"]["parameters"]]
-    assert sorted(names) == ["format", "from", "group_by", "to"]
+    assert sorted(names) == ["as_of", "format", "from", "group_by", "time_zone", "to"]
     answer = document["paths"]["/admin/v1/billing/usage"]["get"]["responses"]["200"]["content"]
     assert "UsageReport" in str(answer)
     assert set(document["components"]["schemas"]["UsageRow"]["properties"]) >= {
@@ -253,6 +253,78 @@ def test_the_api_document_shows_reports_and_prices(database: Database) -> None:
         "key_name",
         "cost_nano",
     }
+
+
+async def test_parquet_has_the_rows_of_json(database: Database, town: Town) -> None:
+    await settle_all(
+        database,
+        *(a_settlement(town.acme, NOW, completion_tokens=n, end_user=f"u{n}") for n in (1, 2)),
+        a_settlement(town.acme, NOW, adapter_id=None, adapter_version_id=None),
+    )
+    groups = "day,hour,tenant,adapter,version,key,model,user"
+    span = {"from": "2026-02-01", "to": "2026-03-01", "group_by": groups}
+    told = (await town.report(**span)).json()["rows"]
+    written = await town.report(**span, format="parquet")
+    assert written.headers["content-type"] == "application/vnd.apache.parquet"
+    rows = pyarrow.parquet.read_table(io.BytesIO(written.content)).to_pylist()
+    assert msgspec.to_builtins(rows) == [dict(row) for row in told]
+    assert {row["user"] for row in told} == {None, "u1", "u2"}
+
+
+async def test_days_and_hours_are_those_of_the_time_zone(database: Database, town: Town) -> None:
+    # Clocks go back from 3:00 to 2:00 in Berlin on that day, which has 25 hours.
+    begin = datetime.datetime(2026, 10, 24, 22, tzinfo=datetime.UTC)
+    hour = datetime.timedelta(hours=1)
+    await settle_all(database, *(a_settlement(town.acme, begin + n * hour) for n in range(-1, 26)))
+    asked = {"from": "2026-10-25", "to": "2026-10-26", "time_zone": "Europe/Berlin"}
+    [day] = (await town.usage(**asked, group_by="day")).json()["rows"]
+    assert (day["day"], day["requests"]) == ("2026-10-25", 25)
+    hours = (await town.usage(**asked, group_by="hour")).json()["rows"]
+    assert [row["requests"] for row in hours] == [1] * 25
+    assert hours[0]["hour"] == "2026-10-24T22:00:00Z"
+
+
+async def test_a_report_as_of_a_moment_stays_the_same(database: Database, town: Town) -> None:
+    span = {"from": "2026-02-01", "to": "2026-03-01"}
+    await settle_all(database, a_settlement(town.acme, NOW))
+    moment = (await settled_now(database)).isoformat().replace("+00:00", "Z")
+    before = (await town.usage(**span, as_of=moment)).json()
+    await settle_all(database, a_settlement(town.acme, NOW))
+    assert (await town.usage(**span, as_of=moment)).json() == before
+    assert before["totals"]["requests"] == 1
+    assert (await town.usage(**span)).json()["totals"]["requests"] == 2
+
+
+async def test_what_was_settled_by_a_moment_is_visible_once_the_moment_is_known(
+    database: Database, shops: tuple[Shop, Shop]
+) -> None:
+    """Whoever asks for the moment waits for a settlement that is under way."""
+    async with database.as_worker() as session:
+        await settle(session, [a_settlement(shops[0], NOW)])
+        asking = asyncio.create_task(settled_now(database))
+        done, _ = await asyncio.wait({asking}, timeout=0.2)
+        assert not done
+    moment = await asking
+    async with database.as_worker() as session:
+        assert (await session.scalars(select(UsageEvent.settled_at))).one() <= moment
+
+
+async def test_engine_time_is_beside_its_revenue(database: Database, town: Town) -> None:
+    settlement = a_settlement(town.acme, NOW)
+    assert settlement.bill is not None
+    charged = msgspec.structs.replace(settlement.bill, engine_ns=1_500_000_000)
+    await settle_all(database, dataclasses.replace(settlement, bill=charged))
+    report = (await town.report(**{"from": "2026-02-01", "to": "2026-03-01"})).json()
+    assert report["totals"]["engine_ns"] == 1_500_000_000
+
+
+async def test_a_report_of_many_rows_comes_whole(database: Database, town: Town) -> None:
+    many = [a_settlement(town.acme, NOW, end_user=f"user-{n}") for n in range(2500)]
+    for begin in range(0, len(many), 500):
+        await settle_all(database, *many[begin : begin + 500])
+    span = {"from": "2026-02-01", "to": "2026-03-01", "group_by": "user,version,key"}
+    report = (await town.usage(**span)).json()
+    assert (len(report["rows"]), report["totals"]["requests"]) == (2500, 2500)
 
 
 async def test_an_unknown_tenant_is_not_an_empty_report(town: Town) -> None:
@@ -363,6 +435,14 @@ async def test_a_wrong_price_is_refused_by_name(town: Town) -> None:
     assert len((await town.get("/admin/v1/prices", town.operator_key)).json()["prices"]) == 1
 
 
+def csv_of(row: UsageRow, dimension: Dimension) -> str:
+    file = io.BytesIO()
+    writer = open_writer("csv", file, Question(ALL_TIME, (dimension,)))
+    writer.add([row])
+    writer.finish()
+    return file.getvalue().decode()
+
+
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\uff1d1"])
 def test_no_name_becomes_a_formula(name: str) -> None:
     row = UsageRow(
@@ -373,9 +453,9 @@ def test_no_name_becomes_a_formula(name: str) -> None:
         cached_tokens=0,
         completion_tokens=3,
         cost_nano=4,
+        engine_ns=5,
     )
-    report = UsageReport(NOW, NOW, ["key"], [row], UsageTotals(1, 2, 0, 3, 4))
-    [written] = csv.DictReader(io.StringIO(to_csv(report), newline=""))
+    [written] = csv.DictReader(io.StringIO(csv_of(row, Dimension.KEY), newline=""))
     assert written["key_name"] == f"'{name}"
     assert written["cost_nano"] == "4"
 
@@ -383,10 +463,15 @@ def test_no_name_becomes_a_formula(name: str) -> None:
 @given(st.text(max_size=20))
 def test_any_name_survives_csv(name: str) -> None:
     row = UsageRow(
-        adapter=name, requests=1, prompt_tokens=0, cached_tokens=0, completion_tokens=0, cost_nano=0
+        adapter=name,
+        requests=1,
+        prompt_tokens=0,
+        cached_tokens=0,
+        completion_tokens=0,
+        cost_nano=0,
+        engine_ns=0,
     )
-    report = UsageReport(NOW, NOW, ["adapter"], [row], UsageTotals(1, 0, 0, 0, 0))
-    [_, written] = csv.reader(io.StringIO(to_csv(report), newline=""))
+    [_, written] = csv.reader(io.StringIO(csv_of(row, Dimension.ADAPTER), newline=""))
     assert written[0] in (name, f"'{name}")
 
 
@@ -458,8 +543,9 @@ async def test_events_rollups_holds_and_reports_agree_after_any_history(
 
     async with database.as_worker() as session:
         assert await verify(session) == []
-        report = await usage_report(session, ALL_TIME, group_by=(Dimension.TENANT, Dimension.KEY))
-    found = {(row.tenant, row.key_id): row.cost_nano for row in report.rows}
+        question = Question(ALL_TIME, (Dimension.TENANT, Dimension.KEY))
+        rows = [row async for batch in usage_rows(session, question) for row in batch]
+    found = {(row.tenant, row.key_id): row.cost_nano for row in rows}
     assert found == {key: cost for key, cost in expected.items() if cost}
 
 
