@@ -29,7 +29,7 @@ from engine.errors import LinkError
 from engine.protocol import Frame
 from gateway import api
 from gateway.api import billing as billing_routes
-from gateway.api import chat, completions, health, models, statements, tenant
+from gateway.api import chat, completions, exports, health, models, statements, tenant
 from gateway.api.admin import admin_router
 from gateway.api.attempts import Attempts
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
@@ -189,6 +189,7 @@ def create_app(settings: Settings) -> Litestar:
             billing_routes.billing_router,
             chat.chat_completions,
             completions.completions,
+            exports.exports_router,
             health.live,
             health.ready,
             models.get_model,

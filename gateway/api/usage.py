@@ -147,18 +147,25 @@ async def write_report(session: AsyncSession, question: Question, report_format:
         async for rows in usage_rows(session, question):
             await asyncio.to_thread(writer.add, rows)
         await asyncio.to_thread(writer.finish)
-        size_bytes = file.tell()
-        file.seek(0)
     except BaseException:
         file.close()
         raise
-    headers = {"content-length": str(size_bytes)}
+    headers = {}
     if report_format != "json":
         headers["content-disposition"] = f'attachment; filename="usage.{report_format}"'
+    return send_file(file, media_type=writer.media_type, headers=headers)
+
+
+def send_file(
+    file: "tempfile.SpooledTemporaryFile[bytes]", *, media_type: str, headers: dict[str, str]
+) -> Stream:
+    """Answer with what was written to a file; it is closed at the end, however that comes about."""
+    size_bytes = file.tell()
+    file.seek(0)
     return Stream(
         _chunks(file),
-        media_type=writer.media_type,
-        headers=headers,
+        media_type=media_type,
+        headers={"content-length": str(size_bytes), **headers},
         background=BackgroundTask(asyncio.to_thread, file.close),
     )
 

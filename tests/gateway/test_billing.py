@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import httpx
 import msgspec
 import pyarrow.parquet
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from litestar import Litestar
@@ -24,7 +26,7 @@ from litestar.di import Provide
 from litestar.exceptions import HTTPException
 from sqlalchemy import select
 
-from gateway.api import statements
+from gateway.api import exports, statements
 from gateway.api import tenant as tenant_routes
 from gateway.api.billing import billing_router
 from gateway.api.usage import parse_group_by, parse_period
@@ -34,12 +36,14 @@ from gateway.billing.periods import settled_now
 from gateway.billing.usage import Dimension, Period, Question, UsageRow, usage_rows
 from gateway.billing.verify import verify
 from gateway.billing.writers import open_writer
+from gateway.cli import main
 from gateway.database import Database
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.journal import Journal, Opened, Settlement
 from gateway.ledger import Ledger, settle
 from gateway.prices import bill
 from gateway.tables import ApiKey, AuditEntry, GatewayInstance, UsageEvent, new_id
+from tests.conftest import Home, execute
 from tests.gateway.admin_plane import serve
 from tests.gateway.money import Shop, a_base_model, a_shop, frame_of
 
@@ -114,6 +118,7 @@ def an_app(database: Database) -> Litestar:
     app = Litestar(
         [
             billing_router,
+            exports.exports_router,
             statements.statements_router,
             statements.list_own,
             statements.show_own,
@@ -396,6 +401,89 @@ async def test_a_tenant_reads_its_statements_and_nobody_elses(
         ("billing_account.set", "acme"),
         ("billing.close", "acme-2026-06"),
     }
+
+
+async def test_finance_gets_rows_that_add_up_to_the_statements(
+    database: Database, town: Town
+) -> None:
+    june = datetime.datetime(2026, 6, 2, tzinfo=datetime.UTC)
+    july = datetime.datetime(2026, 7, 2, tzinfo=datetime.UTC)
+    headers = {"authorization": f"Bearer {town.operator_key}"}
+    await settle_all(database, a_settlement(town.acme, june), a_settlement(town.globex, july))
+    await town.client.post("/admin/v1/billing/close", json={"month": "2026-06"}, headers=headers)
+    await settle_all(database, a_settlement(town.acme, june, completion_tokens=99))
+    await town.client.post("/admin/v1/billing/close", json={"month": "2026-07"}, headers=headers)
+
+    written = await town.get("/admin/v1/billing/exports/focus", town.operator_key, month="2026-07")
+    rows = list(csv.DictReader(io.StringIO(written.text)))
+    for tenant in ("acme", "globex"):
+        number = f"{tenant}-2026-07"
+        told = await town.get(f"/admin/v1/billing/statements/{number}", town.operator_key)
+        ours = [row for row in rows if row["InvoiceId"] == number]
+        billed = sum(Decimal(row["BilledCost"]) for row in ours)
+        assert billed * 10**9 == told.json()["total_nano"]
+    assert {row["ChargeClass"] for row in rows if row["BillingAccountId"] == "acme"} == {
+        "Correction"
+    }
+    [output] = [row for row in rows if row["ConsumedQuantity"] == "99"]
+    assert (output["PricingQuantity"], output["PricingUnit"]) == ("0.000099", "1000000 Tokens")
+    assert output["ChargePeriodStart"] == "2026-06-01T00:00:00Z"
+
+
+async def test_stripe_gets_the_same_events_however_often_they_are_exported(
+    database: Database, town: Town, home: Home
+) -> None:
+    headers = {"authorization": f"Bearer {town.operator_key}"}
+    account = {"stripe_customer_id": "cus_1"}
+    path = "/admin/v1/tenants/acme/billing-account"
+    await town.client.put(path, json=account, headers=headers)
+    await settle_all(database, *(a_settlement(shop, NOW) for shop in (town.acme, town.globex)))
+    hour = datetime.datetime.now(datetime.UTC).replace(minute=0, second=0, microsecond=0)
+    before = hour - datetime.timedelta(hours=1)
+    back = f"UPDATE usage_events SET settled_at = '{before:%Y-%m-%d %H:%M}Z'"  # noqa: S608
+    await execute(home.superuser_url, f"SET session_replication_role = replica; {back}")
+
+    asked = {"from": f"{before:%Y-%m-%dT%H}:00:00Z", "to": f"{hour:%Y-%m-%dT%H}:00:00Z"}
+    export = "/admin/v1/billing/exports/stripe"
+    written = (await town.get(export, town.operator_key, **asked)).text
+    await settle_all(database, a_settlement(town.acme, NOW))
+    assert (await town.get(export, town.operator_key, **asked)).text == written
+    events = [msgspec.json.decode(line) for line in written.splitlines()]
+    assert {event["event_name"]: event["payload"]["value"] for event in events} == {
+        "manylora_input_tokens": "6",
+        "manylora_cached_input_tokens": "4",
+        "manylora_output_tokens": "7",
+        "manylora_cost_nano": str(a_settlement(town.acme, NOW).bill.cost_nano),  # type: ignore[union-attr]  # it has one
+    }
+    assert {event["payload"]["stripe_customer_id"] for event in events} == {"cus_1"}
+    assert len({event["identifier"] for event in events}) == 4
+    assert {event["timestamp"] for event in events} == {int(before.timestamp())}
+    running = {**asked, "to": f"{hour + datetime.timedelta(hours=1):%Y-%m-%dT%H}:00:00Z"}
+    refused = await town.get(export, town.operator_key, **running)
+    assert (refused.status_code, "still to come" in refused.text) == (400, True)
+
+
+async def test_an_exported_log_is_checked_without_a_database(town: Town, tmp_path: Path) -> None:
+    headers = {"authorization": f"Bearer {town.operator_key}"}
+    path = "/admin/v1/tenants/acme/billing-account"
+    for name in ("One", "Two", "Three"):
+        await town.client.put(path, json={"bill_to": f"{name} ü"}, headers=headers)
+    exported = await town.get("/admin/v1/audit", town.operator_key, tenant="acme")
+    lines = exported.content.splitlines(keepends=True)
+    file = tmp_path / "audit.jsonl"
+    runner = CliRunner()
+
+    file.write_bytes(exported.content)
+    checked = runner.invoke(main, ["audit", "verify", str(file)])
+    assert (checked.exit_code, "3 rows" in checked.output) == (0, True), checked.output
+    for changed, words in (
+        ([lines[0], lines[2]], "row 2 is missing"),
+        ([lines[0], lines[1].replace(b"Two", b"Six"), lines[2]], "row 2, does not have its hash"),
+        ([lines[0], b"{}\n"], "line 2 is no line of an audit log"),
+    ):
+        file.write_bytes(b"".join(changed))
+        broken = runner.invoke(main, ["audit", "verify", str(file)])
+        assert (broken.exit_code, words in broken.output) == (1, True), broken.output
 
 
 async def test_a_price_change_is_on_record_with_what_was_before(

@@ -76,13 +76,15 @@ async def whole_gateway(
     info = msgspec.structs.replace(INFO, text_bundle_digest=await store.put_bundle(_bundle()))
     core = EchoCore()
     engine = Engine(folder / "engine.sock", core=core, secret="the-engines-own", info=info)
+    app = create_app(_settings(home, engine, folder, **settings))
     async with (
         engine.serve(),
-        serve(create_app(_settings(home, engine, folder, **settings))) as url,
+        serve(app) as url,
+        _client(url) as client,
+        _client(url) as operator,
     ):
-        async with _client(url) as client, _client(url) as operator:
-            await _sign_in(database, operator, client)
-            yield Gateway(client, operator, database, core)
+        await _sign_in(database, operator, client)
+        yield Gateway(client, operator, database, core)
 
 
 def _bundle() -> TextBundle:
@@ -126,7 +128,7 @@ async def _sign_in(
         )
     operator.headers["authorization"] = f"Bearer {key}"
     async with asyncio.timeout(PATIENCE_S):
-        while (await operator.get("/health/ready")).status_code != httpx.codes.OK:
+        while not (await operator.get("/health/ready")).is_success:  # noqa: ASYNC110 - a server
             await asyncio.sleep(0.02)
     for path, body in (
         ("/admin/v1/tenants", {"slug": "acme"}),
