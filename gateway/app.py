@@ -29,7 +29,16 @@ from engine.errors import LinkError
 from engine.protocol import Frame
 from gateway import api
 from gateway.api import billing as billing_routes
-from gateway.api import chat, completions, exports, health, models, statements, tenant
+from gateway.api import (
+    chat,
+    completions,
+    exports,
+    health,
+    models,
+    retention,
+    statements,
+    tenant,
+)
 from gateway.api.admin import admin_router
 from gateway.api.attempts import Attempts
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
@@ -42,6 +51,7 @@ from gateway.inference import Inference
 from gateway.journal import Journal
 from gateway.ledger import Ledger
 from gateway.registry import Registry
+from gateway.retention import Contents
 from gateway.routing import Router
 from gateway.settings import Settings
 from gateway.staging import Staging
@@ -72,6 +82,7 @@ class Parts:
     router: Router
     inference: Inference
     attempts: Attempts
+    contents: Contents
 
 
 def build(settings: Settings) -> Parts:
@@ -92,6 +103,7 @@ def build(settings: Settings) -> Parts:
         on_frame=lambda frame: _write_down(journal, frame),
     )
     router = Router()
+    contents = Contents(database)
 
     return Parts(
         settings=settings,
@@ -118,7 +130,9 @@ def build(settings: Settings) -> Parts:
             router=router,
             journal=journal,
             ledger=ledger,
+            contents=contents,
         ),
+        contents=contents,
         attempts=Attempts(Answers(database), compares_streams=settings.max_retry_credit_nano > 0),
     )
 
@@ -144,6 +158,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(parts.journal.close)
         stack.push_async_callback(parts.database.close)
+        stack.push_async_callback(parts.contents.drain)
         await parts.database.check()
         await parts.database.prepare()
         await stack.enter_async_context(parts.authenticator)
@@ -194,6 +209,8 @@ def create_app(settings: Settings) -> Litestar:
             health.ready,
             models.get_model,
             models.list_models,
+            retention.retention_router,
+            retention.show_content,
             statements.statements_router,
             statements.list_own,
             statements.show_own,

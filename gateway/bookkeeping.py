@@ -14,6 +14,7 @@ from typing import Self
 from gateway.billing.periods import advance
 from gateway.database import Database
 from gateway.idempotency import forget_answers
+from gateway.retention import forget_contents
 
 logger = logging.getLogger(__name__)
 
@@ -55,3 +56,4 @@ async def keep_books(database: Database, *, now: datetime.datetime) -> None:
     """One round."""
     await advance(database, now=now)
     await forget_answers(database)
+    await forget_contents(database)

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
+
 from engine.client import SequenceStream
 from engine.errors import LinkError
 from engine.protocol import (
@@ -22,7 +24,7 @@ from engine.protocol import (
     TokenLogprob,
 )
 from gateway.auth import Principal
-from gateway.database import Database
+from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -36,6 +38,7 @@ from gateway.ledger import Ledger
 from gateway.limits import admit
 from gateway.prices import Bill
 from gateway.registry import Registry, Target
+from gateway.retention import Contents
 from gateway.routing import Router
 from gateway.tables import new_id
 from gateway.text import TextCodec, TextCodecs
@@ -101,6 +104,29 @@ FIRST = Attempt()
 
 
 @dataclass(frozen=True, slots=True)
+class Keeping:
+    """A tenant's wish that the texts of a request be kept, and what is known of them so far."""
+
+    contents: Contents
+    tenant_id: uuid.UUID
+    days: int
+    prompt: str
+    end_user: str | None
+    # Pieces of the completion, filled as they come.
+    pieces: list[str]
+
+    def keep(self, request_id: uuid.UUID) -> None:
+        self.contents.keep(
+            self.tenant_id,
+            request_id,
+            prompt=self.prompt,
+            completion="".join(self.pieces),
+            end_user=self.end_user,
+            days=self.days,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What one engine step added to an answer. The last one has a finish reason."""
 
@@ -126,6 +152,7 @@ class Generation:
         meter: Meter,
         ledger: Ledger,
         stops: Sequence[str],
+        keeping: Keeping | None = None,
     ) -> None:
         self.request_id = request_id
         self.target = target
@@ -139,6 +166,8 @@ class Generation:
         self._adapter_wait_ns = 0
         self._outcome: FinishReason | None = None
         self._is_closed = False
+        # None where nothing of what is said is kept.
+        self._keeping = keeping
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The answer, step by step.
@@ -148,6 +177,8 @@ class Generation:
         try:
             async for event in self._stream:
                 delta = self._apply(event)
+                if self._keeping is not None:
+                    self._keeping.pieces.append(delta.text)
                 if delta.text or delta.finish_reason or delta.logprobs:
                     yield delta
                 if delta.finish_reason:
@@ -167,7 +198,7 @@ class Generation:
         """Close a whole answer; call it just before its last byte is written."""
         assert self._outcome is not None, "an answer is finished after its last delta"
         self._is_closed = True
-        self._log_end(self._outcome)
+        self._end(self._outcome)
         return self._ledger.close(self.request_id, self._outcome)
 
     def leave(self) -> None:
@@ -180,10 +211,12 @@ class Generation:
         self._is_closed = True
         self._meter.disconnect()
         self._stream.abort()
-        self._log_end(outcome)
+        self._end(outcome)
         self._ledger.close(self.request_id, outcome, sent=False)
 
-    def _log_end(self, outcome: str) -> None:
+    def _end(self, outcome: str) -> None:
+        if self._keeping is not None:
+            self._keeping.keep(self.request_id)
         logger.info(
             "generation_ended",
             extra={
@@ -238,7 +271,9 @@ class Inference:
         router: Router,
         journal: Journal,
         ledger: Ledger,
+        contents: Contents,
     ) -> None:
+        self._contents = contents
         self._database = database
         self._registry = registry
         self._texts = texts
@@ -259,6 +294,7 @@ class Inference:
         prompt_ids = await _encode(codec, request.prompt)
         max_tokens = _fit(request, len(prompt_ids), target.context_length)
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
+        keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
         request_id = new_id()
@@ -307,7 +343,30 @@ class Inference:
             meter=meter,
             ledger=self._ledger,
             stops=request.stops,
+            keeping=keeping,
         )
+
+    async def _keeping(self, principal: Principal, request: GenerationRequest) -> Keeping | None:
+        assert principal.tenant_id is not None, "only tenants ask for answers"
+        try:
+            days = await self._contents.keep_days(principal.tenant_id)
+        except DATABASE_TROUBLE as fault:
+            raise Unavailable("The database does not answer. Try again shortly.") from fault
+        if days is None:
+            return None
+        prompt = _spelled(request.prompt)
+        return Keeping(self._contents, principal.tenant_id, days, prompt, request.end_user, [])
+
+
+def _spelled(prompt: Prompt) -> str:
+    """A prompt as its client sent it: text, or JSON."""
+    match prompt:
+        case TokenPrompt():
+            return msgspec.json.encode(prompt.token_ids).decode()
+        case str():
+            return prompt
+        case _:
+            return msgspec.json.encode(list(prompt)).decode()
 
 
 async def _encode(codec: TextCodec, prompt: Prompt) -> list[int]:
