@@ -1,5 +1,6 @@
 """The application as a whole, as far as it can be looked at without starting it."""
 
+import inspect
 import re
 
 import pytest
@@ -55,6 +56,16 @@ def test_every_route_of_the_api_is_documented_in_one_sentence(app):
         for method, operation in item.items():
             assert re.match(r"[A-Z].{5,80}$", operation["summary"]), (method, path)
             assert operation["tags"], (method, path)
+
+
+def test_every_admin_route_that_changes_something_names_its_actor(app):
+    """Whoever records an action, the handler or what it calls, has the actor from it."""
+    for route in app.routes:
+        for handler in getattr(route, "route_handlers", []):
+            changes = handler.http_methods & {"POST", "PUT", "PATCH", "DELETE"}
+            if changes and route.path.startswith("/admin"):
+                source = inspect.getsource(handler.fn)
+                assert "principal.key_id" in source, (route.path, handler.fn.__name__)
 
 
 def test_a_route_that_names_no_scope_stops_the_start():

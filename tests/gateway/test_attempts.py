@@ -138,3 +138,21 @@ async def test_what_is_no_retry_takes_nothing_off_the_bill(
         await gateway.events(3)
         async with database.as_worker() as session:
             assert await session.scalar(select(func.count()).select_from(UsageCredit)) == 0
+
+
+async def test_a_stream_that_its_engine_cut_is_billed_what_came_and_nothing_if_nothing_came(
+    gateway: Gateway,
+) -> None:
+    gateway.core.allow_steps(5)
+    asking = asyncio.create_task(
+        gateway.client.post(CHAT, json=chat(stream=True, max_tokens=50), headers=NAMED)
+    )
+    await until(lambda: any(s.num_generated_tokens == 5 for s in gateway.core.running.values()))
+    gateway.core.must_fail = True
+    gateway.core.wake()
+    cut = await asking
+    assert "data: [DONE]" not in cut.text
+    assert '"error"' in cut.text
+    [event] = await gateway.events(1)
+    assert (event.outcome, event.completion_tokens) == ("error", 5)
+    assert await gateway.differences() == []

@@ -95,6 +95,7 @@ async def set_status(
     principal: NamedDependency[Principal],
 ) -> TenantView:
     async with database.as_worker() as session:
+        before = (await tenants.get_tenant(session, tenant, for_update=True)).status
         changed = await tenants.set_status(session, tenant, status=data.status)
         await audit.record(
             session,
@@ -102,6 +103,6 @@ async def set_status(
             actor_key_id=principal.key_id,
             action=f"tenant.{data.status}",
             subject=changed.slug,
-            details={},
+            details=audit.change({"status": before}, {"status": changed.status}),
         )
     return TenantView.of(changed)
