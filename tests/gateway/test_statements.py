@@ -148,7 +148,8 @@ async def test_closing_twice_and_at_once_makes_one_statement(
     database: Database, shop: Shop
 ) -> None:
     await use(database, shop, IN_JULY)
-    await close(database, JULY, now=IN_SEPTEMBER)
+    at_once = await asyncio.gather(*(close(database, JULY, now=IN_SEPTEMBER) for _ in range(4)))
+    assert [each.number for closed in at_once for each in closed] == ["acme-2026-07"]
     assert await close(database, JULY, now=IN_SEPTEMBER) == []
     assert list(await statements(database)) == ["acme-2026-07"]
 
