@@ -27,12 +27,12 @@ from gateway.billing.usage import Dimension
 from gateway.billing.writers import Format
 from gateway.database import Database
 from gateway.errors import InvalidRequest, NotFound
-from gateway.prices import PriceScope, Rate, Rates, running_price, set_price
+from gateway.prices import PriceScope, Rate, Rates, price_at, set_price
 from gateway.tables import Adapter, BaseModel, PriceVersion, Tenant
 
 
 class PriceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """New rates from now on: nano-USD per million tokens, and per GiB and hour of storage."""
+    """New rates: nano-USD per million tokens, and per GiB and hour of storage."""
 
     # Name of the base model whose tokens these are.
     base_model: str
@@ -45,6 +45,10 @@ class PriceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # For one tenant alone, by slug, or for one adapter alone, by public name.
     tenant: str | None = None
     adapter: str | None = None
+    # A moment to come, with its offset from UTC; now, where it is left out.
+    since: Annotated[datetime.datetime, msgspec.Meta(tz=True)] | None = msgspec.field(
+        default=None, name="from"
+    )
 
 
 class PriceEntry(msgspec.Struct, frozen=True):
@@ -113,7 +117,12 @@ async def list_prices(database: NamedDependency[Database]) -> PriceList:
     return PriceList([PriceEntry(**row) for row in found.mappings()])
 
 
-@post("/prices", scope="operator", tags=["billing"], summary="Set a price from now on")
+@post(
+    "/prices",
+    scope="operator",
+    tags=["billing"],
+    summary="Set a price from now on, or from a day to come",
+)
 async def change_price(
     data: JSONBody[PriceChange],
     principal: NamedDependency[Principal],
@@ -132,9 +141,9 @@ async def change_price(
     )
     async with database.as_worker() as session:
         scope = await _find_scope(session, data)
-        before = await running_price(session, scope)
+        before = await price_at(session, scope, data.since)
         was = {} if before is None else msgspec.to_builtins(Rates.of(before))
-        row = await set_price(session, scope, rates=rates)
+        row = await set_price(session, scope, rates=rates, since=data.since)
         await audit.record(
             session,
             tenant_id=scope.tenant_id,
@@ -143,6 +152,7 @@ async def change_price(
             subject=data.adapter or data.tenant or data.base_model,
             details={
                 "base_model": data.base_model,
+                "from": row.effective.lower,
                 **audit.change(was, msgspec.to_builtins(rates)),
             },
         )

@@ -34,6 +34,7 @@ from gateway.tables import (
     StatementLine,
     StorageHour,
     Tenant,
+    UsageCredit,
     UsageEvent,
     UsageRollup,
 )
@@ -197,6 +198,29 @@ async def test_less_than_a_cent_goes_to_the_next_statement(database: Database, s
     assert (june.payable_cents, june.carried_out_nano) == (0, 4_000_000)
     assert (july.carried_in_nano, july.payable_cents) == (4_000_000, 1)
     assert july.carried_out_nano == -2_000_000
+    assert await differences(database) == []
+
+
+async def test_a_credit_is_a_line_below_nothing(database: Database, shop: Shop) -> None:
+    paid = await use(database, shop, IN_JULY)
+    async with database.as_worker() as session:
+        event = (await session.scalars(select(UsageEvent))).one()
+        session.add(
+            UsageCredit(
+                id=event.id,
+                tenant_id=event.tenant_id,
+                retry_id=event.id,
+                base_model_id=event.base_model_id,
+                adapter_id=event.adapter_id,
+                price_version_id=event.price_version_id,
+                at=IN_JULY,
+                amount_nano=paid - 1,
+            )
+        )
+    await close(database, JULY, now=IN_SEPTEMBER)
+    [*_, credit] = await lines(database, "acme-2026-07")
+    assert (credit.unit, credit.quantity, credit.amount_nano) == ("retries", 1, 1 - paid)
+    assert (await statements(database))["acme-2026-07"].total_nano == 1
     assert await differences(database) == []
 
 
