@@ -9,14 +9,14 @@ of how a statement looks.
 import datetime
 import logging
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from sqlalchemy import Row, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway import audit
-from gateway.billing.lines import unstated_lines
+from gateway.billing.lines import Line, unstated_lines
 from gateway.billing.storage import meter_storage
 from gateway.database import Database
 from gateway.errors import InvalidRequest
@@ -204,9 +204,28 @@ async def close_period(
     if period.state == "closed":
         return None
     tenant = await session.get_one(Tenant, period.tenant_id)
-    account = await session.get(BillingAccount, tenant.id)
     lines = await unstated_lines(session, tenant.id, month=period.month, as_of=as_of)
     total_nano = sum(line.amount_nano for line in lines)
+    statement = await _make_statement(session, tenant, period, as_of=as_of, total_nano=total_nano)
+    session.add_all(
+        _line_of(statement, line, number=number) for number, line in enumerate(lines, start=1)
+    )
+    await session.flush()
+    closed_at = (await session.execute(select(func.clock_timestamp()))).scalar_one()
+    period.state, period.closed_at = "closed", closed_at
+    await session.flush()
+    return Closed(statement.number, tenant.id, period.month, total_nano, len(lines))
+
+
+async def _make_statement(
+    session: AsyncSession,
+    tenant: Tenant,
+    period: BillingPeriod,
+    *,
+    as_of: datetime.datetime,
+    total_nano: int,
+) -> Statement:
+    account = await session.get(BillingAccount, tenant.id)
     carried_nano = await _carried(session, tenant.id)
     payable_cents = amount(carried_nano + total_nano, rate_nano=1, per=NANO_PER_CENT)
     statement = Statement(
@@ -224,29 +243,17 @@ async def close_period(
     )
     session.add(statement)
     await session.flush()
-    for number, line in enumerate(lines, start=1):
-        session.add(
-            StatementLine(
-                id=new_id(),
-                tenant_id=tenant.id,
-                statement_id=statement.id,
-                number=number,
-                kind=line.kind,
-                usage_month=line.usage_month,
-                base_model_id=line.base_model_id,
-                adapter_id=line.adapter_id,
-                price_version_id=line.price_version_id,
-                unit=line.unit,
-                quantity=line.quantity,
-                rate_nano=line.rate_nano,
-                amount_nano=line.amount_nano,
-            )
-        )
-    await session.flush()
-    closed_at = (await session.execute(select(func.clock_timestamp()))).scalar_one()
-    period.state, period.closed_at = "closed", closed_at
-    await session.flush()
-    return Closed(statement.number, tenant.id, period.month, total_nano, len(lines))
+    return statement
+
+
+def _line_of(statement: Statement, line: Line, *, number: int) -> StatementLine:
+    return StatementLine(
+        id=new_id(),
+        tenant_id=statement.tenant_id,
+        statement_id=statement.id,
+        number=number,
+        **asdict(line),
+    )
 
 
 async def _carried(session: AsyncSession, tenant_id: uuid.UUID) -> int:
