@@ -31,18 +31,35 @@ from engine.protocol import Frame
 from gateway import api
 from gateway.aliases import Aliases
 from gateway.api import billing as billing_routes
-from gateway.api import chat, completions, estimate, health, keys, limits, lora, models, tenant
+from gateway.api import (
+    chat,
+    completions,
+    estimate,
+    exports,
+    health,
+    keys,
+    limits,
+    lora,
+    models,
+    privacy,
+    statements,
+    tenant,
+)
 from gateway.api.admin import admin_router
+from gateway.api.attempts import Attempts
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, check_routes, guard, provide_principal
 from gateway.blobs import Blobs
+from gateway.bookkeeping import Bookkeeper
 from gateway.database import Database
 from gateway.errors import GatewayError, JournalFailed
 from gateway.examples import ExampleRunner
 from gateway.grants import Grants
+from gateway.idempotency import Answers
 from gateway.inference import Inference
 from gateway.journal import Journal
 from gateway.ledger import Ledger
+from gateway.privacy import Contents
 from gateway.quotas import Quotas
 from gateway.registry import Registry
 from gateway.residency import Residency
@@ -88,6 +105,8 @@ class Parts:
     residency: Residency
     runtime_loras: RuntimeLoras
     inference: Inference
+    attempts: Attempts
+    contents: Contents
 
 
 def build(settings: Settings) -> Parts:
@@ -102,7 +121,7 @@ def build(settings: Settings) -> Parts:
     staging = Staging(settings.data_dir / "staging", max_upload_bytes=settings.max_upload_bytes)
     templates = Templates()
     journal = Journal.open(settings.data_dir / "journal")
-    ledger = Ledger(database, journal)
+    ledger = Ledger(database, journal, max_retry_credit_nano=settings.max_retry_credit_nano)
     router = Router()
     residency = Residency(database, router)
     engine = EngineLink(
@@ -127,6 +146,7 @@ def build(settings: Settings) -> Parts:
     retention = Retention(
         database, blobs, purge_after=datetime.timedelta(days=settings.purge_after_days)
     )
+    contents = Contents(database)
 
     return Parts(
         settings=settings,
@@ -164,7 +184,10 @@ def build(settings: Settings) -> Parts:
             router=router,
             journal=journal,
             ledger=ledger,
+            contents=contents,
         ),
+        contents=contents,
+        attempts=Attempts(Answers(database), compares_streams=settings.max_retry_credit_nano > 0),
     )
 
 
@@ -189,6 +212,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(parts.journal.close)
         stack.push_async_callback(parts.database.close)
+        stack.push_async_callback(parts.contents.drain)
         await parts.database.check()
         await parts.database.prepare()
         await stack.enter_async_context(parts.authenticator)
@@ -199,6 +223,8 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.resumable_uploads)
         await stack.enter_async_context(parts.residency)
         await stack.enter_async_context(parts.outbox)
+        await stack.enter_async_context(parts.attempts.answers)
+        await stack.enter_async_context(Bookkeeper(parts.database))
         await stack.enter_async_context(parts.engine)
         attaching = asyncio.create_task(_attach_engine(parts))
         stack.callback(attaching.cancel)
@@ -240,6 +266,7 @@ def create_app(settings: Settings) -> Litestar:
             chat.chat_completions,
             completions.completions,
             estimate.estimate,
+            exports.exports_router,
             health.live,
             health.ready,
             lora.load_lora_adapter,
@@ -252,6 +279,11 @@ def create_app(settings: Settings) -> Litestar:
             limits.list_budgets,
             models.get_model,
             models.list_models,
+            privacy.privacy_router,
+            privacy.show_content,
+            statements.statements_router,
+            statements.list_own,
+            statements.show_own,
             tenant.usage,
             create_static_files_router("/static", [STATIC_DIR], opt={"scope": "public"}),
         ],
@@ -279,7 +311,7 @@ def create_app(settings: Settings) -> Litestar:
 _HANDED_OUT = (
     *("aliases", "authenticator", "database", "grants", "inference", "ledger", "registry"),
     *("outbox", "residency", "resumable_uploads", "retention", "router", "runtime_loras"),
-    "uploads",
+    *("attempts", "uploads"),
 )
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway.errors import Conflict, InvalidRequest, NotFound
-from gateway.tables import Budget, UsageEvent, new_id
+from gateway.tables import Budget, UsageCredit, UsageEvent, new_id
 
 Kind = Literal["hard", "soft"]
 BudgetPeriod = Literal["day", "week", "month"]
@@ -54,7 +54,7 @@ STANDINGS = text("""
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """What one new usage event cost."""
+    """What one new usage event cost, or, below zero, what a credit gives back."""
 
     tenant_id: uuid.UUID
     api_key_id: uuid.UUID
@@ -83,7 +83,7 @@ class Standing(msgspec.Struct, frozen=True):
 async def spend(session: AsyncSession, spendings: Sequence[Spending]) -> None:
     """Add what new usage events cost to the budgets they fall into, as the worker.
 
-    Belongs in the transaction that inserts the events, before it touches a hold.
+    Belongs in the transaction that inserts the events and credits, before it touches a hold.
     """
     if spendings:
         await session.execute(
@@ -160,8 +160,15 @@ async def _count_past(session: AsyncSession, budget: Budget) -> None:
     costs = select(func.coalesce(func.sum(UsageEvent.cost_nano), 0)).where(
         UsageEvent.tenant_id == budget.tenant_id, UsageEvent.finished_at >= starts_at
     )
+    # A credit falls into the period of its retry, which is never the smaller of the two.
+    given_back = (
+        select(func.coalesce(func.sum(UsageCredit.amount_nano), 0))
+        .join(UsageEvent, UsageEvent.id == UsageCredit.id)
+        .where(UsageCredit.tenant_id == budget.tenant_id, UsageCredit.at >= starts_at)
+    )
     if budget.api_key_id is not None:
         costs = costs.where(UsageEvent.api_key_id == budget.api_key_id)
+        given_back = given_back.where(UsageEvent.api_key_id == budget.api_key_id)
     await session.execute(
         text(
             "INSERT INTO budget_windows (budget_id, starts_at, tenant_id, spent_nano)"
@@ -171,7 +178,9 @@ async def _count_past(session: AsyncSession, budget: Budget) -> None:
             "budget_id": budget.id,
             "starts_at": starts_at,
             "tenant_id": budget.tenant_id,
-            "spent_nano": int(await session.scalar(costs) or 0),
+            "spent_nano": int(
+                (await session.scalar(costs) or 0) - (await session.scalar(given_back) or 0)
+            ),
         },
     )
 

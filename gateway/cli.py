@@ -16,6 +16,8 @@ import click
 
 from adapters.errors import StoreUnavailable
 from gateway.addresses import Network, parse_networks
+from gateway.audit import BrokenChain, verify_export
+from gateway.billing.commands import billing
 from gateway.database import DATABASE_TROUBLE
 from gateway.demo import set_up_demo
 from gateway.errors import DatabaseRefused, GatewayError, InvalidRequest
@@ -104,6 +106,28 @@ def main() -> None:
     """Serve many LoRA fine-tunes of one base model to many tenants."""
 
 
+main.add_command(billing)
+
+
+@main.group()
+def audit() -> None:
+    """Check what operators did."""
+
+
+@audit.command("verify")
+@click.argument("path", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def verify_audit(path: Path) -> None:
+    """Check an exported audit log: no row changed, none missing. Needs no database."""
+    try:
+        with path.open("rb") as lines:
+            ends = verify_export(lines)
+    except BrokenChain as fault:
+        raise click.ClickException(str(fault)) from fault
+    for tenant_id, (number, last) in ends.items():
+        click.echo(f"{tenant_id or 'operators'}: {number} rows, last hash {last}")
+    click.echo("every row fits the one before it")
+
+
 @main.command(cls=_Serve)
 @click.option("--model", required=True, help="Folder or hub id of the base model.")
 @click.option("--served-model-name", help="Its public name. [default: the model's last part]")
@@ -143,6 +167,13 @@ def main() -> None:
     multiple=True,
     callback=_networks,
     help="Private address or range that webhooks may be sent to; may be repeated.",
+)
+@click.option(
+    "--credit-retries",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="NANO_USD",
+    help="Most that a tenant gets back in a day for streams that it left and asked for again.",
 )
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
@@ -189,6 +220,7 @@ def serve(
     lora_folder: Path | None,
     trusted_proxies: tuple[Network, ...],
     webhook_networks: tuple[Network, ...],
+    credit_retries: int,
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -209,6 +241,7 @@ def serve(
         lora_folder=lora_folder,
         trusted_proxies=trusted_proxies,
         webhook_networks=webhook_networks,
+        max_retry_credit_nano=credit_retries,
     )
 
     async def ready(supervisor: Supervisor) -> None:

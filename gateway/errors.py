@@ -10,8 +10,10 @@
     ├── NotFound                  404
     │   └── ModelNotFound         404
     ├── Conflict                  409
-    │   └── OffsetMismatch        409
+    │   ├── OffsetMismatch        409
+    │   └── StillRunning          409
     ├── BodyTooLarge              413
+    ├── OtherBody                 422
     ├── RejectedUpload            422
     ├── LimitReached              429
     │   ├── BudgetSpent           429
@@ -117,6 +119,22 @@ class OffsetMismatch(Conflict):
     def __init__(self, file: str, *, expected_offset: int) -> None:
         super().__init__(f"Of {file}, {expected_offset} bytes have arrived: go on from there.")
         self.facts = {"file": file, "expected_offset": expected_offset}
+
+
+class StillRunning(Conflict):
+    """A request with this Idempotency-Key is being answered; ask again shortly."""
+
+    code = "request_in_progress"
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.headers = {"retry-after": "1"}
+
+
+class OtherBody(GatewayError):
+    """This Idempotency-Key was used with another body; use a new one."""
+
+    status, type, code = 422, "invalid_request_error", "idempotency_key_reused"
 
 
 class BodyTooLarge(GatewayError):

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
+
 from engine.client import EngineLink, SequenceStream
 from engine.errors import LinkError
 from engine.protocol import (
@@ -24,7 +26,7 @@ from engine.protocol import (
     TokenLogprob,
 )
 from gateway.auth import Principal
-from gateway.database import Database
+from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -38,6 +40,7 @@ from gateway.ledger import Ledger
 from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
 from gateway.overload import Place, WaitingRoom
 from gateway.prices import Bill, ceiling
+from gateway.privacy import Contents
 from gateway.registry import Registry, Target, model_not_found
 from gateway.routing import Router
 from gateway.tables import new_id
@@ -69,7 +72,8 @@ class GenerationRequest:
     # e.g. "chat.completions"; reports are grouped by it
     endpoint: str
     model: str
-    # Whom the client asks for, in its own words; one user always gets the same side of a canary.
+    # Whom the client asks for, in its own words: reports can be grouped by it, and one user always
+    # gets the same side of a canary.
     user: str | None
     prompt: Prompt
     is_streamed: bool
@@ -93,6 +97,41 @@ class GenerationRequest:
     logprobs: int | None
     # Nano-USD that the client will pay at most.
     max_cost_nano: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What is known of other attempts at the same request."""
+
+    # The same for all of them; None where nobody wants to compare.
+    digest: bytes | None = None
+    is_retry: bool = False
+
+
+FIRST = Attempt()
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """A tenant's wish that the texts of a request be kept, and what is known of them so far."""
+
+    contents: Contents
+    tenant_id: uuid.UUID
+    days: int
+    prompt: str
+    end_user: str | None
+    # Pieces of the completion, filled as they come.
+    pieces: list[str]
+
+    def keep(self, request_id: uuid.UUID) -> None:
+        self.contents.keep(
+            self.tenant_id,
+            request_id,
+            prompt=self.prompt,
+            completion="".join(self.pieces),
+            end_user=self.end_user,
+            days=self.days,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +176,7 @@ class Generation:
         admission: Admission,
         place: Place,
         stops: Sequence[str],
+        keeping: Keeping | None = None,
     ) -> None:
         self.request_id = request_id
         self.target = target
@@ -157,6 +197,8 @@ class Generation:
         self._adapter_wait_ns = 0
         self._outcome: FinishReason | None = None
         self._is_closed = False
+        # None where nothing of what is said is kept.
+        self._keeping = keeping
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The answer, step by step.
@@ -168,6 +210,8 @@ class Generation:
             while (event := await self._next()) is not None:
                 await self._fund(event)
                 delta = self._apply(event)
+                if self._keeping is not None:
+                    self._keeping.pieces.append(delta.text)
                 if delta.text or delta.finish_reason or delta.logprobs:
                     yield delta
                 if delta.finish_reason:
@@ -209,12 +253,16 @@ class Generation:
             if meter.funded_output_tokens == funded:
                 return
 
+    def bill(self) -> Bill:
+        """What `finish` is going to say, once the last delta is there."""
+        return self._meter.usage()
+
     def finish(self) -> Bill:
         """Close a whole answer; call it just before its last byte is written."""
         assert self._outcome is not None, "an answer is finished after its last delta"
         self._is_closed = True
         self._place.leave()
-        self._log_end(self._outcome)
+        self._end(self._outcome)
         return self._ledger.close(self.request_id, self._outcome)
 
     def leave(self) -> None:
@@ -228,10 +276,12 @@ class Generation:
         self._place.leave()
         self._meter.disconnect()
         self._stream.abort()
-        self._log_end(outcome)
+        self._end(outcome)
         self._ledger.close(self.request_id, outcome, sent=False)
 
-    def _log_end(self, outcome: str) -> None:
+    def _end(self, outcome: str) -> None:
+        if self._keeping is not None:
+            self._keeping.keep(self.request_id)
         logger.info(
             "generation_ended",
             extra={
@@ -299,7 +349,9 @@ class Inference:
         router: Router,
         journal: Journal,
         ledger: Ledger,
+        contents: Contents,
     ) -> None:
+        self._contents = contents
         self._database = database
         self._registry = registry
         self._texts = texts
@@ -309,7 +361,9 @@ class Inference:
         # By engine; they live as long as this process.
         self._rooms: defaultdict[EngineLink, WaitingRoom] = defaultdict(WaitingRoom)
 
-    async def start(self, principal: Principal, request: GenerationRequest) -> Generation:
+    async def start(
+        self, principal: Principal, request: GenerationRequest, attempt: Attempt = FIRST
+    ) -> Generation:
         """Admit a request and hand it to an engine.
 
         Raises ModelNotFound, TemplateFault, InvalidRequest, LimitReached or Unavailable; nothing
@@ -322,6 +376,7 @@ class Inference:
         prompt_ids = await _encode(codec, request.prompt, caller=str(principal.tenant_id))
         max_tokens = _fit(request.max_tokens, len(prompt_ids), target.context_length)
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
+        keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
         assert principal.tenant_id is not None, "only tenants are billed"
@@ -361,6 +416,9 @@ class Inference:
                     is_streamed=request.is_streamed,
                     prompt_tokens=len(prompt_ids),
                     sequence_ids=[stream.sequence_id],
+                    end_user=request.user,
+                    attempt_digest=attempt.digest,
+                    is_retry=attempt.is_retry,
                 )
             )
         except JournalFailed:
@@ -379,7 +437,19 @@ class Inference:
             admission=admission,
             place=place,
             stops=request.stops,
+            keeping=keeping,
         )
+
+    async def _keeping(self, principal: Principal, request: GenerationRequest) -> Keeping | None:
+        assert principal.tenant_id is not None, "only tenants ask for answers"
+        try:
+            days = await self._contents.keep_days(principal.tenant_id)
+        except DATABASE_TROUBLE as fault:
+            raise Unavailable("The database does not answer. Try again shortly.") from fault
+        if days is None:
+            return None
+        prompt = _spelled(request.prompt)
+        return Keeping(self._contents, principal.tenant_id, days, prompt, request.user, [])
 
     async def estimate(
         self,
@@ -435,6 +505,17 @@ class Inference:
         if not principal.may_call(target.public_name):
             raise model_not_found(model)
         return target
+
+
+def _spelled(prompt: Prompt) -> str:
+    """A prompt as its client sent it: text, or JSON."""
+    match prompt:
+        case TokenPrompt():
+            return msgspec.json.encode(prompt.token_ids).decode()
+        case str():
+            return prompt
+        case _:
+            return msgspec.json.encode(list(prompt)).decode()
 
 
 def _deadline_s(admission: Admission) -> float | None:

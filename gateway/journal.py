@@ -34,7 +34,7 @@ from gateway.errors import JournalCorrupt, JournalFailed, JournalInUse
 from gateway.limits import Admission
 from gateway.prices import Bill, Price, bill
 from gateway.registry import Target
-from gateway.segments import Segments, find_segments, read_records, sync_folder
+from gateway.segments import Segments, find_segments, peek_records, read_records, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,11 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     funded_output_tokens: int
     started_at: datetime.datetime
     sequence_ids: tuple[int, ...]
+    # What the request's `user` field said.
+    end_user: str | None = None
+    # What it has in common with other attempts at it, and whether it came after one.
+    attempt_digest: bytes | None = None
+    is_retry: bool = False
 
     @classmethod
     def of(
@@ -80,6 +85,9 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
         is_streamed: bool,
         prompt_tokens: int,
         sequence_ids: Sequence[int],
+        end_user: str | None = None,
+        attempt_digest: bytes | None = None,
+        is_retry: bool = False,
     ) -> Self:
         assert principal.tenant_id is not None, "only tenants are billed"
         return cls(
@@ -100,6 +108,9 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
             funded_output_tokens=admission.funded_output_tokens,
             started_at=admission.admitted_at,
             sequence_ids=tuple(sequence_ids),
+            end_user=end_user,
+            attempt_digest=attempt_digest,
+            is_retry=is_retry,
         )
 
 
@@ -492,6 +503,42 @@ def replay(records: Iterable[Record]) -> list[Settlement]:
     return [
         _end_of(request, closed.get(number), counts.get(number))
         for number, request in opened.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a journal says of a request that ended."""
+
+    settlement: Settlement
+    # Whether the journal says that the database has it.
+    is_settled: bool
+
+
+def survey(directory: Path) -> list[Told]:
+    """Every request that the journals of this host saw end; the files stay as they are.
+
+    Raises JournalCorrupt.
+    """
+    if not directory.is_dir():
+        return []
+    return [
+        told
+        for folder in _instance_folders(directory)
+        for paths in find_segments(folder).values()
+        for told in _ended([_decoder.decode(raw) for path in paths for raw in peek_records(path)])
+    ]
+
+
+def _ended(records: Sequence[Record]) -> list[Told]:
+    opened = {record.number: record for record in records if isinstance(record, Opened)}
+    settled = {
+        number for record in records if isinstance(record, Settled) for number in record.numbers
+    }
+    return [
+        Told(_end_of(opened[record.number], record, None), record.number in settled)
+        for record in records
+        if isinstance(record, Closed) and record.number in opened
     ]
 
 

@@ -14,25 +14,26 @@ import socket
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, func, text, update
+from sqlalchemy import Row, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway.budgets import Spending, spend
+from gateway.credits import credit_retries
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import Unavailable
 from gateway.journal import Journal, Meter, Opened, Settlement
 from gateway.limits import Funding, Refund, Stream, extend, refund, want
 from gateway.prices import Bill, Price, bill
-from gateway.tables import GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
+from gateway.tables import EndUser, GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
 
 logger = logging.getLogger(__name__)
 
-# 17 columns each: well below the 32,767 parameters that a statement may have.
+# 20 columns each: well below the 32,767 parameters that a statement may have.
 MAX_BATCH = 500
 HEARTBEAT_S = 1.0
 SWEEP_S = 10.0
@@ -68,18 +69,25 @@ FIND_LOST = text("""
 """)
 
 
-async def settle(session: AsyncSession, settlements: Sequence[Settlement]) -> int:
+async def settle(
+    session: AsyncSession, settlements: Sequence[Settlement], *, max_credit_nano: int = 0
+) -> int:
     """Write usage events, rollups and holds; return how many events are new.
 
     A request that was settled before changes nothing, so this may be repeated at will.
+    `max_credit_nano` is what retries may give back to a tenant in a day.
     """
     ordered = sorted(settlements, key=lambda each: each.request_id)
     billed = [each for each in ordered if each.bill is not None]
     fresh = await _insert_events(session, billed)
     new = [each for each in billed if each.request_id in fresh]
     await _add_to_rollups(session, new)
+    spendings = [_spending(each) for each in new]
+    comparable = [each.request_id for each in new if each.opened.attempt_digest is not None]
+    if max_credit_nano and comparable:
+        spendings += await credit_retries(session, comparable, max_a_day_nano=max_credit_nano)
     # Before the holds: budgets, then holds, is the order in which rows are locked everywhere.
-    await spend(session, [_spending(each) for each in new])
+    await spend(session, spendings)
     await _settle_holds(session, billed)
     await _release_holds(session, [each.request_id for each in ordered if each.bill is None])
     return len(fresh)
@@ -88,18 +96,44 @@ async def settle(session: AsyncSession, settlements: Sequence[Settlement]) -> in
 async def _insert_events(session: AsyncSession, billed: Sequence[Settlement]) -> set[uuid.UUID]:
     if not billed:
         return set()
+    users = await _end_users(session, billed)
     statement = (
         insert(UsageEvent)
-        .values([_event(each) for each in billed])
+        .values([_event(each, users) for each in billed])
         .on_conflict_do_nothing(index_elements=[UsageEvent.id])
         .returning(UsageEvent.id)
     )
     return set((await session.execute(statement)).scalars())
 
 
-def _event(settlement: Settlement) -> dict[str, Any]:
+async def _end_users(
+    session: AsyncSession, billed: Sequence[Settlement]
+) -> dict[tuple[uuid.UUID, str], uuid.UUID]:
+    """The rows of everybody whom these requests named, made where there is none."""
+    named = {
+        (each.opened.tenant_id, each.opened.end_user)
+        for each in billed
+        if each.opened.end_user is not None
+    }
+    if not named:
+        return {}
+    # Always in one order, so that two settlers wait for each other instead of deadlocking.
+    rows = [{"id": new_id(), "tenant_id": t, "name": name} for t, name in sorted(named)]
+    await session.execute(insert(EndUser).values(rows).on_conflict_do_nothing())
+    found = await session.execute(
+        select(EndUser.tenant_id, EndUser.name, EndUser.id).where(
+            tuple_(EndUser.tenant_id, EndUser.name).in_(sorted(named))
+        )
+    )
+    return {(row.tenant_id, row.name): row.id for row in found}
+
+
+def _event(
+    settlement: Settlement, users: Mapping[tuple[uuid.UUID, str], uuid.UUID]
+) -> dict[str, Any]:
     opened, charged = settlement.opened, settlement.bill
     assert charged is not None
+    user = opened.end_user
     return {
         "id": opened.request_id,
         "tenant_id": opened.tenant_id,
@@ -118,6 +152,9 @@ def _event(settlement: Settlement) -> dict[str, Any]:
         "engine_ns": charged.engine_ns,
         "started_at": opened.started_at,
         "finished_at": settlement.finished_at,
+        "end_user_id": None if user is None else users[opened.tenant_id, user],
+        "attempt_digest": opened.attempt_digest,
+        "is_retry": opened.is_retry,
     }
 
 
@@ -233,8 +270,11 @@ class Ledger:
     docstring says what keeps it short.
     """
 
-    def __init__(self, database: Database, journal: Journal) -> None:
+    def __init__(
+        self, database: Database, journal: Journal, *, max_retry_credit_nano: int = 0
+    ) -> None:
         self._database = database
+        self._max_credit_nano = max_retry_credit_nano
         self._journal = journal
         self._queue: dict[uuid.UUID, Settlement] = {}
         # Of an earlier life, or of a sibling's: their tokens may have been given back already.
@@ -392,7 +432,7 @@ class Ledger:
     async def _settle_batch(self, batch: Sequence[Settlement]) -> None:
         try:
             async with self._database.as_worker() as session:
-                await settle(session, batch)
+                await settle(session, batch, max_credit_nano=self._max_credit_nano)
         except (IntegrityError, DataError):
             await self._find_refused(batch)
             return

@@ -51,6 +51,8 @@ class Settings:
     trusted_proxies: tuple[Network, ...] = ()
     # Ranges of private addresses that webhooks may be sent to all the same.
     webhook_networks: tuple[Network, ...] = ()
+    # What retries of streams that were left may give back to a tenant in a day; 0 for nothing.
+    max_retry_credit_nano: int = 0
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -76,6 +78,7 @@ class Settings:
             **_given(LORA_FOLDER_VARIABLE, self.lora_folder),
             "MANYLORA_TRUSTED_PROXIES": ",".join(map(str, self.trusted_proxies)),
             "MANYLORA_WEBHOOK_NETWORKS": ",".join(map(str, self.webhook_networks)),
+            "MANYLORA_MAX_RETRY_CREDIT_NANO": str(self.max_retry_credit_nano),
         }
 
     @classmethod
@@ -101,6 +104,7 @@ class Settings:
             parent_pid=_optional(environment, PARENT_VARIABLE),
             trusted_proxies=_networks(environment, "MANYLORA_TRUSTED_PROXIES"),
             webhook_networks=_networks(environment, "MANYLORA_WEBHOOK_NETWORKS"),
+            max_retry_credit_nano=_integer(environment, "MANYLORA_MAX_RETRY_CREDIT_NANO", 0),
         )
 
 

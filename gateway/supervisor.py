@@ -72,6 +72,8 @@ class ServeOptions:
     lora_folder: Path | None = None
     trusted_proxies: tuple[Network, ...] = ()
     webhook_networks: tuple[Network, ...] = ()
+    # Back to a tenant in a day, for streams that were left and asked for again.
+    max_retry_credit_nano: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,7 @@ class Supervisor:
             lora_folder=options.lora_folder,
             trusted_proxies=options.trusted_proxies,
             webhook_networks=options.webhook_networks,
+            max_retry_credit_nano=options.max_retry_credit_nano,
             parent_pid=os.getpid(),
         )
         await self._ensure_operator_key(settings)

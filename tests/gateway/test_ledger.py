@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, text, update
 
-from gateway.billing import verify
+from gateway.billing.verify import verify
 from gateway.budgets import create_budget, standings
 from gateway.database import Database
 from gateway.journal import Journal, Opened

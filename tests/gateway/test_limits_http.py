@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.database import Database
 from tests.conftest import Home
-from tests.gateway.echo_gateway import MODEL, TOKEN_NANO, EchoGateway, echo_gateway
+from tests.gateway.whole_gateway import MODEL, TOKEN_NANO, Gateway, whole_gateway
 
 PROMPT = "w1 w2 w3 w4"
 SIX_HEADERS = {
@@ -20,8 +21,8 @@ SIX_HEADERS = {
 
 
 @pytest.fixture
-async def gateway(home: Home, tmp_path: Path) -> AsyncIterator[EchoGateway]:
-    async with echo_gateway(home, tmp_path) as gateway:
+async def gateway(home: Home, database: Database, tmp_path: Path) -> AsyncIterator[Gateway]:
+    async with whole_gateway(home, database, tmp_path) as gateway:
         yield gateway
 
 
@@ -37,7 +38,7 @@ async def stream(client: httpx.AsyncClient, **fields: Any) -> tuple[httpx.Respon
     return answer, [json.loads(line) for line in lines if line.startswith("{")]
 
 
-async def budget_of(gateway: EchoGateway) -> dict[str, Any]:
+async def budget_of(gateway: Gateway) -> dict[str, Any]:
     """Where the first budget stands, when everything is settled."""
     while True:
         found: dict[str, Any] = (await gateway.client.get("/v1/budgets")).json()["data"][0]
@@ -45,7 +46,7 @@ async def budget_of(gateway: EchoGateway) -> dict[str, Any]:
             return found
 
 
-async def test_a_stream_ends_at_its_last_funded_token(gateway: EchoGateway) -> None:
+async def test_a_stream_ends_at_its_last_funded_token(gateway: Gateway) -> None:
     cap = TOKEN_NANO * (4 + 300)
     await gateway.budget(cap)
     answer, events = await stream(gateway.client, max_tokens=900)
@@ -66,7 +67,7 @@ async def test_a_stream_ends_at_its_last_funded_token(gateway: EchoGateway) -> N
     assert error["rule"]["current"] == cap
 
 
-async def test_a_whole_answer_ends_there_too(gateway: EchoGateway) -> None:
+async def test_a_whole_answer_ends_there_too(gateway: Gateway) -> None:
     await gateway.budget(TOKEN_NANO * (4 + 300))
     answer = await gateway.client.post(
         "/v1/chat/completions",
@@ -78,7 +79,7 @@ async def test_a_whole_answer_ends_there_too(gateway: EchoGateway) -> None:
     assert (await budget_of(gateway))["spent_nano"] == TOKEN_NANO * 304
 
 
-async def test_an_answer_within_the_budget_says_nothing_of_it(gateway: EchoGateway) -> None:
+async def test_an_answer_within_the_budget_says_nothing_of_it(gateway: Gateway) -> None:
     await gateway.budget(TOKEN_NANO * 100_000)
     answer = await ask(gateway.client, max_tokens=600)
     [choice] = answer.json()["choices"]
@@ -87,7 +88,7 @@ async def test_an_answer_within_the_budget_says_nothing_of_it(gateway: EchoGatew
     assert len(choice["text"].split()) == 600
 
 
-async def test_max_cost_ends_an_answer(gateway: EchoGateway) -> None:
+async def test_max_cost_ends_an_answer(gateway: Gateway) -> None:
     answer = await ask(gateway.client, max_tokens=600, max_cost=TOKEN_NANO * (4 + 9) + 1)
     [choice] = answer.json()["choices"]
     assert (choice["finish_reason"], choice["stopped_by"]) == ("length", "max_cost")
@@ -97,7 +98,7 @@ async def test_max_cost_ends_an_answer(gateway: EchoGateway) -> None:
     assert refused.json()["error"]["param"] == "max_cost"
 
 
-async def test_every_answer_tells_what_is_left(gateway: EchoGateway) -> None:
+async def test_every_answer_tells_what_is_left(gateway: Gateway) -> None:
     await gateway.limit(requests_per_minute=60, request_burst=2, tokens_per_minute=6000)
     whole = await ask(gateway.client)
     assert set(whole.headers) >= SIX_HEADERS
@@ -116,11 +117,11 @@ async def test_every_answer_tells_what_is_left(gateway: EchoGateway) -> None:
     assert error["rule"]["scope"] == "tenant"
 
 
-async def test_without_limits_there_is_nothing_to_tell(gateway: EchoGateway) -> None:
+async def test_without_limits_there_is_nothing_to_tell(gateway: Gateway) -> None:
     assert not SIX_HEADERS & set((await ask(gateway.client)).headers)
 
 
-async def test_a_request_waits_no_longer_than_it_may(gateway: EchoGateway) -> None:
+async def test_a_request_waits_no_longer_than_it_may(gateway: Gateway) -> None:
     await gateway.limit(queue_time_ms=50, requests_per_minute=100)
     gateway.core.allow_steps(0)
     refused = await ask(gateway.client)
@@ -131,7 +132,7 @@ async def test_a_request_waits_no_longer_than_it_may(gateway: EchoGateway) -> No
     assert (await ask(gateway.client)).status_code == 200
 
 
-async def test_limits_show_the_ceilings_and_levels_of_the_calling_key(gateway: EchoGateway) -> None:
+async def test_limits_show_the_ceilings_and_levels_of_the_calling_key(gateway: Gateway) -> None:
     await gateway.limit(requests_per_minute=6, concurrent_requests=3)
     await ask(gateway.client)
     [tenant] = (await gateway.client.get("/v1/limits")).json()["data"]
@@ -142,7 +143,7 @@ async def test_limits_show_the_ceilings_and_levels_of_the_calling_key(gateway: E
     assert (await gateway.operator.get("/v1/limits")).status_code == 403
 
 
-async def test_an_estimate_is_exact_and_charges_nothing(gateway: EchoGateway) -> None:
+async def test_an_estimate_is_exact_and_charges_nothing(gateway: Gateway) -> None:
     await gateway.limit(requests_per_minute=1)
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 20}
     for _ in range(2):
@@ -165,7 +166,7 @@ async def test_an_estimate_is_exact_and_charges_nothing(gateway: EchoGateway) ->
     assert answer["why_not"]["rule"]["rule"] == "requests_per_minute"
 
 
-async def test_a_key_for_some_models_sees_no_others(gateway: EchoGateway) -> None:
+async def test_a_key_for_some_models_sees_no_others(gateway: Gateway) -> None:
     async with await gateway.key(allowed_models=["acme-*"]) as client:
         assert (await ask(client)).status_code == 404
         assert (await client.get("/v1/models")).json()["data"] == []
@@ -174,7 +175,7 @@ async def test_a_key_for_some_models_sees_no_others(gateway: EchoGateway) -> Non
         assert (await ask(client)).status_code == 200
 
 
-async def test_a_key_is_good_from_its_own_addresses_alone(gateway: EchoGateway) -> None:
+async def test_a_key_is_good_from_its_own_addresses_alone(gateway: Gateway) -> None:
     async with await gateway.key(ip_ranges=["192.0.2.0/24"]) as client:
         # No proxy is trusted here, so what it says of itself counts for nothing.
         headers = {"x-forwarded-for": "192.0.2.7"}
@@ -186,7 +187,7 @@ async def test_a_key_is_good_from_its_own_addresses_alone(gateway: EchoGateway) 
 # What owners do by themselves.
 
 
-async def test_an_owner_makes_renews_and_ends_keys(gateway: EchoGateway) -> None:
+async def test_an_owner_makes_renews_and_ends_keys(gateway: Gateway) -> None:
     made = (await gateway.client.post("/v1/keys", json={"name": "ci", "role": "viewer"})).json()
     assert made["scopes"] == ["usage"]
     headers = {"authorization": f"Bearer {made['key']}"}
@@ -216,7 +217,7 @@ async def test_an_owner_makes_renews_and_ends_keys(gateway: EchoGateway) -> None
     ],
 )
 async def test_nobody_makes_a_key_that_may_do_more_than_their_own(
-    gateway: EchoGateway, wanted: dict[str, Any]
+    gateway: Gateway, wanted: dict[str, Any]
 ) -> None:
     narrow = {
         "scopes": ["keys", "usage", "inference"],
@@ -238,7 +239,7 @@ async def test_nobody_makes_a_key_that_may_do_more_than_their_own(
             assert answer.status_code == 403
 
 
-async def test_the_keys_of_other_tenants_are_not_there(gateway: EchoGateway) -> None:
+async def test_the_keys_of_other_tenants_are_not_there(gateway: Gateway) -> None:
     await gateway.operator.post("/admin/v1/tenants", json={"slug": "globex"})
     other = (
         await gateway.operator.post("/admin/v1/tenants/globex/keys", json={"name": "x"})
