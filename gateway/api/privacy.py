@@ -117,7 +117,7 @@ async def erase(
 
 @get(
     "/v1/contents/{request_id:uuid}",
-    scope="usage",
+    scope="inference",
     tags=TAGS,
     summary="Show what is kept of one of your requests",
 )

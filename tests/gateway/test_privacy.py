@@ -90,6 +90,15 @@ async def test_a_wish_keeps_prompts_and_completions_for_its_time(
     assert await contents(gateway, 0) == []
 
 
+async def test_who_may_read_bills_may_not_read_what_was_said(gateway: Gateway) -> None:
+    await want_texts_kept(gateway, 7)
+    request_id = await ask(gateway, "Hello")
+    await contents(gateway, 1)
+    async with await gateway.key(role="billing") as accountant:
+        refused = await accountant.get(f"/v1/contents/{request_id}")
+    assert refused.status_code == httpx.codes.FORBIDDEN
+
+
 async def test_a_wish_that_ends_deletes_what_is_kept(gateway: Gateway) -> None:
     await want_texts_kept(gateway, 7)
     await ask(gateway, "Hello")
