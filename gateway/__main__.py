@@ -34,6 +34,8 @@ def main() -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        # Whom `X-Forwarded-For` is believed from is for MANYLORA_TRUSTED_PROXIES to say.
+        proxy_headers=False,
         timeout_graceful_shutdown=10,
     )
     server = uvicorn.Server(config)

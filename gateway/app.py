@@ -31,18 +31,35 @@ from engine.protocol import Frame
 from gateway import api
 from gateway.aliases import Aliases
 from gateway.api import billing as billing_routes
-from gateway.api import chat, completions, health, lora, models, tenant
+from gateway.api import (
+    chat,
+    completions,
+    estimate,
+    exports,
+    health,
+    keys,
+    limits,
+    lora,
+    models,
+    privacy,
+    statements,
+    tenant,
+)
 from gateway.api.admin import admin_router
+from gateway.api.attempts import Attempts
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
-from gateway.auth import PEPPER_VERSION, Authenticator, check_routes, guard, provide_principal
+from gateway.auth import Authenticator, check_routes, guard, provide_principal
 from gateway.blobs import Blobs
+from gateway.bookkeeping import Bookkeeper
 from gateway.database import Database
 from gateway.errors import GatewayError, JournalFailed
 from gateway.examples import ExampleRunner
 from gateway.grants import Grants
+from gateway.idempotency import Answers
 from gateway.inference import Inference
 from gateway.journal import Journal
 from gateway.ledger import Ledger
+from gateway.privacy import Contents
 from gateway.quotas import Quotas
 from gateway.registry import Registry
 from gateway.residency import Residency
@@ -57,6 +74,7 @@ from gateway.tables import new_id
 from gateway.templates import Templates
 from gateway.text import TextCodecs
 from gateway.uploads import Uploads
+from gateway.webhooks import Outbox
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +101,14 @@ class Parts:
     templates: Templates
     journal: Journal
     ledger: Ledger
+    outbox: Outbox
     engine: EngineLink
     router: Router
     residency: Residency
     runtime_loras: RuntimeLoras
     inference: Inference
+    attempts: Attempts
+    contents: Contents
 
 
 def build(settings: Settings) -> Parts:
@@ -102,7 +123,7 @@ def build(settings: Settings) -> Parts:
     staging = Staging(settings.data_dir / "staging", max_upload_bytes=settings.max_upload_bytes)
     templates = Templates()
     journal = Journal.open(settings.data_dir / "journal")
-    ledger = Ledger(database, journal)
+    ledger = Ledger(database, journal, max_retry_credit_nano=settings.max_retry_credit_nano)
     router = Router()
     residency = Residency(database, router)
     engine = EngineLink(
@@ -127,11 +148,14 @@ def build(settings: Settings) -> Parts:
     retention = Retention(
         database, blobs, purge_after=datetime.timedelta(days=settings.purge_after_days)
     )
+    contents = Contents(database)
 
     return Parts(
         settings=settings,
         database=database,
-        authenticator=Authenticator(database, {PEPPER_VERSION: settings.pepper}),
+        authenticator=Authenticator(
+            database, settings.peppers, trusted_proxies=settings.trusted_proxies
+        ),
         store=store,
         registry=registry,
         aliases=Aliases(database),
@@ -145,6 +169,7 @@ def build(settings: Settings) -> Parts:
         uploads=uploads,
         journal=journal,
         ledger=ledger,
+        outbox=Outbox(database, settings.peppers, allowed_networks=settings.webhook_networks),
         engine=engine,
         router=router,
         residency=residency,
@@ -162,7 +187,10 @@ def build(settings: Settings) -> Parts:
             router=router,
             journal=journal,
             ledger=ledger,
+            contents=contents,
         ),
+        contents=contents,
+        attempts=Attempts(Answers(database), compares_streams=settings.max_retry_credit_nano > 0),
     )
 
 
@@ -187,6 +215,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(parts.journal.close)
         stack.push_async_callback(parts.database.close)
+        stack.push_async_callback(parts.contents.drain)
         await parts.database.check()
         await parts.database.prepare()
         await stack.enter_async_context(parts.authenticator)
@@ -196,6 +225,9 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.retention)
         await stack.enter_async_context(parts.resumable_uploads)
         await stack.enter_async_context(parts.residency)
+        await stack.enter_async_context(parts.outbox)
+        await stack.enter_async_context(parts.attempts.answers)
+        await stack.enter_async_context(Bookkeeper(parts.database))
         await stack.enter_async_context(parts.engine)
         attaching = asyncio.create_task(_attach_engine(parts))
         stack.callback(attaching.cancel)
@@ -236,12 +268,25 @@ def create_app(settings: Settings) -> Litestar:
             billing_routes.billing_router,
             chat.chat_completions,
             completions.completions,
+            estimate.estimate,
+            exports.exports_router,
             health.live,
             health.ready,
             lora.load_lora_adapter,
             lora.unload_lora_adapter,
+            keys.create_key,
+            keys.list_keys,
+            keys.revoke_key,
+            keys.rotate_key,
+            limits.limits,
+            limits.list_budgets,
             models.get_model,
             models.list_models,
+            privacy.privacy_router,
+            privacy.show_content,
+            statements.statements_router,
+            statements.list_own,
+            statements.show_own,
             tenant.usage,
             create_static_files_router("/static", [STATIC_DIR], opt={"scope": "public"}),
         ],
@@ -268,8 +313,8 @@ def create_app(settings: Settings) -> Litestar:
 # What handlers may ask for by the name of a parameter.
 _HANDED_OUT = (
     *("aliases", "authenticator", "database", "grants", "inference", "ledger", "registry"),
-    *("residency", "resumable_uploads", "retention", "router", "runtime_loras", "source_files"),
-    "uploads",
+    *("outbox", "residency", "resumable_uploads", "retention", "router", "runtime_loras"),
+    *("attempts", "source_files", "uploads"),
 )
 
 

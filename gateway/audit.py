@@ -10,9 +10,10 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
+import msgspec
 from sqlalchemy import Select, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -30,6 +31,25 @@ KEYS = re.compile(r"ml_[0-9A-Za-z]+_[0-9A-Za-z]+")
 LOCK_CHAIN = text(
     "SELECT pg_advisory_xact_lock(hashtextextended('audit ' || :chain, 0)), clock_timestamp() AS at"
 )
+
+
+class ExportedEntry(msgspec.Struct, frozen=True):
+    """A row of the log as it leaves the house: all that its hash covers, and the hash."""
+
+    id: uuid.UUID
+    tenant_id: uuid.UUID | None
+    number: int
+    actor_key_id: uuid.UUID | None
+    action: str
+    subject: str
+    details: dict[str, Any]
+    at: datetime.datetime
+    # 64 hexadecimal digits.
+    hash: str
+
+
+class BrokenChain(Exception):
+    """A line of an exported log is missing, was changed, or is no line of one."""
 
 
 async def record(
@@ -74,6 +94,55 @@ async def verify_chain(session: AsyncSession, tenant_id: uuid.UUID | None) -> in
     return None
 
 
+async def export_chain(
+    session: AsyncSession, tenant_id: uuid.UUID | None
+) -> AsyncIterator[ExportedEntry]:
+    """A chain from its first row to its last."""
+    rows = await session.stream_scalars(_chain(tenant_id).order_by(AuditEntry.number))
+    async for entry in rows:
+        yield ExportedEntry(
+            id=entry.id,
+            tenant_id=entry.tenant_id,
+            number=entry.number,
+            actor_key_id=entry.actor_key_id,
+            action=entry.action,
+            subject=entry.subject,
+            details=entry.details,
+            at=entry.at.astimezone(datetime.UTC),
+            hash=entry.hash.hex(),
+        )
+
+
+def verify_export(lines: Iterable[bytes]) -> dict[uuid.UUID | None, tuple[int, str]]:
+    """Check exported chains, with nothing but their lines; return each one's length and last hash.
+
+    Compare the hash with one kept elsewhere: a log that was cut short fits too. Raises BrokenChain.
+    """
+    ends: dict[uuid.UUID | None, tuple[int, str]] = {}
+    for place, line in enumerate(lines, start=1):
+        try:
+            entry = msgspec.json.decode(line, type=ExportedEntry)
+            digest = bytes.fromhex(entry.hash)
+        except ValueError as fault:
+            raise BrokenChain(f"line {place} is no line of an audit log: {fault}") from fault
+        number, last = ends.get(entry.tenant_id, (0, NO_HASH.hex()))
+        if entry.number != number + 1:
+            raise BrokenChain(f"line {place} is row {entry.number}; row {number + 1} is missing")
+        if digest != _hash_of(entry, previous=bytes.fromhex(last)):
+            raise BrokenChain(f"line {place}, row {entry.number}, does not have its hash")
+        ends[entry.tenant_id] = entry.number, entry.hash
+    return ends
+
+
+def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Details of an action that changed something: the fields that differ, as they were and are."""
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return {
+        "before": {name: before[name] for name in names if name in before},
+        "after": {name: after[name] for name in names if name in after},
+    }
+
+
 def redact(value: Any) -> Any:
     """The value without API keys and without anything that is called a secret."""
     if isinstance(value, str):
@@ -99,7 +168,7 @@ def _chain(tenant_id: uuid.UUID | None) -> Select[AuditEntry]:
     )
 
 
-def _hash_of(entry: AuditEntry, *, previous: bytes) -> bytes:
+def _hash_of(entry: AuditEntry | ExportedEntry, *, previous: bytes) -> bytes:
     told = [
         str(entry.id),
         str(entry.tenant_id),

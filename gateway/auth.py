@@ -7,6 +7,7 @@ scope that it needs or says that it is public; one that says nothing answers nob
 import asyncio
 import contextlib
 import datetime
+import fnmatch
 import hashlib
 import hmac
 import re
@@ -15,7 +16,7 @@ import string
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -27,13 +28,39 @@ from litestar.routes import HTTPRoute
 from sqlalchemy import Row, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from gateway.addresses import (
+    Address,
+    FailedLookUps,
+    Network,
+    client_address,
+    is_within,
+    parse_networks,
+)
 from gateway.database import DATABASE_TROUBLE, Database
-from gateway.errors import InvalidKey, InvalidRequest, NotAllowed, NotFound, Unavailable
+from gateway.errors import (
+    Conflict,
+    InvalidKey,
+    InvalidRequest,
+    NotAllowed,
+    NotFound,
+    Unavailable,
+)
 from gateway.tables import ApiKey, new_id
 
 OPERATOR = "operator"
-TENANT_SCOPES = frozenset({"inference", "usage"})
+# What the people of a tenant do, and the scopes that each needs.
+ROLES: Mapping[str, frozenset[str]] = {
+    "owner": frozenset({"inference", "usage", "billing", "keys"}),
+    "developer": frozenset({"inference", "usage"}),
+    "billing": frozenset({"usage", "billing"}),
+    "viewer": frozenset({"usage"}),
+}
+# Of a key that nobody chose a role or scopes for.
+DEFAULT_ROLE = "developer"
+TENANT_SCOPES = ROLES["owner"]
 SCOPES = TENANT_SCOPES | {OPERATOR}
+# What a route says that any key of a tenant may call.
+ANY_TENANT = "tenant"
 # Of the one pepper that an installation has; another one gets another number.
 PEPPER_VERSION = 1
 # What a route says that needs no key.
@@ -43,6 +70,10 @@ PUBLIC = "public"
 CACHE_S = 2.0
 MAX_CACHED_KEYS = 10_000
 MAX_NAME_LENGTH = 200
+MAX_GLOBS = 64
+MAX_GLOB_LENGTH = 128
+# Long enough for the slowest roll-out of a new secret.
+MAX_OVERLAP = datetime.timedelta(days=30)
 
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 ID_LENGTH = 12
@@ -76,6 +107,16 @@ class Principal:
     tenant_slug: str | None
     cache_salt: bytes
     scopes: frozenset[str]
+    # Globs of public names, and ranges of addresses; None for all.
+    allowed_models: tuple[str, ...] | None = None
+    ip_ranges: tuple[str, ...] | None = None
+    expires_at: datetime.datetime | None = None
+
+    def may_call(self, public_name: str) -> bool:
+        """Whether this key may call a model of this name, in lower case."""
+        return self.allowed_models is None or any(
+            fnmatch.fnmatchcase(public_name, glob) for glob in self.allowed_models
+        )
 
     @property
     def is_operator(self) -> bool:
@@ -117,15 +158,23 @@ async def create_key(
     expires_at: datetime.datetime | None,
     pepper: bytes,
     pepper_version: int = PEPPER_VERSION,
+    role: str | None = None,
+    allowed_models: Sequence[str] | None = None,
+    ip_ranges: Sequence[str] | None = None,
 ) -> tuple[ApiKey, str]:
     """Add a key, as the worker; return its row and the key itself, which cannot be had again.
 
-    `tenant_id` None makes an operator's key; `scopes` None means all that such a key can have.
-    Raises InvalidRequest.
+    `tenant_id` None makes an operator's key. A tenant's key has the scopes of its role, or those
+    that are named, or those of a developer. Raises InvalidRequest.
     """
     allowed = frozenset({OPERATOR}) if tenant_id is None else TENANT_SCOPES
-    granted = allowed if scopes is None else frozenset(scopes)
+    if tenant_id is not None and role is None and scopes is None:
+        role = DEFAULT_ROLE
+    granted = _scopes_of(role, scopes, allowed=allowed)
     _check_key(name, granted, allowed=allowed, expires_at=expires_at)
+    _check_globs(allowed_models)
+    if ip_ranges is not None:
+        parse_networks(ip_ranges, param="ip_ranges")
     key = new_key()
     row = ApiKey(
         id=new_id(),
@@ -136,11 +185,45 @@ async def create_key(
         pepper_version=pepper_version,
         scopes=sorted(granted),
         expires_at=expires_at,
+        role=role,
+        allowed_models=None if allowed_models is None else [g.lower() for g in allowed_models],
+        ip_ranges=None if ip_ranges is None else list(ip_ranges),
     )
     session.add(row)
     await session.flush()
     await session.refresh(row)
     return row, key.plain
+
+
+async def rotate_key(
+    session: AsyncSession,
+    row: ApiKey,
+    *,
+    overlap: datetime.timedelta,
+    pepper: bytes,
+    pepper_version: int = PEPPER_VERSION,
+) -> str:
+    """Give a key a new secret; the old one stays good for the overlap. Return the key itself.
+
+    It stays the same key: its limits, budgets and usage go on. A secret that was still in an
+    earlier overlap ends now. Raises InvalidRequest or Conflict.
+    """
+    if not datetime.timedelta() <= overlap <= MAX_OVERLAP:
+        raise InvalidRequest(
+            f"overlap_s must be 0 to {int(MAX_OVERLAP.total_seconds())}.", param="overlap_s"
+        )
+    now = datetime.datetime.now(datetime.UTC)
+    if row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= now):
+        raise Conflict("The key is revoked or has expired: make a new one.")
+    row.previous_secret_hmac = row.secret_hmac
+    row.previous_pepper_version = row.pepper_version
+    row.previous_expires_at = now + overlap
+    body = f"ml_{row.public_id}_{_random_text(SECRET_LENGTH)}"
+    plain = body + _checksum(body)
+    row.secret_hmac = fingerprint(plain, pepper=pepper)
+    row.pepper_version = pepper_version
+    await session.flush()
+    return plain
 
 
 async def list_keys(session: AsyncSession, *, tenant_id: uuid.UUID | None) -> list[ApiKey]:
@@ -149,10 +232,10 @@ async def list_keys(session: AsyncSession, *, tenant_id: uuid.UUID | None) -> li
     return list((await session.scalars(select(ApiKey).where(of_tenant).order_by(ApiKey.id))).all())
 
 
-async def revoke_key(
+async def get_key(
     session: AsyncSession, *, tenant_id: uuid.UUID | None, key_id: uuid.UUID
 ) -> ApiKey:
-    """End a key now. Once more changes nothing. Raises NotFound where the tenant has no such."""
+    """A tenant's key, or an operator's, locked for a change. Raises NotFound."""
     query = (
         select(ApiKey)
         .where(ApiKey.id == key_id, ApiKey.tenant_id.is_not_distinct_from(tenant_id))
@@ -161,6 +244,14 @@ async def revoke_key(
     row = (await session.scalars(query)).one_or_none()
     if row is None:
         raise NotFound("There is no such key.")
+    return row
+
+
+async def revoke_key(
+    session: AsyncSession, *, tenant_id: uuid.UUID | None, key_id: uuid.UUID
+) -> ApiKey:
+    """End a key now. Once more changes nothing. Raises NotFound where the tenant has no such."""
+    row = await get_key(session, tenant_id=tenant_id, key_id=key_id)
     if row.revoked_at is None:
         row.revoked_at = datetime.datetime.now(datetime.UTC)
         await session.flush()
@@ -173,9 +264,17 @@ class Authenticator:
     Used as a context it also hears of changes at once; without, `CACHE_S` is the bound.
     """
 
-    def __init__(self, database: Database, peppers: Mapping[int, bytes]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        peppers: Mapping[int, bytes],
+        *,
+        trusted_proxies: Sequence[Network] = (),
+    ) -> None:
         self._database = database
         self._peppers = dict(peppers)
+        self._trusted_proxies = tuple(trusted_proxies)
+        self._failed = FailedLookUps()
         # SHA-256 of the whole key -> who it is; the oldest first.
         self._known: dict[bytes, _Known] = {}
         # Grows with each change, so that an answer read before one is not remembered after it.
@@ -210,6 +309,9 @@ class Authenticator:
         name: str,
         scopes: Iterable[str] | None,
         expires_at: datetime.datetime | None,
+        role: str | None = None,
+        allowed_models: Sequence[str] | None = None,
+        ip_ranges: Sequence[str] | None = None,
     ) -> tuple[ApiKey, str]:
         """`create_key` under the newest pepper."""
         newest = max(self._peppers)
@@ -219,12 +321,46 @@ class Authenticator:
             name=name,
             scopes=scopes,
             expires_at=expires_at,
+            role=role,
+            allowed_models=allowed_models,
+            ip_ranges=ip_ranges,
             pepper=self._peppers[newest],
             pepper_version=newest,
         )
 
-    async def authenticate(self, authorization: str | None) -> Principal:
-        """Raises InvalidKey, NotAllowed where the tenant is not active, or Unavailable."""
+    async def renew_key(
+        self, session: AsyncSession, row: ApiKey, *, overlap: datetime.timedelta
+    ) -> str:
+        """`rotate_key` under the newest pepper."""
+        newest = max(self._peppers)
+        return await rotate_key(
+            session,
+            row,
+            overlap=overlap,
+            pepper=self._peppers[newest],
+            pepper_version=newest,
+        )
+
+    def address_of(self, connection: ASGIConnection[Any, Any, Any, Any]) -> Address | None:
+        """Where a request comes from, as far as it can be believed."""
+        return client_address(
+            connection.client.host if connection.client is not None else None,
+            ",".join(connection.headers.getall("x-forwarded-for", [])),
+            trusted_proxies=self._trusted_proxies,
+        )
+
+    async def authenticate(
+        self, authorization: str | None, *, address: Address | None = None
+    ) -> Principal:
+        """Raises InvalidKey, NotAllowed where the tenant is not active or the key is not for this
+        address, LimitReached where the address has guessed too often, or Unavailable.
+        """
+        known = await self._find(authorization, address)
+        if known.networks is not None and not is_within(address, known.networks):
+            raise NotAllowed("This key may not be used from this address.")
+        return known.principal
+
+    async def _find(self, authorization: str | None, address: Address | None) -> "_Known":
         plain = _bearer(authorization)
         public_id = public_id_of(plain)
         if public_id is None:
@@ -232,12 +368,17 @@ class Authenticator:
         digest = hashlib.sha256(plain.encode()).digest()
         known = self._known.get(digest)
         if known is not None and known.is_fresh():
-            return known.principal
+            return known
+        self._failed.check(address)
         num_changes = self._num_changes
-        known = await self._look_up(public_id, plain)
+        try:
+            known = await self._look_up(public_id, plain)
+        except InvalidKey:
+            self._failed.add(address)
+            raise
         if num_changes == self._num_changes:
             self._remember(digest, known)
-        return known.principal
+        return known
 
     async def _look_up(self, public_id: str, plain: str) -> "_Known":
         try:
@@ -252,19 +393,41 @@ class Authenticator:
         return known
 
     def _judge(self, row: Row[Any] | None, plain: str) -> "_Known":
-        pepper = self._peppers.get(row.pepper_version, b"") if row is not None else b""
-        # An unknown key takes as long as a known one.
-        found = fingerprint(plain, pepper=pepper)
-        expected = row.secret_hmac if row is not None and pepper else bytes(len(found))
-        if not hmac.compare_digest(found, expected) or row is None:
+        now = datetime.datetime.now(datetime.UTC)
+        # An unknown key takes as long as a known one, and both of its secrets are always compared.
+        is_current = self._is_secret(
+            plain, row and row.secret_hmac, pepper_version=row and row.pepper_version
+        )
+        is_previous = self._is_secret(
+            plain,
+            row and row.previous_secret_hmac,
+            pepper_version=row and row.previous_pepper_version,
+        )
+        if row is None or not (is_current or is_previous):
             raise _invalid("The API key is not known here.")
+        ends_at = row.expires_at
+        if not is_current:
+            if row.previous_expires_at <= now:
+                raise _invalid("The API key was replaced by a newer one.")
+            ends_at = min(filter(None, (ends_at, row.previous_expires_at)))
         if row.revoked_at is not None:
             raise _invalid("The API key was revoked.")
-        if row.expires_at is not None and row.expires_at <= datetime.datetime.now(datetime.UTC):
+        if row.expires_at is not None and row.expires_at <= now:
             raise _invalid("The API key has expired.")
         if row.tenant_id is not None and row.tenant_status != "active":
             raise NotAllowed(f"The tenant {row.tenant_slug!r} is {row.tenant_status}.")
-        return _Known(_principal(row), row.expires_at, time.monotonic() + CACHE_S)
+        networks = (
+            None if row.ip_ranges is None else parse_networks(row.ip_ranges, param="ip_ranges")
+        )
+        return _Known(_principal(row), networks, ends_at, time.monotonic() + CACHE_S)
+
+    def _is_secret(
+        self, plain: str, secret_hmac: bytes | None, *, pepper_version: int | None
+    ) -> bool:
+        pepper = self._peppers.get(pepper_version or 0, b"")
+        found = fingerprint(plain, pepper=pepper)
+        expected = secret_hmac if secret_hmac is not None and pepper else bytes(len(found))
+        return hmac.compare_digest(found, expected)
 
     def _remember(self, digest: bytes, known: "_Known") -> None:
         # All live equally long, so the first to be remembered is the first to end.
@@ -280,6 +443,7 @@ class Authenticator:
 @dataclass(frozen=True, slots=True)
 class _Known:
     principal: Principal
+    networks: tuple[Network, ...] | None
     expires_at: datetime.datetime | None
     # On the monotonic clock.
     until: float
@@ -295,11 +459,15 @@ async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
     scope = handler.opt.get("scope")
     if scope == PUBLIC:
         return
-    if scope not in SCOPES:
+    if scope not in SCOPES | {ANY_TENANT}:
         raise NotAllowed("This route answers nobody.")
     authenticator: Authenticator = connection.app.state.authenticator
-    principal = await authenticator.authenticate(connection.headers.get("authorization"))
-    if scope not in principal.scopes:
+    principal = await authenticator.authenticate(
+        connection.headers.get("authorization"), address=authenticator.address_of(connection)
+    )
+    if scope == ANY_TENANT and principal.tenant_id is None:
+        raise NotAllowed("This route is for keys of tenants.")
+    if scope != ANY_TENANT and scope not in principal.scopes:
         raise NotAllowed(f"This key has not the scope {scope!r}, which this route needs.")
     connection.state.principal = principal
 
@@ -319,7 +487,8 @@ def check_routes(app: Litestar) -> None:
         if isinstance(route, HTTPRoute)
         for handler in route.route_handlers
         # Litestar answers OPTIONS itself; the guard refuses it.
-        if handler.http_methods != {"OPTIONS"} and handler.opt.get("scope") not in SCOPES | {PUBLIC}
+        if handler.http_methods != {"OPTIONS"}
+        and handler.opt.get("scope") not in SCOPES | {PUBLIC, ANY_TENANT}
     )
     if silent:
         raise AssertionError(f"routes that name no scope: {', '.join(silent)}")
@@ -333,6 +502,9 @@ def _principal(row: Row[Any]) -> Principal:
         tenant_slug=row.tenant_slug,
         cache_salt=row.cache_salt or b"",
         scopes=frozenset(row.scopes),
+        allowed_models=None if row.allowed_models is None else tuple(row.allowed_models),
+        ip_ranges=None if row.ip_ranges is None else tuple(row.ip_ranges),
+        expires_at=row.expires_at,
     )
 
 
@@ -353,6 +525,33 @@ def _is_long_unused(last_used_at: datetime.datetime | None) -> bool:
     if last_used_at is None:
         return True
     return datetime.datetime.now(datetime.UTC) - last_used_at > TOUCH_INTERVAL
+
+
+def _scopes_of(
+    role: str | None, scopes: Iterable[str] | None, *, allowed: frozenset[str]
+) -> frozenset[str]:
+    if role is None:
+        return allowed if scopes is None else frozenset(scopes)
+    if scopes is not None:
+        raise InvalidRequest("Give a role or scopes, not both.", param="scopes")
+    if role not in ROLES or OPERATOR in allowed:
+        raise InvalidRequest(
+            f"role must be one of: {', '.join(ROLES)}; operators have none.", param="role"
+        )
+    return ROLES[role]
+
+
+def _check_globs(globs: Sequence[str] | None) -> None:
+    if globs is None:
+        return
+    if not 0 < len(globs) <= MAX_GLOBS or not all(
+        0 < len(glob) <= MAX_GLOB_LENGTH and glob.isprintable() for glob in globs
+    ):
+        raise InvalidRequest(
+            f"allowed_models must be 1 to {MAX_GLOBS} names, in which * stands for anything;"
+            " leave it out for all models.",
+            param="allowed_models",
+        )
 
 
 def _check_key(

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
@@ -21,7 +21,7 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, event, make_url, text
+from sqlalchemy import URL, Connection, Row, TextClause, event, make_url, text
 from sqlalchemy.exc import DisconnectionError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -45,6 +45,8 @@ MAX_CLOCK_SKEW_S = 2.0
 SCRAM_ITERATIONS = 4096
 # PostgreSQL cuts longer names off silently.
 MAX_ROLE_NAME_BYTES = 63
+
+WORKER_SUFFIX = "_worker"
 
 SET_TENANT = text("SELECT set_config('app.tenant', :tenant, true)")
 
@@ -78,12 +80,27 @@ UNPROTECTED_TABLES = text(
 class Database:
     """Two pools of connections, one for each role that serves."""
 
-    def __init__(self, *, app_url: str, worker_url: str, pool_size: int = 10) -> None:
+    def __init__(
+        self, *, app_url: str, worker_url: str, pool_size: int = 10, role: str | None = None
+    ) -> None:
         self.app_url = app_url
-        self._app = _open_pool(app_url, pool_size=pool_size)
-        self._worker = _open_pool(worker_url, pool_size=pool_size)
+        self._app = _open_pool(app_url, pool_size=pool_size, role=role)
+        self._worker = _open_pool(worker_url, pool_size=pool_size, role=role)
         self._app_sessions = async_sessionmaker(self._app, expire_on_commit=False)
+        # The same connections.
+        self._app_calls = self._app.execution_options(isolation_level="AUTOCOMMIT")
         self._worker_sessions = async_sessionmaker(self._worker, expire_on_commit=False)
+
+    @classmethod
+    def of_worker(cls, url: str) -> "Database":
+        """The database as its worker, whose URL this is, or the owner's, who may become that.
+
+        For commands that reckon across tenants and serve none.
+        """
+        parsed = asyncpg_url(url)
+        is_worker = (parsed.username or "").endswith(WORKER_SUFFIX)
+        role = None if is_worker else f"{parsed.database}{WORKER_SUFFIX}"
+        return cls(app_url=url, worker_url=url, pool_size=2, role=role)
 
     @asynccontextmanager
     async def as_tenant(self, tenant_id: UUID) -> AsyncIterator[AsyncSession]:
@@ -97,6 +114,17 @@ class Database:
         """One transaction that sees no tenant's rows."""
         async with self._app_sessions.begin() as session:
             yield session
+
+    async def call(
+        self, statement: TextClause, parameters: Mapping[str, Any]
+    ) -> Sequence[Row[Any]]:
+        """One statement as the app, which is its own transaction: a single round trip.
+
+        What it locks is free again when the server has run it, however busy this process is. Made
+        for functions of the schema that are given their tenant.
+        """
+        async with self._app_calls.connect() as connection:
+            return (await connection.execute(statement, parameters)).all()
 
     @asynccontextmanager
     async def as_worker(self) -> AsyncIterator[AsyncSession]:
@@ -207,7 +235,7 @@ def alembic_config() -> Config:
     return config
 
 
-def _open_pool(url: str, *, pool_size: int) -> AsyncEngine:
+def _open_pool(url: str, *, pool_size: int, role: str | None) -> AsyncEngine:
     engine = create_async_engine(
         asyncpg_url(url),
         pool_size=pool_size,
@@ -220,6 +248,7 @@ def _open_pool(url: str, *, pool_size: int) -> AsyncEngine:
                 "jit": "off",
                 # A transaction that somebody forgot must not hold its locks for ever.
                 "idle_in_transaction_session_timeout": "60s",
+                **({} if role is None else {"role": role}),
             },
         },
     )
@@ -234,7 +263,7 @@ def _refuse_closed_connection(dbapi_connection: Any, _record: Any, _proxy: Any) 
 
 
 def _role_names(url: URL) -> tuple[str, str]:
-    names = f"{url.database}_app", f"{url.database}_worker"
+    names = f"{url.database}_app", f"{url.database}{WORKER_SUFFIX}"
     if max(len(name.encode()) for name in names) > MAX_ROLE_NAME_BYTES:
         raise DatabaseRefused(
             f"the database's name {url.database!r} is too long: the roles {names[0]!r} and"

@@ -10,22 +10,25 @@
     ├── NotFound                  404
     │   └── ModelNotFound         404
     ├── Conflict                  409
-    │   └── OffsetMismatch        409
+    │   ├── OffsetMismatch        409
+    │   └── StillRunning          409
     ├── BodyTooLarge              413
     ├── RangeNotSatisfiable       416
+    ├── OtherBody                 422
     ├── RejectedUpload            422
     ├── LimitReached              429
     │   ├── BudgetSpent           429
     │   └── TooManyUploads        429
     ├── EngineFailed              500
     ├── Unavailable               503
+    │   └── Overloaded            503
     ├── DatabaseRefused           at start only: never answered to a client
     └── PostgresFailed            likewise
 
 `/v1` answers OpenAI error bodies, `/admin` RFC 9457 problem documents: see `api/wire.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adapters.validate import Finding
@@ -119,6 +122,22 @@ class OffsetMismatch(Conflict):
         self.facts = {"file": file, "expected_offset": expected_offset}
 
 
+class StillRunning(Conflict):
+    """A request with this Idempotency-Key is being answered; ask again shortly."""
+
+    code = "request_in_progress"
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.headers = {"retry-after": "1"}
+
+
+class OtherBody(GatewayError):
+    """This Idempotency-Key was used with another body; use a new one."""
+
+    status, type, code = 422, "invalid_request_error", "idempotency_key_reused"
+
+
 class BodyTooLarge(GatewayError):
     """The body is larger than this route takes."""
 
@@ -149,6 +168,8 @@ class LimitReached(GatewayError):
     """A rate limit is reached."""
 
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+    # Which rule it is, and what an error's body tells of it. Filled by whoever asked the rules.
+    rule: Mapping[str, str | int | None] | None = None
 
 
 class BudgetSpent(LimitReached):
@@ -181,6 +202,12 @@ class Unavailable(GatewayError):
     def __init__(self, message: str | None = None, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.headers = {"retry-after": str(retry_after_s)}
+
+
+class Overloaded(Unavailable):
+    """More requests wait here than can be started soon; try again in a moment."""
+
+    code = "overloaded"
 
 
 class DatabaseRefused(GatewayError):

@@ -4,15 +4,19 @@
 it grows. Knows nothing of HTTP or of how an answer is spelled on the wire.
 """
 
+import asyncio
 import datetime
 import logging
 import secrets
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.client import SequenceStream
+import msgspec
+
+from engine.client import EngineLink, SequenceStream
 from engine.errors import LinkError
 from engine.protocol import (
     SamplingParams,
@@ -22,7 +26,7 @@ from engine.protocol import (
     TokenLogprob,
 )
 from gateway.auth import Principal
-from gateway.database import Database
+from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -33,9 +37,11 @@ from gateway.errors import (
 )
 from gateway.journal import Journal, Meter, Opened
 from gateway.ledger import Ledger
-from gateway.limits import admit
-from gateway.prices import Bill
-from gateway.registry import Registry, Target
+from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
+from gateway.overload import Place, WaitingRoom
+from gateway.prices import Bill, ceiling
+from gateway.privacy import Contents
+from gateway.registry import Registry, Target, model_not_found
 from gateway.routing import Router
 from gateway.tables import new_id
 from gateway.text import TextCodec, TextCodecs
@@ -43,6 +49,8 @@ from gateway.text import TextCodec, TextCodecs
 logger = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length"]
+# Why an answer is shorter than was asked for, where money is the reason.
+StoppedBy = Literal["budget", "max_cost"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -64,7 +72,8 @@ class GenerationRequest:
     # e.g. "chat.completions"; reports are grouped by it
     endpoint: str
     model: str
-    # Whom the client asks for, in its own words; one user always gets the same side of a canary.
+    # Whom the client asks for, in its own words: reports can be grouped by it, and one user always
+    # gets the same side of a canary.
     user: str | None
     prompt: Prompt
     is_streamed: bool
@@ -86,6 +95,43 @@ class GenerationRequest:
     ignore_eos: bool
     # How many alternatives beside each token's own log-probability; None for neither.
     logprobs: int | None
+    # Nano-USD that the client will pay at most.
+    max_cost_nano: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What is known of other attempts at the same request."""
+
+    # The same for all of them; None where nobody wants to compare.
+    digest: bytes | None = None
+    is_retry: bool = False
+
+
+FIRST = Attempt()
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """A tenant's wish that the texts of a request be kept, and what is known of them so far."""
+
+    contents: Contents
+    tenant_id: uuid.UUID
+    days: int
+    prompt: str
+    end_user: str | None
+    # Pieces of the completion, filled as they come.
+    pieces: list[str]
+
+    def keep(self, request_id: uuid.UUID) -> None:
+        self.contents.keep(
+            self.tenant_id,
+            request_id,
+            prompt=self.prompt,
+            completion="".join(self.pieces),
+            end_user=self.end_user,
+            days=self.days,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +142,20 @@ class Delta:
     token_ids: list[int]
     logprobs: list[TokenLogprob]
     finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a request would take and cost at most, in nano-USD."""
+
+    prompt_tokens: int
+    max_output_tokens: int
+    prompt_cost_nano: int
+    max_cost_nano: int
+    # Why it would not be admitted now.
+    refusal: GatewayError | None
+    # Whether its adapter sits in a slot; None where no engine could be asked.
+    is_resident: bool | None
 
 
 class Generation:
@@ -113,45 +173,96 @@ class Generation:
         stream: SequenceStream,
         meter: Meter,
         ledger: Ledger,
+        admission: Admission,
+        place: Place,
         stops: Sequence[str],
+        keeping: Keeping | None = None,
     ) -> None:
         self.request_id = request_id
         self.target = target
+        self.levels = admission.levels
+        # Filled with the last delta.
+        self.stopped_by: StoppedBy | None = None
         self.codec = codec
         self.created = datetime.datetime.now(datetime.UTC)
         self._stream = stream
         self._meter = meter
         self._ledger = ledger
+        self._admission = admission
+        # Held until the first token.
+        self._place = place
+        self._deadline_s = _deadline_s(admission)
         self._text = codec.stream(stops)
         self._num_tokens = 0
         self._adapter_wait_ns = 0
         self._outcome: FinishReason | None = None
         self._is_closed = False
+        # None where nothing of what is said is kept.
+        self._keeping = keeping
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The answer, step by step.
 
-        Raises EngineFailed or Unavailable where the engine could not finish it.
+        Raises EngineFailed or Unavailable where the engine could not finish it, LimitReached where
+        it waited longer for its first token than it may.
         """
         try:
-            async for event in self._stream:
+            while (event := await self._next()) is not None:
+                await self._fund(event)
                 delta = self._apply(event)
+                if self._keeping is not None:
+                    self._keeping.pieces.append(delta.text)
                 if delta.text or delta.finish_reason or delta.logprobs:
                     yield delta
                 if delta.finish_reason:
                     return
         except LinkError as fault:
             self._close("error")
-            raise Unavailable(f"The answer was cut off; ask again: {fault}") from fault
-        except GatewayError:
+            raise self._with_levels(
+                Unavailable(f"The answer was cut off; ask again: {fault}")
+            ) from fault
+        except GatewayError as error:
             self._close("error")
+            self._with_levels(error)
             raise
+
+    def _with_levels(self, error: GatewayError) -> GatewayError:
+        error.headers = self.levels.headers() | error.headers
+        return error
+
+    async def _next(self) -> SequenceEvent | None:
+        if self._deadline_s is None:
+            event = await anext(self._stream, None)
+        else:
+            try:
+                async with asyncio.timeout_at(self._deadline_s):
+                    event = await anext(self._stream, None)
+            except TimeoutError:
+                raise waited_too_long(self._admission) from None
+        if event is not None and event.token_ids:
+            self._deadline_s = None
+            self._place.leave()
+        return event
+
+    async def _fund(self, event: SequenceEvent) -> None:
+        """Ask for more money now, where a step outran the heartbeat."""
+        meter = self._meter
+        while meter.is_budgeted and event.generated_tokens > meter.funded_output_tokens:
+            funded = meter.funded_output_tokens
+            await self._ledger.fund(meter)
+            if meter.funded_output_tokens == funded:
+                return
+
+    def bill(self) -> Bill:
+        """What `finish` is going to say, once the last delta is there."""
+        return self._meter.usage()
 
     def finish(self) -> Bill:
         """Close a whole answer; call it just before its last byte is written."""
         assert self._outcome is not None, "an answer is finished after its last delta"
         self._is_closed = True
-        self._log_end(self._outcome)
+        self._place.leave()
+        self._end(self._outcome)
         return self._ledger.close(self.request_id, self._outcome)
 
     def leave(self) -> None:
@@ -162,12 +273,15 @@ class Generation:
         if self._is_closed:
             return
         self._is_closed = True
+        self._place.leave()
         self._meter.disconnect()
         self._stream.abort()
-        self._log_end(outcome)
+        self._end(outcome)
         self._ledger.close(self.request_id, outcome, sent=False)
 
-    def _log_end(self, outcome: str) -> None:
+    def _end(self, outcome: str) -> None:
+        if self._keeping is not None:
+            self._keeping.keep(self.request_id)
         logger.info(
             "generation_ended",
             extra={
@@ -183,16 +297,23 @@ class Generation:
         self._adapter_wait_ns = event.adapter_wait_ns
         if event.state in (SequenceState.FAILED, SequenceState.ABORTED):
             raise _translate(event.fault)
-        text, token_ids = "", event.token_ids
-        for num_used, token_id in enumerate(event.token_ids, start=1):
+        text, token_ids = "", self._paid(event.token_ids)
+        is_cut = len(token_ids) < len(event.token_ids)
+        for num_used, token_id in enumerate(token_ids, start=1):
             text += self._text.feed(token_id)
             if self._text.is_stopped:
                 self._stop_here(self._num_tokens + num_used)
                 token_ids = token_ids[:num_used]
                 break
         self._num_tokens += len(token_ids)
-        if self._outcome is None and event.state.is_final:
+        if self._outcome is None and is_cut:
+            self._stream.abort()
+            self._outcome, self.stopped_by = "length", "budget"
+            text += self._text.finish()
+        elif self._outcome is None and event.state.is_final:
             self._outcome = "length" if event.state is SequenceState.LENGTH else "stop"
+            if self._outcome == "length" and self._admission.is_cut_by_max_cost:
+                self.stopped_by = "max_cost"
             text += self._text.finish()
             # The token that ended the answer is counted, not shown.
             token_ids = token_ids[:-1] if self._outcome == "stop" else token_ids
@@ -202,6 +323,12 @@ class Generation:
             logprobs=(event.logprobs or [])[: len(token_ids)],
             finish_reason=self._outcome,
         )
+
+    def _paid(self, token_ids: list[int]) -> list[int]:
+        """Those that the hold pays for; the others are the engine's own affair."""
+        if not self._meter.is_budgeted:
+            return token_ids
+        return token_ids[: max(self._meter.funded_output_tokens - self._num_tokens, 0)]
 
     def _stop_here(self, num_tokens: int) -> None:
         """A stop string is whole: tokens that the engine made since are its own affair."""
@@ -222,44 +349,58 @@ class Inference:
         router: Router,
         journal: Journal,
         ledger: Ledger,
+        contents: Contents,
     ) -> None:
+        self._contents = contents
         self._database = database
         self._registry = registry
         self._texts = texts
         self._router = router
         self._journal = journal
         self._ledger = ledger
+        # By engine; they live as long as this process.
+        self._rooms: defaultdict[EngineLink, WaitingRoom] = defaultdict(WaitingRoom)
 
-    async def start(self, principal: Principal, request: GenerationRequest) -> Generation:
+    async def start(
+        self, principal: Principal, request: GenerationRequest, attempt: Attempt = FIRST
+    ) -> Generation:
         """Admit a request and hand it to an engine.
 
         Raises ModelNotFound, TemplateFault, InvalidRequest, LimitReached or Unavailable; nothing
         is held or billed then.
         """
-        target = await self._registry.resolve(principal, request.model, user=request.user)
+        target = await self.resolve(principal, request.model, user=request.user)
         codec = await self._texts.get(
             target.text_bundle_digest, base=target.base_text_bundle_digest
         )
         prompt_ids = await _encode(codec, request.prompt, caller=str(principal.tenant_id))
-        max_tokens = _fit(request, len(prompt_ids), target.context_length)
+        max_tokens = _fit(request.max_tokens, len(prompt_ids), target.context_length)
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
+        keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
+        assert principal.tenant_id is not None, "only tenants are billed"
+        place = self._rooms[link].enter(principal.tenant_id)
         request_id = new_id()
-        admission = await admit(
-            self._database,
-            principal,
-            target,
-            request_id=request_id,
-            endpoint=request.endpoint,
-            prompt_tokens=len(prompt_ids),
-            max_tokens=max_tokens,
-            gateway_instance_id=self._journal.instance_id,
-        )
+        try:
+            admission = await admit(
+                self._database,
+                principal,
+                target,
+                request_id=request_id,
+                endpoint=request.endpoint,
+                prompt_tokens=len(prompt_ids),
+                max_tokens=max_tokens,
+                gateway_instance_id=self._journal.instance_id,
+                max_cost_nano=request.max_cost_nano,
+            )
+        except BaseException:
+            place.leave()
+            raise
         # No await from here on: the journal knows the sequence before its first frame can come.
         stream = link.submit(
             prompt_ids,
-            sampling=_sampling(request, codec, max_tokens),
+            sampling=_sampling(request, codec, admission.max_output_tokens),
             adapter_digest=target.weights_digest,
             adapter_fingerprint=target.fingerprint,
             cache_salt=principal.cache_salt,
@@ -275,12 +416,17 @@ class Inference:
                     is_streamed=request.is_streamed,
                     prompt_tokens=len(prompt_ids),
                     sequence_ids=[stream.sequence_id],
+                    end_user=request.user,
+                    attempt_digest=attempt.digest,
+                    is_retry=attempt.is_retry,
                 )
             )
         except JournalFailed:
             # What cannot be billed is not served; the sweeper releases the hold.
             stream.abort()
+            place.leave()
             raise
+        meter.is_budgeted = admission.is_budgeted
         return Generation(
             request_id=request_id,
             target=target,
@@ -288,8 +434,95 @@ class Inference:
             stream=stream,
             meter=meter,
             ledger=self._ledger,
+            admission=admission,
+            place=place,
             stops=request.stops,
+            keeping=keeping,
         )
+
+    async def _keeping(self, principal: Principal, request: GenerationRequest) -> Keeping | None:
+        assert principal.tenant_id is not None, "only tenants ask for answers"
+        try:
+            days = await self._contents.keep_days(principal.tenant_id)
+        except DATABASE_TROUBLE as fault:
+            raise Unavailable("The database does not answer. Try again shortly.") from fault
+        if days is None:
+            return None
+        prompt = _spelled(request.prompt)
+        return Keeping(self._contents, principal.tenant_id, days, prompt, request.user, [])
+
+    async def estimate(
+        self,
+        principal: Principal,
+        *,
+        model: str,
+        prompt: Prompt,
+        max_tokens: int | None,
+        max_cost_nano: int | None,
+    ) -> Estimate:
+        """What a request would take; nothing is charged or held.
+
+        Raises ModelNotFound, TemplateFault, ContextLengthExceeded or Unavailable.
+        """
+        target = await self.resolve(principal, model)
+        codec = await self._texts.get(
+            target.text_bundle_digest, base=target.base_text_bundle_digest
+        )
+        prompt_ids = await _encode(codec, prompt, caller=str(principal.tenant_id))
+        ask = Ask(
+            request_id=new_id(),
+            endpoint="estimate",
+            prompt_tokens=len(prompt_ids),
+            max_tokens=_fit(max_tokens, len(prompt_ids), target.context_length),
+            gateway_instance_id=self._journal.instance_id,
+            max_cost_nano=max_cost_nano,
+        )
+        answer = await rehearse(self._database, principal, target, ask)
+
+        def cost_nano(output_tokens: int) -> int:
+            return ceiling(answer.price, prompt_tokens=len(prompt_ids), output_tokens=output_tokens)
+
+        return Estimate(
+            prompt_tokens=len(prompt_ids),
+            max_output_tokens=answer.max_output_tokens,
+            prompt_cost_nano=cost_nano(0),
+            max_cost_nano=cost_nano(answer.max_output_tokens),
+            refusal=refused(answer.refusal, principal, target) if answer.refusal else None,
+            is_resident=await self._is_resident(target),
+        )
+
+    async def _is_resident(self, target: Target) -> bool | None:
+        if target.weights_digest is None:
+            return True
+        try:
+            return target.weights_digest in (await self._router.pick().status()).resident_adapters
+        except (LinkError, Unavailable):
+            return None
+
+    async def resolve(self, principal: Principal, model: str, *, user: str | None = None) -> Target:
+        """What a name means for this caller. Raises ModelNotFound, also where the key may not."""
+        target = await self._registry.resolve(principal, model, user=user)
+        if not principal.may_call(target.public_name):
+            raise model_not_found(model)
+        return target
+
+
+def _spelled(prompt: Prompt) -> str:
+    """A prompt as its client sent it: text, or JSON."""
+    match prompt:
+        case TokenPrompt():
+            return msgspec.json.encode(prompt.token_ids).decode()
+        case str():
+            return prompt
+        case _:
+            return msgspec.json.encode(list(prompt)).decode()
+
+
+def _deadline_s(admission: Admission) -> float | None:
+    """Until when the first token must be there, by the event loop's clock."""
+    if admission.queue_time_ms is None:
+        return None
+    return asyncio.get_running_loop().time() + admission.queue_time_ms / 1000
 
 
 async def _encode(codec: TextCodec, prompt: Prompt, *, caller: str) -> list[int]:
@@ -302,17 +535,17 @@ async def _encode(codec: TextCodec, prompt: Prompt, *, caller: str) -> list[int]
             return await codec.encode_chat(prompt, caller=caller)
 
 
-def _fit(request: GenerationRequest, num_prompt_tokens: int, context_length: int) -> int:
+def _fit(max_tokens: int | None, num_prompt_tokens: int, context_length: int) -> int:
     """Most tokens to generate: what is asked for, or the rest of the context."""
     room = context_length - num_prompt_tokens
-    wanted = request.max_tokens or 1
+    wanted = max_tokens or 1
     if wanted > room:
         raise ContextLengthExceeded(
             f"This model's context is {context_length} tokens; the prompt has {num_prompt_tokens}"
             f" and at least {wanted} are asked for. Shorten the prompt or lower max_tokens.",
-            param="max_tokens" if request.max_tokens else None,
+            param="max_tokens" if max_tokens else None,
         )
-    return request.max_tokens or room
+    return max_tokens or room
 
 
 def _check_tokens(request: GenerationRequest, *, max_tokens: int, vocab_size: int) -> None:
@@ -347,7 +580,8 @@ def _sampling(request: GenerationRequest, codec: TextCodec, max_tokens: int) -> 
         frequency_penalty=request.frequency_penalty,
         repetition_penalty=request.repetition_penalty,
         logit_bias=dict(request.logit_bias),
-        min_tokens=request.min_tokens,
+        # `max_cost` may have lowered the other.
+        min_tokens=min(request.min_tokens, max_tokens),
         stop_token_ids=(*eos, *request.stop_token_ids),
         logprobs=request.logprobs,
     )

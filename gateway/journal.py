@@ -34,7 +34,7 @@ from gateway.errors import JournalCorrupt, JournalFailed, JournalInUse
 from gateway.limits import Admission
 from gateway.prices import Bill, Price, bill
 from gateway.registry import Target
-from gateway.segments import Segments, find_segments, read_records, sync_folder
+from gateway.segments import Segments, find_segments, peek_records, read_records, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,11 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     funded_output_tokens: int
     started_at: datetime.datetime
     sequence_ids: tuple[int, ...]
+    # What the request's `user` field said.
+    end_user: str | None = None
+    # What it has in common with other attempts at it, and whether it came after one.
+    attempt_digest: bytes | None = None
+    is_retry: bool = False
 
     @classmethod
     def of(
@@ -80,6 +85,9 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
         is_streamed: bool,
         prompt_tokens: int,
         sequence_ids: Sequence[int],
+        end_user: str | None = None,
+        attempt_digest: bytes | None = None,
+        is_retry: bool = False,
     ) -> Self:
         assert principal.tenant_id is not None, "only tenants are billed"
         return cls(
@@ -100,6 +108,9 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
             funded_output_tokens=admission.funded_output_tokens,
             started_at=admission.admitted_at,
             sequence_ids=tuple(sequence_ids),
+            end_user=end_user,
+            attempt_digest=attempt_digest,
+            is_retry=is_retry,
         )
 
 
@@ -184,6 +195,10 @@ class Meter:
         self._journal = journal
         self._sequences = {sequence_id: _SequenceCount() for sequence_id in opened.sequence_ids}
         self._count = Count(opened.number, 0, 0, 0, 0)
+        # What its hold pays for; grows with the heartbeats.
+        self.funded_output_tokens = opened.funded_output_tokens
+        # Whether tokens beyond that are counted, because no budget stands against them.
+        self.is_budgeted = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -215,6 +230,16 @@ class Meter:
         self._sequences[sequence_id].cap = num_tokens
         self._journal.record_progress([self])
 
+    def fund(self, output_tokens: int, *, is_budgeted: bool) -> None:
+        """The hold pays for so many output tokens now; those that waited for it are counted.
+
+        Raises JournalFailed.
+        """
+        self.funded_output_tokens = max(self.funded_output_tokens, output_tokens)
+        self.is_budgeted = is_budgeted
+        if self.is_connected:
+            self._journal.record_progress([self])
+
     def usage(self) -> Bill:
         """Counts and cost so far; the same that a replay would find for a streamed request."""
         return _bill(self.opened, self._count)
@@ -237,9 +262,12 @@ class Meter:
             # With several sequences the first computes the prompt and the others find it cached:
             # the prompt was computed once and is billed as that one found it.
             min(self.opened.prompt_tokens, *(each.cached for each in begun)),
-            sum(each.billable for each in begun),
+            self._payable(sum(each.billable for each in begun)),
             sum(each.engine_ns for each in self._sequences.values()),
         )
+
+    def _payable(self, num_tokens: int) -> int:
+        return min(num_tokens, self.funded_output_tokens) if self.is_budgeted else num_tokens
 
     def commit(self, count: Count) -> None:
         """The journal has this count."""
@@ -401,6 +429,10 @@ class Journal:
     def open_meters(self) -> list[Meter]:
         return list(self._meters.values())
 
+    def find_meter(self, request_id: uuid.UUID) -> Meter | None:
+        """The meter of a request that is open."""
+        return self._meters.get(request_id)
+
     def known_request_ids(self) -> set[uuid.UUID]:
         """All requests whose settlement is this journal's affair."""
         known = self._meters.keys() | self._unsettled.keys()
@@ -471,6 +503,42 @@ def replay(records: Iterable[Record]) -> list[Settlement]:
     return [
         _end_of(request, closed.get(number), counts.get(number))
         for number, request in opened.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a journal says of a request that ended."""
+
+    settlement: Settlement
+    # Whether the journal says that the database has it.
+    is_settled: bool
+
+
+def survey(directory: Path) -> list[Told]:
+    """Every request that the journals of this host saw end; the files stay as they are.
+
+    Raises JournalCorrupt.
+    """
+    if not directory.is_dir():
+        return []
+    return [
+        told
+        for folder in _instance_folders(directory)
+        for paths in find_segments(folder).values()
+        for told in _ended([_decoder.decode(raw) for path in paths for raw in peek_records(path)])
+    ]
+
+
+def _ended(records: Sequence[Record]) -> list[Told]:
+    opened = {record.number: record for record in records if isinstance(record, Opened)}
+    settled = {
+        number for record in records if isinstance(record, Settled) for number in record.numbers
+    }
+    return [
+        Told(_end_of(opened[record.number], record, None), record.number in settled)
+        for record in records
+        if isinstance(record, Closed) and record.number in opened
     ]
 
 

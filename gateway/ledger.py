@@ -14,23 +14,26 @@ import socket
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, func, text, update
+from sqlalchemy import Row, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from gateway.database import Database
+from gateway.budgets import Spending, spend
+from gateway.credits import credit_retries
+from gateway.database import DATABASE_TROUBLE, Database
+from gateway.errors import Unavailable
 from gateway.journal import Journal, Meter, Opened, Settlement
-from gateway.limits import Stream, extend, fund
+from gateway.limits import Funding, Refund, Stream, extend, refund, want
 from gateway.prices import Bill, Price, bill
-from gateway.tables import GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
+from gateway.tables import EndUser, GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
 
 logger = logging.getLogger(__name__)
 
-# 17 columns each: well below the 32,767 parameters that a statement may have.
+# 20 columns each: well below the 32,767 parameters that a statement may have.
 MAX_BATCH = 500
 HEARTBEAT_S = 1.0
 SWEEP_S = 10.0
@@ -66,15 +69,25 @@ FIND_LOST = text("""
 """)
 
 
-async def settle(session: AsyncSession, settlements: Sequence[Settlement]) -> int:
+async def settle(
+    session: AsyncSession, settlements: Sequence[Settlement], *, max_credit_nano: int = 0
+) -> int:
     """Write usage events, rollups and holds; return how many events are new.
 
     A request that was settled before changes nothing, so this may be repeated at will.
+    `max_credit_nano` is what retries may give back to a tenant in a day.
     """
     ordered = sorted(settlements, key=lambda each: each.request_id)
     billed = [each for each in ordered if each.bill is not None]
     fresh = await _insert_events(session, billed)
-    await _add_to_rollups(session, [each for each in billed if each.request_id in fresh])
+    new = [each for each in billed if each.request_id in fresh]
+    await _add_to_rollups(session, new)
+    spendings = [_spending(each) for each in new]
+    comparable = [each.request_id for each in new if each.opened.attempt_digest is not None]
+    if max_credit_nano and comparable:
+        spendings += await credit_retries(session, comparable, max_a_day_nano=max_credit_nano)
+    # Before the holds: budgets, then holds, is the order in which rows are locked everywhere.
+    await spend(session, spendings)
     await _settle_holds(session, billed)
     await _release_holds(session, [each.request_id for each in ordered if each.bill is None])
     return len(fresh)
@@ -83,18 +96,44 @@ async def settle(session: AsyncSession, settlements: Sequence[Settlement]) -> in
 async def _insert_events(session: AsyncSession, billed: Sequence[Settlement]) -> set[uuid.UUID]:
     if not billed:
         return set()
+    users = await _end_users(session, billed)
     statement = (
         insert(UsageEvent)
-        .values([_event(each) for each in billed])
+        .values([_event(each, users) for each in billed])
         .on_conflict_do_nothing(index_elements=[UsageEvent.id])
         .returning(UsageEvent.id)
     )
     return set((await session.execute(statement)).scalars())
 
 
-def _event(settlement: Settlement) -> dict[str, Any]:
+async def _end_users(
+    session: AsyncSession, billed: Sequence[Settlement]
+) -> dict[tuple[uuid.UUID, str], uuid.UUID]:
+    """The rows of everybody whom these requests named, made where there is none."""
+    named = {
+        (each.opened.tenant_id, each.opened.end_user)
+        for each in billed
+        if each.opened.end_user is not None
+    }
+    if not named:
+        return {}
+    # Always in one order, so that two settlers wait for each other instead of deadlocking.
+    rows = [{"id": new_id(), "tenant_id": t, "name": name} for t, name in sorted(named)]
+    await session.execute(insert(EndUser).values(rows).on_conflict_do_nothing())
+    found = await session.execute(
+        select(EndUser.tenant_id, EndUser.name, EndUser.id).where(
+            tuple_(EndUser.tenant_id, EndUser.name).in_(sorted(named))
+        )
+    )
+    return {(row.tenant_id, row.name): row.id for row in found}
+
+
+def _event(
+    settlement: Settlement, users: Mapping[tuple[uuid.UUID, str], uuid.UUID]
+) -> dict[str, Any]:
     opened, charged = settlement.opened, settlement.bill
     assert charged is not None
+    user = opened.end_user
     return {
         "id": opened.request_id,
         "tenant_id": opened.tenant_id,
@@ -113,7 +152,31 @@ def _event(settlement: Settlement) -> dict[str, Any]:
         "engine_ns": charged.engine_ns,
         "started_at": opened.started_at,
         "finished_at": settlement.finished_at,
+        "end_user_id": None if user is None else users[opened.tenant_id, user],
+        "attempt_digest": opened.attempt_digest,
+        "is_retry": opened.is_retry,
     }
+
+
+def _spending(settlement: Settlement) -> Spending:
+    opened, charged = settlement.opened, settlement.bill
+    assert charged is not None
+    return Spending(opened.tenant_id, opened.api_key_id, charged.cost_nano, settlement.finished_at)
+
+
+def _refund(settlement: Settlement) -> Refund:
+    """What admission charged to the buckets, less what was used."""
+    opened, used = settlement.opened, settlement.bill or Bill()
+    return Refund(
+        tenant_id=opened.tenant_id,
+        api_key_id=opened.api_key_id,
+        adapter_id=opened.adapter_id,
+        tokens=opened.prompt_tokens
+        + opened.funded_output_tokens
+        - used.prompt_tokens
+        - used.completion_tokens,
+        admitted_at=opened.started_at,
+    )
 
 
 async def _add_to_rollups(session: AsyncSession, fresh: Iterable[Settlement]) -> None:
@@ -207,10 +270,15 @@ class Ledger:
     docstring says what keeps it short.
     """
 
-    def __init__(self, database: Database, journal: Journal) -> None:
+    def __init__(
+        self, database: Database, journal: Journal, *, max_retry_credit_nano: int = 0
+    ) -> None:
         self._database = database
+        self._max_credit_nano = max_retry_credit_nano
         self._journal = journal
         self._queue: dict[uuid.UUID, Settlement] = {}
+        # Of an earlier life, or of a sibling's: their tokens may have been given back already.
+        self._recovered: set[uuid.UUID] = set()
         # What the database will not take as it is; kept in the journal and tried at each start.
         self._refused: set[uuid.UUID] = set()
         self._wake = asyncio.Event()
@@ -271,14 +339,37 @@ class Ledger:
         }
         news = [each for key, each in streams.items() if self._told.get(key) != each]
         try:
-            async with self._database.as_worker() as session:
-                await extend(session, gateway_instance_id=self._journal.instance_id, streams=news)
+            fundings = await self._extend(news)
         except Exception:
             self._beating_since = None
             raise
         self._told = streams
+        self._take(fundings)
         if self._beating_since is None:
             self._beating_since = time.monotonic()
+
+    async def fund(self, meter: Meter) -> None:
+        """Fund a stream that has come to the end of its hold, without waiting for the heartbeat.
+
+        Whether there was more money is told by the meter. Raises Unavailable, JournalFailed.
+        """
+        try:
+            fundings = await self._extend([_stream_of(meter)])
+        except DATABASE_TROUBLE as fault:
+            raise Unavailable("The ledger does not answer. Try again shortly.") from fault
+        self._take(fundings)
+
+    async def _extend(self, streams: Sequence[Stream]) -> list[Funding]:
+        async with self._database.as_worker() as session:
+            return await extend(
+                session, gateway_instance_id=self._journal.instance_id, streams=streams
+            )
+
+    def _take(self, fundings: Iterable[Funding]) -> None:
+        for each in fundings:
+            meter = self._journal.find_meter(each.request_id)
+            if meter is not None:
+                meter.fund(each.funded_output_tokens, is_budgeted=each.is_budgeted)
 
     async def sweep(self, *, judges_others: bool) -> int:
         """End open holds that nobody will settle, at their last heartbeat; return how many."""
@@ -306,7 +397,9 @@ class Ledger:
 
     async def _recover(self) -> None:
         leftovers = await asyncio.to_thread(self._journal.find_leftovers)
-        self._enqueue(self._journal.take_over(leftovers))
+        settlements = self._journal.take_over(leftovers)
+        self._recovered.update(each.request_id for each in settlements)
+        self._enqueue(settlements)
 
     async def _sync(self) -> None:
         await asyncio.to_thread(self._journal.sync)
@@ -339,14 +432,28 @@ class Ledger:
     async def _settle_batch(self, batch: Sequence[Settlement]) -> None:
         try:
             async with self._database.as_worker() as session:
-                await settle(session, batch)
+                await settle(session, batch, max_credit_nano=self._max_credit_nano)
         except (IntegrityError, DataError):
             await self._find_refused(batch)
             return
+        await self._give_back(batch)
         request_ids = [each.request_id for each in batch]
         self._journal.settled(request_ids)
         for request_id in request_ids:
             self._queue.pop(request_id, None)
+
+    async def _give_back(self, batch: Sequence[Settlement]) -> None:
+        """Correct the buckets in a transaction of its own: admissions must not wait for a disk."""
+        try:
+            async with self._database.as_worker() as session:
+                await refund(
+                    session,
+                    [_refund(each) for each in batch if each.request_id not in self._recovered],
+                )
+        except DATABASE_TROUBLE as fault:
+            # It drains away by itself.
+            logger.warning("tokens_not_refunded", extra={"reason": str(fault)})
+        self._recovered.difference_update(each.request_id for each in batch)
 
     async def _find_refused(self, batch: Sequence[Settlement]) -> None:
         """One row that the database refuses must not hold up the others."""
@@ -385,20 +492,16 @@ async def _register(session: AsyncSession, journal: Journal) -> None:
 
 def _stream_of(meter: Meter) -> Stream:
     opened = meter.opened
-    funded, amount_nano = fund(
-        opened.price,
-        prompt_tokens=opened.prompt_tokens,
-        progress=meter.completion_tokens,
-        funded=opened.funded_output_tokens,
-        max_output_tokens=opened.max_output_tokens,
-    )
     return Stream(
         request_id=opened.request_id,
         # What is not streamed owes nothing before it is sent.
         progress_output_tokens=meter.completion_tokens if opened.is_streamed else 0,
         progress_cached_tokens=meter.cached_tokens if opened.is_streamed else 0,
-        funded_output_tokens=funded,
-        amount_nano=amount_nano,
+        wanted_output_tokens=want(
+            progress=meter.completion_tokens,
+            funded=meter.funded_output_tokens,
+            max_output_tokens=opened.max_output_tokens,
+        ),
     )
 
 

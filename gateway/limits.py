@@ -1,24 +1,28 @@
 """May this request begin, and how much may it spend? One statement answers and holds the money.
 
 A hold is a row from admission to settlement, never a counter. It pays for the prompt and the first
-tranche of output, and grows ahead of need with each heartbeat of its gateway. Knows nothing of how
-tokens are counted or of what a request really cost.
+tranche of output, and grows ahead of need with each heartbeat of its gateway. Rates are leaky
+buckets and concurrency is the number of open holds of gateways that live, so a crash heals itself.
+All rules of a request are charged together or not at all. The statements are functions of the
+schema, in migration 0005. Knows nothing of how tokens are counted or of what a request really cost.
 """
 
 import datetime
+import math
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway.auth import Principal
 from gateway.database import Database
-from gateway.errors import Unavailable
-from gateway.prices import Price, ceiling
+from gateway.errors import BudgetSpent, InvalidRequest, LimitReached, Unavailable
+from gateway.prices import Price
 from gateway.registry import Target
 
 # Output tokens that a hold is extended by: some ten seconds of a fast stream.
@@ -26,64 +30,109 @@ TRANCHE_TOKENS = 256
 # Ask for the next tranche when fewer are left: more than a heartbeat's worth of tokens.
 RESERVE_TOKENS = 128
 
-# Pin the price that holds now (adapter's before tenant's before the base model's) and reserve what
-# the first tranche can cost. Asynchronous commit: should the database lose the hold, the journal
-# still has it, and settlement puts it back.
 ADMIT = text("""
-    WITH price AS (
-        SELECT id, input_nano_per_million, cached_input_nano_per_million, output_nano_per_million
-        FROM price_versions
-        WHERE base_model_id = CAST(:base_model_id AS uuid) AND effective @> now()
-          AND (tenant_id IS NULL OR tenant_id = CAST(:tenant_id AS uuid))
-          AND (adapter_id IS NULL OR adapter_id = CAST(:adapter_id AS uuid))
-        ORDER BY adapter_id IS NULL, tenant_id IS NULL
-        LIMIT 1
-    ), hold AS (
-        INSERT INTO holds (
-            id, tenant_id, api_key_id, base_model_id, adapter_id, adapter_version_id,
-            price_version_id, gateway_instance_id, endpoint, prompt_tokens, funded_output_tokens,
-            amount_nano
-        )
-        SELECT
-            CAST(:request_id AS uuid), CAST(:tenant_id AS uuid), CAST(:api_key_id AS uuid),
-            CAST(:base_model_id AS uuid), CAST(:adapter_id AS uuid),
-            CAST(:adapter_version_id AS uuid), price.id, CAST(:gateway_instance_id AS uuid),
-            CAST(:endpoint AS text), CAST(:prompt_tokens AS bigint),
-            CAST(:funded_output_tokens AS bigint),
-            CAST(ceil((
-                CAST(:prompt_tokens AS bigint)
-                    * CAST(greatest(input_nano_per_million, cached_input_nano_per_million)
-                           AS numeric)
-                + CAST(:funded_output_tokens AS bigint) * CAST(output_nano_per_million AS numeric)
-            ) / 1000000) AS bigint)
-        FROM price
-        RETURNING amount_nano, created_at
+    SELECT * FROM admit_request(
+        :request_id, :tenant_id, :api_key_id, :base_model_id, :adapter_id, :adapter_version_id,
+        :gateway_instance_id, :endpoint, :prompt_tokens, :max_output_tokens, :tranche_tokens,
+        :max_cost_nano, :is_rehearsal
     )
-    SELECT price.*, hold.amount_nano, hold.created_at,
-           set_config('synchronous_commit', 'off', true)
-    FROM price, hold
 """)
 
-# The heartbeat: this gateway lives, and its streams have come so far and are funded so far.
 EXTEND = text("""
-    WITH beat AS (
-        UPDATE gateway_instances SET heartbeat_at = now()
-        WHERE id = CAST(:gateway_instance_id AS uuid)
+    SELECT id, funded_output_tokens, is_budgeted
+    FROM extend_holds(
+        :gateway_instance_id, :ids, :progress_output_tokens, :progress_cached_tokens,
+        :wanted_output_tokens
     )
-    UPDATE holds SET
-        progress_output_tokens = stream.progress_output_tokens,
-        progress_cached_tokens = stream.progress_cached_tokens,
-        funded_output_tokens = greatest(holds.funded_output_tokens, stream.funded_output_tokens),
-        amount_nano = greatest(holds.amount_nano, stream.amount_nano)
-    FROM unnest(
-        CAST(:ids AS uuid[]), CAST(:progress_output_tokens AS bigint[]),
-        CAST(:progress_cached_tokens AS bigint[]), CAST(:funded_output_tokens AS bigint[]),
-        CAST(:amounts_nano AS bigint[])
-    ) AS stream (
-        id, progress_output_tokens, progress_cached_tokens, funded_output_tokens, amount_nano
-    )
-    WHERE holds.id = stream.id AND holds.state = 'open'
 """)
+
+REFUND = text("SELECT refund_tokens(:tenants, :keys, :adapters, :refunds, :admitted)")
+
+# What each rule is called where a client reads of it.
+RULES: Mapping[str, str] = {
+    "requests_per_minute": "requests per minute",
+    "tokens_per_minute": "tokens per minute",
+    "concurrent_requests": "concurrent requests",
+    "queue_time_ms": "milliseconds of waiting",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How full the tightest of the rules of one kind is: what OpenAI's headers tell."""
+
+    ceiling: int
+    remaining: int
+    # Until nothing of it is used.
+    resets_in_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """None where no rule of that kind concerns the request."""
+
+    requests: Level | None = None
+    tokens: Level | None = None
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's `x-ratelimit-*`: three for each kind that there is a rule of."""
+        found = {}
+        for kind, level in (("requests", self.requests), ("tokens", self.tokens)):
+            if level is not None:
+                found[f"x-ratelimit-limit-{kind}"] = str(level.ceiling)
+                found[f"x-ratelimit-remaining-{kind}"] = str(max(level.remaining, 0))
+                found[f"x-ratelimit-reset-{kind}"] = spell_duration(level.resets_in_us)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Which rule says no, and when it may say yes."""
+
+    # A name of RULES, "budget" or "max_cost".
+    rule: str
+    # "tenant", "key", "adapter" or "request"
+    scope: str
+    # Tokens, requests, or nano-USD.
+    ceiling: int
+    current: int
+    # None where waiting does not help.
+    clears_in_us: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request as the rules see it."""
+
+    request_id: uuid.UUID
+    # e.g. "chat.completions"
+    endpoint: str
+    prompt_tokens: int
+    # For each sequence.
+    max_tokens: int
+    gateway_instance_id: uuid.UUID
+    num_sequences: int = 1
+    # Nano-USD that the client will pay at most; None for no bound of its own.
+    max_cost_nano: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the rules say to a request, whether it is admitted or only asked about."""
+
+    price: Price
+    # What the hold pays for, and what that costs at most.
+    funded_output_tokens: int
+    amount_nano: int
+    # Over all sequences; fewer than asked for where `max_cost` pays for no more.
+    max_output_tokens: int
+    # Whether a hard budget may refuse the next tranche.
+    is_budgeted: bool
+    queue_time_ms: int | None
+    # By the database's clock.
+    asked_at: datetime.datetime
+    levels: Levels
+    refusal: Refusal | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +148,42 @@ class Admission:
     amount_nano: int
     # By the database's clock.
     admitted_at: datetime.datetime
+    is_budgeted: bool = False
+    # Whether `max_cost` pays for fewer tokens than were asked for.
+    is_cut_by_max_cost: bool = False
+    # How long it may wait for its first token; None for as long as it takes.
+    queue_time_ms: int | None = None
+    levels: Levels = Levels()
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """How far a running request has come, and what it is to be funded for."""
+    """How far a running request has come, and what it wants to be funded for."""
 
     request_id: uuid.UUID
     progress_output_tokens: int
     progress_cached_tokens: int
+    wanted_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Funding:
+    """What a stream is funded for now. Less than it wanted means that a budget has no more."""
+
+    request_id: uuid.UUID
     funded_output_tokens: int
-    amount_nano: int
+    is_budgeted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refund:
+    """Tokens that a request was charged for and did not use; below zero where it used more."""
+
+    tenant_id: uuid.UUID
+    api_key_id: uuid.UUID
+    adapter_id: uuid.UUID | None
+    tokens: int
+    admitted_at: datetime.datetime
 
 
 async def admit(
@@ -123,70 +197,227 @@ async def admit(
     max_tokens: int,
     gateway_instance_id: uuid.UUID,
     num_sequences: int = 1,
+    max_cost_nano: int | None = None,
 ) -> Admission:
-    """Hold the money for a request's first tranche; `max_tokens` is for each sequence.
+    """Charge every rule and hold the money for a request's first tranche; `max_tokens` is for each
+    sequence.
 
-    Raises Unavailable when the database does not answer or has no price: nothing is served then
-    that could not be billed.
+    Raises LimitReached or BudgetSpent, InvalidRequest where `max_cost_nano` pays for no token, and
+    Unavailable when the database does not answer or has no price: nothing is served then that could
+    not be billed.
     """
+    ask = Ask(
+        request_id=request_id,
+        endpoint=endpoint,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        gateway_instance_id=gateway_instance_id,
+        num_sequences=num_sequences,
+        max_cost_nano=max_cost_nano,
+    )
+    answer = await _ask(database, principal, target, ask, is_rehearsal=False)
+    if answer.refusal is not None:
+        raise refused(answer.refusal, principal, target, levels=answer.levels)
+    return Admission(
+        request_id=request_id,
+        gateway_instance_id=gateway_instance_id,
+        price=answer.price,
+        max_output_tokens=answer.max_output_tokens,
+        funded_output_tokens=answer.funded_output_tokens,
+        amount_nano=answer.amount_nano,
+        admitted_at=answer.asked_at,
+        is_budgeted=answer.is_budgeted,
+        is_cut_by_max_cost=answer.max_output_tokens < num_sequences * max_tokens,
+        queue_time_ms=answer.queue_time_ms,
+        levels=answer.levels,
+    )
+
+
+async def rehearse(database: Database, principal: Principal, target: Target, ask: Ask) -> Answer:
+    """What `admit` would say now; nothing is charged or held. Raises Unavailable."""
+    return await _ask(database, principal, target, ask, is_rehearsal=True)
+
+
+async def _ask(
+    database: Database, principal: Principal, target: Target, ask: Ask, *, is_rehearsal: bool
+) -> Answer:
     assert principal.tenant_id is not None, "only tenants are billed"
-    funded = num_sequences * min(max_tokens, TRANCHE_TOKENS)
     parameters = {
-        "request_id": request_id,
+        "request_id": ask.request_id,
         "tenant_id": principal.tenant_id,
         "api_key_id": principal.key_id,
         "base_model_id": target.base_model_id,
         "adapter_id": target.adapter_id,
         "adapter_version_id": target.adapter_version_id,
-        "gateway_instance_id": gateway_instance_id,
-        "endpoint": endpoint,
-        "prompt_tokens": prompt_tokens,
-        "funded_output_tokens": funded,
+        "gateway_instance_id": ask.gateway_instance_id,
+        "endpoint": ask.endpoint,
+        "prompt_tokens": ask.prompt_tokens,
+        "max_output_tokens": ask.num_sequences * ask.max_tokens,
+        "tranche_tokens": ask.num_sequences * min(ask.max_tokens, TRANCHE_TOKENS),
+        "max_cost_nano": ask.max_cost_nano,
+        "is_rehearsal": is_rehearsal,
     }
     try:
-        async with database.as_tenant(principal.tenant_id) as session:
-            row = (await session.execute(ADMIT, parameters)).one_or_none()
+        rows = await database.call(ADMIT, parameters)
     except (DBAPIError, PoolExhausted, OSError) as fault:
         raise Unavailable("The ledger does not answer. Try again shortly.") from fault
-    if row is None:
+    if not rows:
         raise Unavailable(f"The model {target.public_name} has no price yet.", retry_after_s=60)
-    return Admission(
-        request_id=request_id,
-        gateway_instance_id=gateway_instance_id,
+    return _answer(rows[0])
+
+
+def _answer(row: Row[Any]) -> Answer:
+    return Answer(
         price=Price(
-            row.id,
+            row.price_id,
             row.input_nano_per_million,
             row.cached_input_nano_per_million,
             row.output_nano_per_million,
         ),
-        max_output_tokens=num_sequences * max_tokens,
-        funded_output_tokens=funded,
+        funded_output_tokens=row.funded_output_tokens,
         amount_nano=row.amount_nano,
-        admitted_at=row.created_at,
+        max_output_tokens=row.max_output_tokens,
+        is_budgeted=row.is_budgeted,
+        queue_time_ms=row.queue_time_ms,
+        asked_at=row.admitted_at,
+        levels=Levels(
+            _level(row.requests_ceiling, row.requests_remaining, row.requests_reset_us),
+            _level(row.tokens_ceiling, row.tokens_remaining, row.tokens_reset_us),
+        ),
+        refusal=_refusal(row),
     )
 
 
-def fund(
-    price: Price, *, prompt_tokens: int, progress: int, funded: int, max_output_tokens: int
-) -> tuple[int, int]:
-    """Output tokens that a stream should be funded for now, and nano-USD that they may cost."""
+def _level(ceiling: int | None, remaining: int, resets_in_us: int) -> Level | None:
+    return None if ceiling is None else Level(ceiling, remaining, resets_in_us)
+
+
+def _refusal(row: Row[Any]) -> Refusal | None:
+    if row.refused_rule is None:
+        return None
+    return Refusal(
+        rule=row.refused_rule,
+        scope=row.refused_scope,
+        ceiling=row.refused_ceiling,
+        current=row.refused_current,
+        clears_in_us=row.refused_clears_us,
+    )
+
+
+def refused(
+    refusal: Refusal, principal: Principal, target: Target, *, levels: Levels = Levels()
+) -> InvalidRequest | LimitReached:
+    """The error that tells a client of a refusal, with all its headers."""
+    if refusal.rule == "max_cost":
+        return InvalidRequest(
+            f"'max_cost' is {refusal.ceiling} nano-USD, and the prompt with one token of answer"
+            f" can cost {refusal.current}: raise it or shorten the prompt.",
+            param="max_cost",
+        )
+    whose = {"tenant": principal.tenant_slug, "key": principal.key_name}
+    name = f"{refusal.scope} {whose.get(refusal.scope, target.public_name)!r}"
+    error: LimitReached
+    if refusal.rule == "budget":
+        error = BudgetSpent(
+            f"The budget of the {name} is {refusal.ceiling} nano-USD for this period, of which"
+            f" {refusal.current} are spent or held. It {_when(refusal.clears_in_us)}."
+        )
+    else:
+        error = LimitReached(
+            f"The {name} may have {refusal.ceiling} {RULES[refusal.rule]} and is at"
+            f" {refusal.current}. It {_when(refusal.clears_in_us)}."
+        )
+        if refusal.clears_in_us is None:
+            error = LimitReached(
+                f"This request counts {refusal.current} tokens, more than the {name} may ever have"
+                f" at once at {refusal.ceiling} tokens per minute: make it smaller."
+            )
+    error.rule = asdict(refusal)
+    error.headers |= levels.headers() | _retry_headers(refusal)
+    return error
+
+
+def waited_too_long(admission: Admission) -> LimitReached:
+    """The error that tells a client that its first token did not come in time."""
+    assert admission.queue_time_ms is not None, "nobody waits too long without a limit"
+    error = LimitReached(
+        f"The request waited {admission.queue_time_ms} ms for its first token, as long as it may,"
+        " and was withdrawn. Try again shortly."
+    )
+    refusal = Refusal(
+        "queue_time_ms", "request", admission.queue_time_ms, admission.queue_time_ms, 1_000_000
+    )
+    error.rule = asdict(refusal)
+    error.headers |= admission.levels.headers() | _retry_headers(refusal)
+    return error
+
+
+def _when(clears_in_us: int | None) -> str:
+    return "clears in " + spell_duration(clears_in_us or 0)
+
+
+def _retry_headers(refusal: Refusal) -> dict[str, str]:
+    # Clients retry by themselves; they must not where it cannot help.
+    headers = {}
+    if refusal.rule == "budget" or refusal.clears_in_us is None:
+        headers["x-should-retry"] = "false"
+    if refusal.clears_in_us is not None:
+        headers["retry-after"] = str(math.ceil(refusal.clears_in_us / 1_000_000))
+        headers["retry-after-ms"] = str(math.ceil(refusal.clears_in_us / 1_000))
+    return headers
+
+
+def spell_duration(duration_us: int) -> str:
+    """As OpenAI's headers spell it: 250ms, 1.5s, 6m0s."""
+    duration_ms = math.ceil(duration_us / 1000)
+    if duration_ms < 1000:
+        return f"{duration_ms}ms"
+    minutes, rest_ms = divmod(duration_ms, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    seconds = f"{rest_ms / 1000:g}s"
+    if hours:
+        return f"{hours}h{minutes}m{seconds}"
+    return f"{minutes}m{seconds}" if minutes else seconds
+
+
+def want(*, progress: int, funded: int, max_output_tokens: int) -> int:
+    """Output tokens that a stream should be funded for now."""
     while funded - progress < RESERVE_TOKENS and funded < max_output_tokens:
         funded = min(funded + TRANCHE_TOKENS, max_output_tokens)
-    return funded, ceiling(price, prompt_tokens=prompt_tokens, output_tokens=funded)
+    return funded
 
 
 async def extend(
     session: AsyncSession, *, gateway_instance_id: uuid.UUID, streams: Sequence[Stream]
-) -> None:
-    """One heartbeat of a gateway and of all its open holds, as the worker role."""
-    await session.execute(
+) -> list[Funding]:
+    """One heartbeat of a gateway and of all its open holds, as the worker role.
+
+    Held and spent together never pass a hard budget: who asks for more is funded as far as it goes.
+    """
+    rows = await session.execute(
         EXTEND,
         {
             "gateway_instance_id": gateway_instance_id,
             "ids": [stream.request_id for stream in streams],
             "progress_output_tokens": [stream.progress_output_tokens for stream in streams],
             "progress_cached_tokens": [stream.progress_cached_tokens for stream in streams],
-            "funded_output_tokens": [stream.funded_output_tokens for stream in streams],
-            "amounts_nano": [stream.amount_nano for stream in streams],
+            "wanted_output_tokens": [stream.wanted_output_tokens for stream in streams],
         },
     )
+    return [Funding(row.id, row.funded_output_tokens, row.is_budgeted) for row in rows]
+
+
+async def refund(session: AsyncSession, refunds: Sequence[Refund]) -> None:
+    """Correct the token buckets by what requests really used, as the worker role."""
+    due = [each for each in refunds if each.tokens]
+    if due:
+        await session.execute(
+            REFUND,
+            {
+                "tenants": [each.tenant_id for each in due],
+                "keys": [each.api_key_id for each in due],
+                "adapters": [each.adapter_id for each in due],
+                "refunds": [each.tokens for each in due],
+                "admitted": [each.admitted_at for each in due],
+            },
+        )

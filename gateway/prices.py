@@ -8,16 +8,18 @@ Knows nothing of requests' lives or of reports.
 import datetime
 import uuid
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
 import msgspec
-from sqlalchemy import ColumnElement, and_, func, select, update
+from sqlalchemy import ColumnElement, DateTime, and_, cast, func, select
 from sqlalchemy.dialects.postgresql import Range
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from gateway.errors import Conflict, InvalidRequest
 from gateway.tables import BaseModel, PriceVersion, new_id
 
 TOKENS_PER_RATE = 1_000_000
+BYTE_HOURS_PER_RATE = 1 << 30
 # A million USD per million tokens: far above any price, far below where BIGINT would overflow.
 MAX_RATE_NANO = 10**15
 
@@ -25,11 +27,16 @@ Rate = Annotated[int, msgspec.Meta(ge=0, le=MAX_RATE_NANO)]
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """Nano-USD per million tokens."""
+    """Nano-USD per million tokens, and per GiB of an adapter and hour that it is kept."""
 
     input_nano_per_million: Rate = 0
     cached_input_nano_per_million: Rate = 0
     output_nano_per_million: Rate = 0
+    storage_nano_per_gib_hour: Rate = 0
+
+    @classmethod
+    def of(cls, row: PriceVersion) -> Self:
+        return cls(**{name: getattr(row, name) for name in cls.__struct_fields__})
 
 
 class Price(msgspec.Struct, frozen=True, array_like=True):
@@ -91,6 +98,16 @@ def ceiling(price: Price, *, prompt_tokens: int, output_tokens: int) -> int:
     return -(-total // TOKENS_PER_RATE)
 
 
+def amount(quantity: int, *, rate_nano: int, per: int) -> int:
+    """Nano-USD of a quantity at a rate, rounded once, half to even; less than nothing too."""
+    return _divide_half_even(quantity * rate_nano, per)
+
+
+def storage_cost(size_bytes: int, *, rate_nano: int) -> int:
+    """Nano-USD of keeping so many bytes for one hour."""
+    return amount(size_bytes, rate_nano=rate_nano, per=BYTE_HOURS_PER_RATE)
+
+
 def _divide_half_even(numerator: int, denominator: int) -> int:
     quotient, remainder = divmod(numerator, denominator)
     if 2 * remainder > denominator or (2 * remainder == denominator and quotient % 2):
@@ -114,50 +131,80 @@ class PriceScope:
         )
 
 
-async def set_price(session: AsyncSession, scope: PriceScope, *, rates: Rates) -> PriceVersion:
-    """End the running price of this scope and begin another now.
+async def price_at(
+    session: AsyncSession, scope: PriceScope, moment: datetime.datetime | None = None
+) -> PriceVersion | None:
+    """The row of exactly this scope that holds at a moment; now, where none is named."""
+    # Not now(): that is when the transaction began, which may be before the row did.
+    asked = func.clock_timestamp() if moment is None else cast(moment, DateTime(timezone=True))
+    found = await session.scalars(
+        select(PriceVersion)
+        .where(scope.is_of(PriceVersion), PriceVersion.effective.op("@>")(asked))
+        .execution_options(populate_existing=True)
+    )
+    return found.one_or_none()
 
-    Requests that were admitted before keep the price that they were admitted at.
+
+async def set_price(
+    session: AsyncSession,
+    scope: PriceScope,
+    *,
+    rates: Rates,
+    since: datetime.datetime | None = None,
+) -> PriceVersion:
+    """Begin a price of this scope now or at a moment to come, and end there the one before it.
+
+    It holds until the next one that is planned. Requests that were admitted before keep the price
+    that they were admitted at. Raises InvalidRequest for the past, Conflict where one begins then.
     """
     # One change of a base model's prices at a time, so that the spans meet without a gap.
     await session.execute(
         select(BaseModel.id).where(BaseModel.id == scope.base_model_id).with_for_update()
     )
-    # Not now(): that is when the transaction began, which may be before the span that is ended.
-    moment: datetime.datetime = (await session.execute(select(func.clock_timestamp()))).scalar_one()
-    await session.execute(
-        update(PriceVersion)
-        .where(scope.is_of(PriceVersion), func.upper_inf(PriceVersion.effective))
-        .values(effective=func.tstzrange(func.lower(PriceVersion.effective), moment))
-        .execution_options(synchronize_session=False)
+    now: datetime.datetime = (await session.execute(select(func.clock_timestamp()))).scalar_one()
+    if since is not None and since < now:
+        raise InvalidRequest("A price cannot begin in the past.", param="from")
+    moment = since or now
+    before = await price_at(session, scope, moment)
+    if before is not None and before.effective.lower == moment:
+        raise Conflict(f"A price begins at {moment.isoformat()} already.", param="from")
+    until = await _next_begin(session, scope, after=moment)
+    if before is not None:
+        before.effective = Range(before.effective.lower, moment, bounds="[)")
+        await session.flush()
+    return await _insert_price(session, scope, rates=rates, span=Range(moment, until, bounds="[)"))
+
+
+async def _next_begin(
+    session: AsyncSession, scope: PriceScope, *, after: datetime.datetime
+) -> datetime.datetime | None:
+    begin = func.lower(PriceVersion.effective)
+    found: datetime.datetime | None = await session.scalar(
+        select(func.min(begin)).where(scope.is_of(PriceVersion), begin > after)
     )
-    return await _insert_price(session, scope, rates=rates, since=moment)
+    return found
 
 
 async def ensure_default(session: AsyncSession, base_model_id: uuid.UUID) -> None:
     """Give a base model that has no price a price of zero, so that it can be served."""
     scope = PriceScope(base_model_id)
-    running = await session.execute(
-        select(PriceVersion.id).where(
-            scope.is_of(PriceVersion), func.upper_inf(PriceVersion.effective)
-        )
-    )
-    if running.first() is None:
+    if await price_at(session, scope) is None:
         await set_price(session, scope, rates=Rates())
 
 
 async def _insert_price(
-    session: AsyncSession, scope: PriceScope, *, rates: Rates, since: datetime.datetime
+    session: AsyncSession, scope: PriceScope, *, rates: Rates, span: Range[datetime.datetime]
 ) -> PriceVersion:
     row = PriceVersion(
         id=new_id(),
         base_model_id=scope.base_model_id,
         tenant_id=scope.tenant_id,
         adapter_id=scope.adapter_id,
-        effective=Range(since, None, bounds="[)"),
+        effective=span,
         input_nano_per_million=rates.input_nano_per_million,
         cached_input_nano_per_million=rates.cached_input_nano_per_million,
         output_nano_per_million=rates.output_nano_per_million,
+        storage_nano_per_gib_hour=rates.storage_nano_per_gib_hour,
     )
     session.add(row)
     await session.flush()

@@ -260,16 +260,30 @@ class ResumableUploads:
         await self._close(progress.upload, accepted=accepted)
         return accepted
 
-    async def delete(self, tenant: str, adapter: str, upload_id: uuid.UUID) -> None:
+    async def delete(
+        self, tenant: str, adapter: str, upload_id: uuid.UUID, *, actor_key_id: uuid.UUID
+    ) -> None:
         """Forget an upload with all that has arrived; its version, if it has one, stays.
 
         Raises NotFound.
         """
-        progress = await self.progress(tenant, adapter, upload_id)
+        destination = await self._registry.destination(tenant, adapter)
+        async with self._database.as_worker() as session:
+            await _find(session, destination, upload_id)
         try:
-            await remove_upload(self._database, self._store, progress.upload.id)
+            await self._store.delete_upload(upload_id)
         except StoreUnavailable as error:
             raise _store_away() from error
+        async with self._database.as_worker() as session:
+            if await _remove_rows(session, upload_id):
+                await audit.record(
+                    session,
+                    tenant_id=destination.tenant_id,
+                    actor_key_id=actor_key_id,
+                    action="adapter.upload.delete",
+                    subject=destination.public_name,
+                    details={"upload_id": str(upload_id)},
+                )
 
     async def sweep(self) -> int:
         """Remove what has expired; return how many uploads."""
@@ -445,11 +459,17 @@ async def remove_upload(database: Database, store: ArtifactStore, upload_id: uui
     # The objects first: a row that is left is found again, an object that is left only by fsck.
     await store.delete_upload(upload_id)
     async with database.as_worker() as session:
-        row = await session.get(Upload, upload_id, with_for_update=True)
-        if row is None:
-            return
-        await session.execute(delete(UploadPart).where(UploadPart.upload_id == upload_id))
-        await session.delete(row)
+        await _remove_rows(session, upload_id)
+
+
+async def _remove_rows(session: AsyncSession, upload_id: uuid.UUID) -> bool:
+    """Return whether there were any."""
+    row = await session.get(Upload, upload_id, with_for_update=True)
+    if row is None:
+        return False
+    await session.execute(delete(UploadPart).where(UploadPart.upload_id == upload_id))
+    await session.delete(row)
+    return True
 
 
 async def expired_uploads(database: Database) -> list[uuid.UUID]:

@@ -66,19 +66,34 @@ def read_records(path: Path, *, is_last: bool) -> SegmentContent:
     Raises JournalCorrupt for any other damage.
     """
     data = path.read_bytes()
-    records, position = [], 0
-    while position < len(data):
-        record = _record_at(data, position)
-        if record is None:
-            break
-        records.append(record)
-        position += _HEAD.size + len(record)
+    records, position = _scan(data)
     if position == len(data):
         return SegmentContent(records, None)
     # A segment is synced before the next one begins, so only the last one can be torn.
     if not is_last or _has_record_after(data, position):
         raise JournalCorrupt(path, position)
     return SegmentContent(records, _cut(path, position, len(data) - position))
+
+
+def peek_records(path: Path) -> list[bytes]:
+    """All records of a segment that may still be written; the file stays as it is.
+
+    Raises JournalCorrupt for damage before good records.
+    """
+    data = path.read_bytes()
+    records, position = _scan(data)
+    if position < len(data) and _has_record_after(data, position):
+        raise JournalCorrupt(path, position)
+    return records
+
+
+def _scan(data: bytes) -> tuple[list[bytes], int]:
+    """The records from the beginning on, and where they end."""
+    records, position = [], 0
+    while (record := _record_at(data, position)) is not None:
+        records.append(record)
+        position += _HEAD.size + len(record)
+    return records, position
 
 
 def _cut(path: Path, position: int, size_bytes: int) -> TornTail:

@@ -1,9 +1,13 @@
 """The gateway's environment, read once and turned into values. The only reader of it here."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from gateway.addresses import Network, parse_networks
+from gateway.errors import InvalidRequest
 
 MEBIBYTE = 1 << 20
 PURGE_AFTER_DAYS = 30
@@ -26,8 +30,9 @@ class Settings:
     # `unix:/path` or `http://host:port`
     engine_address: str
     engine_secret: str
-    # Shared by all gateways of one installation: API keys are fingerprinted under it.
-    pepper: bytes
+    # Version -> pepper, shared by all gateways of one installation: API keys are fingerprinted
+    # under the newest, and those of an older one stay good for as long as it is kept here.
+    peppers: Mapping[int, bytes]
     # Where adapters and text bundles live, e.g. file:///var/lib/manylora/store or s3://bucket
     store_url: str
     # Journal and staging files of this host.
@@ -42,6 +47,12 @@ class Settings:
     max_adapter_bytes_per_tenant: int | None = None
     # What /v1/load_lora_adapter may read from; None where it may not.
     lora_folder: Path | None = None
+    # Ranges of addresses whose `X-Forwarded-For` is believed.
+    trusted_proxies: tuple[Network, ...] = ()
+    # Ranges of private addresses that webhooks may be sent to all the same.
+    webhook_networks: tuple[Network, ...] = ()
+    # What retries of streams that were left may give back to a tenant in a day; 0 for nothing.
+    max_retry_credit_nano: int = 0
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -52,7 +63,9 @@ class Settings:
             "MANYLORA_DATABASE_WORKER_URL": self.database_worker_url,
             "MANYLORA_ENGINE": self.engine_address,
             "MANYLORA_ENGINE_SECRET": self.engine_secret,
-            "MANYLORA_PEPPER": self.pepper.hex(),
+            "MANYLORA_PEPPER": ",".join(
+                f"{version}:{pepper.hex()}" for version, pepper in self.peppers.items()
+            ),
             "MANYLORA_STORE_URL": self.store_url,
             "MANYLORA_DATA_DIR": str(self.data_dir),
             "MANYLORA_HOST": self.host,
@@ -63,6 +76,9 @@ class Settings:
             **_given("MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT", self.max_adapter_bytes_per_tenant),
             **_given(PARENT_VARIABLE, self.parent_pid),
             **_given(LORA_FOLDER_VARIABLE, self.lora_folder),
+            "MANYLORA_TRUSTED_PROXIES": ",".join(map(str, self.trusted_proxies)),
+            "MANYLORA_WEBHOOK_NETWORKS": ",".join(map(str, self.webhook_networks)),
+            "MANYLORA_MAX_RETRY_CREDIT_NANO": str(self.max_retry_credit_nano),
         }
 
     @classmethod
@@ -73,7 +89,7 @@ class Settings:
             database_worker_url=_required(environment, "MANYLORA_DATABASE_WORKER_URL"),
             engine_address=_required(environment, "MANYLORA_ENGINE"),
             engine_secret=_required(environment, "MANYLORA_ENGINE_SECRET"),
-            pepper=_hexadecimal(environment, "MANYLORA_PEPPER"),
+            peppers=_peppers(environment, "MANYLORA_PEPPER"),
             store_url=_required(environment, "MANYLORA_STORE_URL"),
             data_dir=Path(_required(environment, "MANYLORA_DATA_DIR")),
             host=environment.get("MANYLORA_HOST", "127.0.0.1"),
@@ -86,6 +102,9 @@ class Settings:
             ),
             lora_folder=_path(environment, LORA_FOLDER_VARIABLE),
             parent_pid=_optional(environment, PARENT_VARIABLE),
+            trusted_proxies=_networks(environment, "MANYLORA_TRUSTED_PROXIES"),
+            webhook_networks=_networks(environment, "MANYLORA_WEBHOOK_NETWORKS"),
+            max_retry_credit_nano=_integer(environment, "MANYLORA_MAX_RETRY_CREDIT_NANO", 0),
         )
 
 
@@ -117,9 +136,28 @@ def _given(name: str, value: int | Path | None) -> dict[str, str]:
     return {} if value is None else {name: str(value)}
 
 
-def _hexadecimal(environment: Mapping[str, str], name: str) -> bytes:
+def _networks(environment: Mapping[str, str], name: str) -> tuple[Network, ...]:
+    value = environment.get(name, "")
     try:
-        value = bytes.fromhex(_required(environment, name))
+        return parse_networks(filter(None, value.split(",")), param=name)
+    except InvalidRequest as error:
+        raise SettingsFault(f"{name}: {error.message}") from None
+
+
+def _peppers(environment: Mapping[str, str], name: str) -> dict[int, bytes]:
+    """One pepper, or several as `1:...,2:...`; a single one without a number is the first."""
+    peppers = {}
+    for part in _required(environment, name).split(","):
+        version, _, digits = part.rpartition(":")
+        if not re.fullmatch("[1-9][0-9]{0,8}|", version):
+            raise SettingsFault(f"{name}: the version {version!r} is not a number from 1 on")
+        peppers[int(version or 1)] = _hexadecimal(digits, name)
+    return peppers
+
+
+def _hexadecimal(digits: str, name: str) -> bytes:
+    try:
+        value = bytes.fromhex(digits)
     except ValueError:
         raise SettingsFault(f"{name} is not hexadecimal") from None
     if len(value) < 32:

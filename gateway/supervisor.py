@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 
 from adapters.store import ArtifactStore
+from gateway.addresses import Network
 from gateway.auth import PEPPER_VERSION, Authenticator
 from gateway.database import DATABASE_TROUBLE, Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
@@ -69,6 +70,10 @@ class ServeOptions:
     max_adapter_bytes_per_tenant: int | None = None
     # What adapters may be loaded from by path.
     lora_folder: Path | None = None
+    trusted_proxies: tuple[Network, ...] = ()
+    webhook_networks: tuple[Network, ...] = ()
+    # Back to a tenant in a day, for streams that were left and asked for again.
+    max_retry_credit_nano: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +192,7 @@ class Supervisor:
             database_worker_url=worker_url,
             engine_address=f"unix:{runtime_dir / 'engine.sock'}",
             engine_secret=keys.engine_secret,
-            pepper=bytes.fromhex(keys.pepper),
+            peppers={PEPPER_VERSION: bytes.fromhex(keys.pepper)},
             store_url=options.store_url or _store_url(options.data_dir),
             data_dir=options.data_dir.absolute(),
             host=options.host,
@@ -197,6 +202,9 @@ class Supervisor:
             max_adapters_per_tenant=options.max_adapters_per_tenant,
             max_adapter_bytes_per_tenant=options.max_adapter_bytes_per_tenant,
             lora_folder=options.lora_folder,
+            trusted_proxies=options.trusted_proxies,
+            webhook_networks=options.webhook_networks,
+            max_retry_credit_nano=options.max_retry_credit_nano,
             parent_pid=os.getpid(),
         )
         await self._ensure_operator_key(settings)
@@ -207,7 +215,7 @@ class Supervisor:
         database = Database(
             app_url=settings.database_app_url, worker_url=settings.database_worker_url
         )
-        authenticator = Authenticator(database, {PEPPER_VERSION: settings.pepper})
+        authenticator = Authenticator(database, settings.peppers)
         try:
             with contextlib.suppress(FileNotFoundError, InvalidKey):
                 await authenticator.authenticate(f"Bearer {self.operator_key}")

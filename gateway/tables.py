@@ -100,7 +100,15 @@ class ApiKey(Table):
     """A key's fingerprint. `tenant_id` is null for an operator's key."""
 
     __tablename__ = "api_keys"
-    __table_args__ = (CheckConstraint("octet_length(secret_hmac) = 32", name="secret_hmac"),)
+    __table_args__ = (
+        CheckConstraint("octet_length(secret_hmac) = 32", name="secret_hmac"),
+        CheckConstraint("role IN ('owner', 'developer', 'billing', 'viewer')", name="role"),
+        CheckConstraint(
+            "num_nulls(previous_secret_hmac, previous_pepper_version, previous_expires_at)"
+            " IN (0, 3)",
+            name="previous_secret",
+        ),
+    )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     # The public middle part of `ml_<id>_<secret><checksum>`.
@@ -113,6 +121,15 @@ class ApiKey(Table):
     expires_at: Mapped[datetime.datetime | None]
     revoked_at: Mapped[datetime.datetime | None]
     last_used_at: Mapped[datetime.datetime | None]
+    # What the scopes were chosen by; null where they were named one by one.
+    role: Mapped[str | None]
+    # Globs of public names, and ranges of addresses in CIDR notation; null for all.
+    allowed_models: Mapped[list[str] | None] = mapped_column(ARRAY(Text()))
+    ip_ranges: Mapped[list[str] | None] = mapped_column(ARRAY(Text()))
+    # The secret before the last rotation, for as long as both are good.
+    previous_secret_hmac: Mapped[bytes | None]
+    previous_pepper_version: Mapped[int | None] = mapped_column(Integer)
+    previous_expires_at: Mapped[datetime.datetime | None]
     created_at: Mapped[datetime.datetime] = _now()
 
 
@@ -408,6 +425,7 @@ class PriceVersion(Table):
             " AND output_nano_per_million >= 0",
             name="not_negative",
         ),
+        CheckConstraint("storage_nano_per_gib_hour >= 0", name="storage_not_negative"),
         CheckConstraint("NOT isempty(effective)", name="effective"),
     )
 
@@ -419,6 +437,8 @@ class PriceVersion(Table):
     input_nano_per_million: Mapped[int]
     cached_input_nano_per_million: Mapped[int]
     output_nano_per_million: Mapped[int]
+    # For each GiB of an adapter's versions and each hour that it is kept.
+    storage_nano_per_gib_hour: Mapped[int] = mapped_column(server_default="0")
     created_at: Mapped[datetime.datetime] = _now()
 
 
@@ -456,6 +476,12 @@ class Hold(Table):
         CheckConstraint("state IN ('open', 'settled', 'released')", name="state"),
         CheckConstraint("amount_nano >= 0", name="amount_nano"),
         Index("ix_holds_open", "gateway_instance_id", postgresql_where=text("state = 'open'")),
+        Index("ix_holds_open_of_tenant", "tenant_id", postgresql_where=text("state = 'open'")),
+        Index(
+            "ix_holds_open_of_adapter",
+            "adapter_id",
+            postgresql_where=text("state = 'open' AND adapter_id IS NOT NULL"),
+        ),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -494,6 +520,12 @@ class UsageEvent(Table):
             name="counts",
         ),
         Index("ix_usage_events_tenant", "tenant_id", "finished_at"),
+        Index("ix_usage_events_settled", "settled_at"),
+        Index(
+            "ix_usage_events_attempt",
+            "attempt_digest",
+            postgresql_where=text("attempt_digest IS NOT NULL"),
+        ),
         {"postgresql_partition_by": "RANGE (id)"},
     )
 
@@ -514,9 +546,225 @@ class UsageEvent(Table):
     completion_tokens: Mapped[int]
     cost_nano: Mapped[int]
     engine_ns: Mapped[int]
-    # The moment of admission; days of reports are UTC days of `finished_at`.
+    # The moment of admission; days of reports are days of `finished_at`.
     started_at: Mapped[datetime.datetime]
     finished_at: Mapped[datetime.datetime]
+    # Whom the request's `user` field named.
+    end_user_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("end_users.id"))
+    # What two attempts at the same request have in common, and whether this one came after another.
+    attempt_digest: Mapped[bytes | None]
+    is_retry: Mapped[bool] = mapped_column(server_default=text("false"))
+    # When it came here. A trigger has every writer hold a lock until it commits, so that whoever
+    # holds the lock alone for a moment has seen everything that was settled before.
+    settled_at: Mapped[datetime.datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class EndUser(Table):
+    """Somebody whom a tenant's requests named in `user`. Erased, it is a row without a name."""
+
+    __tablename__ = "end_users"
+    __table_args__ = (UniqueConstraint("tenant_id", "name"),)
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str | None]
+    erased_at: Mapped[datetime.datetime | None]
+
+
+class UsageCredit(Table):
+    """Money given back for an attempt that a retry stands for; append-only.
+
+    `id` is the attempt's.
+    """
+
+    __tablename__ = "usage_credits"
+    __table_args__ = (CheckConstraint("amount_nano > 0", name="amount_nano"),)
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    retry_id: Mapped[uuid.UUID]
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"))
+    price_version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("price_versions.id"))
+    # When the retry ended: credits count for that month and that day.
+    at: Mapped[datetime.datetime]
+    amount_nano: Mapped[int]
+    settled_at: Mapped[datetime.datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class StorageHour(Table):
+    """What an adapter's versions weighed when an hour began, and what that hour cost. Append-only.
+
+    There are rows only where storage has a price.
+    """
+
+    __tablename__ = "storage_hours"
+    __table_args__ = (
+        CheckConstraint("size_bytes >= 0 AND cost_nano >= 0", name="counts"),
+        Index("ix_storage_hours_tenant", "tenant_id", "hour"),
+    )
+
+    adapter_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("adapters.id"), primary_key=True)
+    hour: Mapped[datetime.datetime] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    price_version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("price_versions.id"))
+    size_bytes: Mapped[int]
+    cost_nano: Mapped[int]
+    settled_at: Mapped[datetime.datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class Chore(Table):
+    """Something done hour by hour, and up to when it is done."""
+
+    __tablename__ = "chores"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    done_until: Mapped[datetime.datetime]
+
+
+class BillingAccount(Table):
+    """Who pays for a tenant, as its invoices and exports name them."""
+
+    __tablename__ = "billing_accounts"
+
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    # Name and address, lines of text.
+    bill_to: Mapped[str] = mapped_column(server_default="")
+    stripe_customer_id: Mapped[str | None]
+
+
+class BillingPeriod(Table):
+    """A tenant's month in UTC: open while it runs, then in grace, then closed for good."""
+
+    __tablename__ = "billing_periods"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "month"),
+        CheckConstraint("state IN ('open', 'grace', 'closed')", name="state"),
+        CheckConstraint("extract(day FROM month) = 1", name="month"),
+        CheckConstraint("(state = 'closed') = (closed_at IS NOT NULL)", name="closed_at"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    # Its first day.
+    month: Mapped[datetime.date]
+    state: Mapped[str] = mapped_column(server_default="open")
+    closed_at: Mapped[datetime.datetime | None]
+
+
+class Statement(Table):
+    """What a tenant owes for a month, as it was when the month was closed. Never changed.
+
+    `carried_in_nano + total_nano = payable_cents * 10^7 + carried_out_nano`: what is less than a
+    cent goes to the next statement.
+    """
+
+    __tablename__ = "statements"
+    __table_args__ = (
+        UniqueConstraint("period_id"),
+        CheckConstraint(
+            "carried_in_nano + total_nano = payable_cents * 10000000 + carried_out_nano",
+            name="balance",
+        ),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    period_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("billing_periods.id"))
+    # "<tenant>-<year>-<month>"
+    number: Mapped[str] = mapped_column(unique=True)
+    tenant_name: Mapped[str]
+    bill_to: Mapped[str]
+    # Everything that was settled up to this moment is in this statement or an earlier one.
+    as_of: Mapped[datetime.datetime]
+    total_nano: Mapped[int]
+    carried_in_nano: Mapped[int]
+    payable_cents: Mapped[int]
+    carried_out_nano: Mapped[int]
+    created_at: Mapped[datetime.datetime] = _now()
+
+
+class StatementLine(Table):
+    """One quantity at one rate, or the rounding of many requests. Never changed."""
+
+    __tablename__ = "statement_lines"
+    __table_args__ = (
+        UniqueConstraint("statement_id", "number"),
+        CheckConstraint("kind IN ('usage', 'storage', 'credit')", name="kind"),
+        CheckConstraint(
+            "unit IN ('input_tokens', 'cached_input_tokens', 'output_tokens', 'byte_hours',"
+            " 'roundings', 'retries')",
+            name="unit",
+        ),
+        CheckConstraint("extract(day FROM usage_month) = 1", name="usage_month"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    statement_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("statements.id"))
+    number: Mapped[int] = mapped_column(Integer)
+    kind: Mapped[str]
+    # The month of the usage; one before the statement's makes the line an adjustment.
+    usage_month: Mapped[datetime.date]
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"))
+    price_version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("price_versions.id"))
+    unit: Mapped[str]
+    # Of `roundings`: how many requests, or hours, were rounded to the nano-USD, one by one.
+    quantity: Mapped[int]
+    # Nano-USD per million tokens or per GiB-hour; null where no rate applies.
+    rate_nano: Mapped[int | None]
+    amount_nano: Mapped[int]
+
+
+class IdempotencyKey(Table):
+    """A request that its client named, and its answer for as long as that is kept."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (
+        CheckConstraint("(salt IS NULL) = (answer IS NULL)", name="answer"),
+        Index("ix_idempotency_keys_expires_at", "expires_at"),
+    )
+
+    api_key_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("api_keys.id"), primary_key=True)
+    key_digest: Mapped[bytes] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    body_digest: Mapped[bytes]
+    # Names the attempt that may write the answer.
+    claim_id: Mapped[uuid.UUID]
+    attempt: Mapped[int] = mapped_column(Integer, server_default="1")
+    # Encrypted under a key that comes from the caller's; null while the request runs.
+    salt: Mapped[bytes | None]
+    answer: Mapped[bytes | None]
+    # Of a running request: the end of its lease. Of an answer: the end of its keeping.
+    expires_at: Mapped[datetime.datetime]
+
+
+class ContentPolicy(Table):
+    """A tenant's wish that its prompts and completions be kept, and for how long."""
+
+    __tablename__ = "content_policies"
+    __table_args__ = (CheckConstraint("keep_days BETWEEN 1 AND 3650", name="keep_days"),)
+
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    keep_days: Mapped[int] = mapped_column(Integer)
+
+
+class StoredContent(Table):
+    """The texts of one request of a tenant that wants them kept; `id` is the request's."""
+
+    __tablename__ = "stored_contents"
+    __table_args__ = (Index("ix_stored_contents_expires_at", "expires_at"),)
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    # What the request's `user` field said.
+    end_user: Mapped[str | None]
+    prompt: Mapped[str]
+    completion: Mapped[str]
+    created_at: Mapped[datetime.datetime] = _now()
+    expires_at: Mapped[datetime.datetime]
 
 
 class UsageRollup(Table):
@@ -564,3 +812,122 @@ class AuditEntry(Table):
     details: Mapped[dict[str, Any]]
     at: Mapped[datetime.datetime] = _now()
     hash: Mapped[bytes]
+
+
+class Limit(Table):
+    """Ceilings of a tenant, or of one of its keys or adapters, and how full each is now.
+
+    Levels are counted in sixty-millionths of a request or token: see migration 0005.
+    """
+
+    __tablename__ = "limits"
+    __table_args__ = (
+        UniqueConstraint(
+            "tenant_id", "api_key_id", "adapter_id", postgresql_nulls_not_distinct=True
+        ),
+        CheckConstraint("num_nonnulls(api_key_id, adapter_id) <= 1", name="one_scope"),
+        CheckConstraint(
+            "least(requests_per_minute, request_burst, tokens_per_minute, token_burst,"
+            " concurrent_requests, queue_time_ms) > 0",
+            name="positive",
+        ),
+        Index("ix_limits_adapter", "adapter_id", postgresql_where=text("adapter_id IS NOT NULL")),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    api_key_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"))
+    # Null means no such ceiling; a burst that is null is a minute's worth.
+    requests_per_minute: Mapped[int | None]
+    request_burst: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
+    token_burst: Mapped[int | None]
+    concurrent_requests: Mapped[int | None]
+    queue_time_ms: Mapped[int | None]
+    requests_level: Mapped[int] = mapped_column(server_default="0")
+    tokens_level: Mapped[int] = mapped_column(server_default="0")
+    # By the database's clock, in microseconds since 1970; since when tokens were never at zero.
+    measured_at_us: Mapped[int] = mapped_column(server_default="0")
+    busy_since_us: Mapped[int] = mapped_column(server_default="0")
+
+
+class Budget(Table):
+    """What a tenant, or one of its keys, may spend in a calendar period of its time zone.
+
+    A hard one is never passed; a soft one only alerts.
+    """
+
+    __tablename__ = "budgets"
+    __table_args__ = (
+        UniqueConstraint(
+            "tenant_id", "api_key_id", "kind", "period", postgresql_nulls_not_distinct=True
+        ),
+        CheckConstraint("kind IN ('hard', 'soft')", name="kind"),
+        CheckConstraint("period IN ('day', 'week', 'month')", name="period"),
+        CheckConstraint("cap_nano >= 0", name="cap_nano"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    api_key_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    kind: Mapped[str]
+    period: Mapped[str]
+    # A name of the IANA time zone database.
+    time_zone: Mapped[str]
+    cap_nano: Mapped[int]
+    # Percents of the cap at which webhooks are told.
+    alert_percents: Mapped[list[int]] = mapped_column(ARRAY(BigInteger()))
+    created_at: Mapped[datetime.datetime] = _now()
+
+
+class BudgetWindow(Table):
+    """What was spent of a budget in one of its periods; moved with usage events, in step."""
+
+    __tablename__ = "budget_windows"
+
+    budget_id: Mapped[uuid.UUID] = mapped_column(
+        ForeignKey("budgets.id", ondelete="CASCADE"), primary_key=True
+    )
+    starts_at: Mapped[datetime.datetime] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    spent_nano: Mapped[int]
+    # The highest threshold that was told of.
+    alerted_percent: Mapped[int] = mapped_column(server_default="0")
+
+
+class Webhook(Table):
+    """Where alerts go. The secret that signs them is derived from the pepper and the id."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    # Null for the alerts of all tenants.
+    tenant_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("tenants.id"))
+    url: Mapped[str]
+    pepper_version: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime.datetime] = _now()
+
+
+class WebhookDelivery(Table):
+    """One event on its way to one webhook."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("state IN ('waiting', 'delivered', 'failed')", name="state"),
+        Index(
+            "ix_webhook_deliveries_waiting",
+            "next_attempt_at",
+            postgresql_where=text("state = 'waiting'"),
+        ),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    webhook_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    event: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(server_default="waiting")
+    num_attempts: Mapped[int] = mapped_column(server_default="0")
+    next_attempt_at: Mapped[datetime.datetime] = _now()
+    last_error: Mapped[str | None]
+    created_at: Mapped[datetime.datetime] = _now()

@@ -8,7 +8,7 @@ from litestar import Request
 
 from engine.protocol import TokenLogprob
 from gateway.errors import GatewayError
-from gateway.inference import Delta, FinishReason, Generation
+from gateway.inference import Delta, FinishReason, Generation, StoppedBy
 
 
 class ClientGone(GatewayError):
@@ -25,11 +25,13 @@ class WholeAnswer:
     token_ids: list[int]
     logprobs: list[TokenLogprob]
     finish_reason: FinishReason
+    # Where money ended it.
+    stopped_by: StoppedBy | None
 
 
 def answer_headers(generation: Generation) -> dict[str, str]:
-    """What really served the call."""
-    headers = {"x-request-id": str(generation.request_id)}
+    """What really served the call, and how much of its limits is left."""
+    headers = {"x-request-id": str(generation.request_id), **generation.levels.headers()}
     target = generation.target
     if target.version_digest is not None:
         headers["x-adapter-version"] = str(target.version_number)
@@ -81,6 +83,7 @@ async def _put_together(generation: Generation) -> WholeAnswer:
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
         logprobs=[logprob for delta in deltas for logprob in delta.logprobs],
         finish_reason=finish_reason,
+        stopped_by=generation.stopped_by,
     )
 
 

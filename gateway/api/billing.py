@@ -2,34 +2,37 @@
 
 import datetime
 import uuid
+from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Request, Response, Router, get, post
+from litestar import Request, Router, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromQuery, JSONBody, QueryParameter
+from litestar.response import Stream
 from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway import audit, tenants
 from gateway.api.usage import (
     DEFAULT_GROUPS,
-    Format,
-    parse_group_by,
-    parse_period,
+    PARAMETERS,
+    REPORT,
+    read_question,
     refuse_unknown,
     write_report,
 )
 from gateway.auth import Principal
-from gateway.billing import Dimension, UsageReport, usage_report
+from gateway.billing.usage import Dimension
+from gateway.billing.writers import Format
 from gateway.database import Database
 from gateway.errors import InvalidRequest, NotFound
-from gateway.prices import PriceScope, Rate, Rates, set_price
+from gateway.prices import PriceScope, Rate, Rates, price_at, set_price
 from gateway.tables import Adapter, BaseModel, PriceVersion, Tenant
 
 
 class PriceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """New rates, in nano-USD per million tokens, from now on."""
+    """New rates: nano-USD per million tokens, and per GiB and hour of storage."""
 
     # Name of the base model whose tokens these are.
     base_model: str
@@ -37,9 +40,15 @@ class PriceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output_nano_per_million: Rate
     # The input rate, where it is left out.
     cached_input_nano_per_million: Rate | None = None
+    # For each GiB of adapters' versions and each hour that they are kept.
+    storage_nano_per_gib_hour: Rate = 0
     # For one tenant alone, by slug, or for one adapter alone, by public name.
     tenant: str | None = None
     adapter: str | None = None
+    # A moment to come, with its offset from UTC; now, where it is left out.
+    since: Annotated[datetime.datetime, msgspec.Meta(tz=True)] | None = msgspec.field(
+        default=None, name="from"
+    )
 
 
 class PriceEntry(msgspec.Struct, frozen=True):
@@ -52,6 +61,7 @@ class PriceEntry(msgspec.Struct, frozen=True):
     input_nano_per_million: int
     cached_input_nano_per_million: int
     output_nano_per_million: int
+    storage_nano_per_gib_hour: int
     since: datetime.datetime = msgspec.field(name="from")
     # Null while it holds.
     until: datetime.datetime | None = msgspec.field(name="to")
@@ -68,6 +78,7 @@ class PriceList(msgspec.Struct, frozen=True):
     scope="operator",
     tags=["billing"],
     summary="Report who used what, and what it costs",
+    responses=REPORT,
 )
 async def report_usage(
     request: Request[Any, Any, Any],
@@ -77,18 +88,19 @@ async def report_usage(
     until: Annotated[str | None, QueryParameter(name="to")] = None,
     group_by: FromQuery[str] = DEFAULT_GROUPS,
     format: FromQuery[Format] = "json",  # noqa: A002 - its name in the URL
-) -> Response[UsageReport | str]:
-    """Dates or RFC 3339 times, in UTC; `to` is not included. Without both: the current month.
+    time_zone: FromQuery[str] = "UTC",
+    as_of: FromQuery[str | None] = None,
+) -> Stream:
+    """Dates of the time zone, or RFC 3339 times; `to` is not included. Else: the current month.
 
-    `group_by` takes any of day, tenant, adapter, key and model.
+    `group_by` takes any of day, hour, tenant, adapter, version, key, model and user. With `as_of`,
+    a moment of the past, the report is what it was then, to the nano-USD.
     """
-    refuse_unknown(request.query_params, known=("tenant", "from", "to", "group_by", "format"))
-    period = parse_period(since, until)
-    groups = parse_group_by(group_by, allowed=tuple(Dimension))
+    refuse_unknown(request.query_params, known=("tenant", *PARAMETERS))
+    question = await read_question(request, database, allowed=tuple(Dimension))
     async with database.as_worker() as session:
         tenant_id = (await tenants.get_tenant(session, tenant)).id if tenant else None
-        report = await usage_report(session, period, group_by=groups, tenant_id=tenant_id)
-    return write_report(report, format)
+        return await write_report(session, replace(question, tenant_id=tenant_id), format)
 
 
 @get("/prices", scope="operator", tags=["billing"], summary="List all prices, past ones too")
@@ -105,7 +117,12 @@ async def list_prices(database: NamedDependency[Database]) -> PriceList:
     return PriceList([PriceEntry(**row) for row in found.mappings()])
 
 
-@post("/prices", scope="operator", tags=["billing"], summary="Set a price from now on")
+@post(
+    "/prices",
+    scope="operator",
+    tags=["billing"],
+    summary="Set a price from now on, or from a day to come",
+)
 async def change_price(
     data: JSONBody[PriceChange],
     principal: NamedDependency[Principal],
@@ -120,17 +137,24 @@ async def change_price(
             else data.cached_input_nano_per_million
         ),
         output_nano_per_million=data.output_nano_per_million,
+        storage_nano_per_gib_hour=data.storage_nano_per_gib_hour,
     )
     async with database.as_worker() as session:
         scope = await _find_scope(session, data)
-        row = await set_price(session, scope, rates=rates)
+        before = await price_at(session, scope, data.since)
+        was = {} if before is None else msgspec.to_builtins(Rates.of(before))
+        row = await set_price(session, scope, rates=rates, since=data.since)
         await audit.record(
             session,
             tenant_id=scope.tenant_id,
             actor_key_id=principal.key_id,
             action="price.set",
             subject=data.adapter or data.tenant or data.base_model,
-            details={"base_model": data.base_model, **msgspec.to_builtins(rates)},
+            details={
+                "base_model": data.base_model,
+                "from": row.effective.lower,
+                **audit.change(was, msgspec.to_builtins(rates)),
+            },
         )
         entry = (await session.execute(_select_prices().where(PriceVersion.id == row.id))).one()
     return PriceEntry(**entry._mapping)
@@ -177,6 +201,7 @@ def _select_prices() -> Select[Any]:
             PriceVersion.input_nano_per_million,
             PriceVersion.cached_input_nano_per_million,
             PriceVersion.output_nano_per_million,
+            PriceVersion.storage_nano_per_gib_hour,
             func.lower(PriceVersion.effective).label("since"),
             func.upper(PriceVersion.effective).label("until"),
         )

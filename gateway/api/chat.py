@@ -10,8 +10,10 @@ from litestar.params import JSONBody
 from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer, answer_headers, collect
+from gateway.api.attempts import Answering, Attempts, finish_whole, replay
 from gateway.api.fields import (
     LogitBias,
+    MaxCost,
     MinP,
     MinTokens,
     NumTokens,
@@ -26,13 +28,16 @@ from gateway.api.fields import (
     TopK,
     TopP,
     Usage,
+    User,
+    end_user,
     refuse_unserved,
     stop_strings,
 )
 from gateway.api.sse import DONE, event, event_stream
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
-from gateway.inference import Delta, Generation, GenerationRequest, Inference
+from gateway.idempotency import KeptAnswer
+from gateway.inference import Delta, Generation, GenerationRequest, Inference, StoppedBy
 from gateway.text import TextCodec
 
 
@@ -85,8 +90,10 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    # One user always gets the same side of a canary.
-    user: str | None = None
+    # Ours: the most that the answer may cost, in nano-USD.
+    max_cost: MaxCost | None = None
+    # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.
+    user: User | None = None
     # Accepted for the client's own use; they change nothing here.
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -137,6 +144,8 @@ class ChatChoice(msgspec.Struct, frozen=True):
     finish_reason: Literal["stop", "length"]
     logprobs: ChatLogprobs | None
     index: int = 0
+    # Ours: what ended the answer, where that was money.
+    stopped_by: StoppedBy | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
@@ -160,6 +169,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
     logprobs: ChatLogprobs | None = None
     index: int = 0
+    stopped_by: StoppedBy | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True):
@@ -186,18 +196,28 @@ async def chat_completions(
     request: Request[Any, Any, Any],
     principal: NamedDependency[Principal],
     inference: NamedDependency[Inference],
+    attempts: NamedDependency[Attempts],
 ) -> Response[ChatCompletion] | Stream:
     """Answer a conversation with a base model or one of the caller's adapters."""
-    generation = await inference.start(principal, _read(data))
-    if data.stream:
-        return await event_stream(
-            request,
-            _events(generation, data),
-            headers=answer_headers(generation),
-            leave=generation.leave,
-        )
-    answer = await collect(request, generation)
-    return _whole(generation, data, answer)
+    asked = _read(data)
+    answering = await attempts.begin(request, principal, is_streamed=asked.is_streamed)
+    if isinstance(answering, KeptAnswer):
+        return replay(answering)
+    try:
+        generation = await inference.start(principal, asked, answering.facts)
+        if not data.stream:
+            return await _whole(generation, data, await collect(request, generation), answering)
+    except BaseException:
+        answering.leave()
+        raise
+
+    def leave() -> None:
+        generation.leave()
+        answering.leave()
+
+    headers = answer_headers(generation)
+    events = answering.keep_stream(_events(generation, data), headers=headers)
+    return await event_stream(request, events, headers=headers, leave=leave)
 
 
 def _read(data: ChatCompletionRequest) -> GenerationRequest:
@@ -211,7 +231,7 @@ def _read(data: ChatCompletionRequest) -> GenerationRequest:
     return GenerationRequest(
         endpoint="chat.completions",
         model=data.model,
-        user=data.user,
+        user=end_user(data.user),
         prompt=[message.for_template() for message in data.messages],
         is_streamed=bool(data.stream),
         max_tokens=data.max_completion_tokens or data.max_tokens,
@@ -229,6 +249,7 @@ def _read(data: ChatCompletionRequest) -> GenerationRequest:
         stop_token_ids=tuple(data.stop_token_ids or ()),
         ignore_eos=bool(data.ignore_eos),
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
+        max_cost_nano=data.max_cost,
     )
 
 
@@ -236,21 +257,29 @@ def _id(generation: Generation) -> str:
     return f"chatcmpl-{generation.request_id.hex}"
 
 
-def _whole(
-    generation: Generation, data: ChatCompletionRequest, answer: WholeAnswer
+async def _whole(
+    generation: Generation,
+    data: ChatCompletionRequest,
+    answer: WholeAnswer,
+    answering: Answering,
 ) -> Response[ChatCompletion]:
-    bill = generation.finish()
+    bill = generation.bill()
     logprobs = _logprobs(generation.codec, answer) if data.logprobs else None
     completion = ChatCompletion(
         id=_id(generation),
         created=int(generation.created.timestamp()),
         model=data.model,
-        choices=[ChatChoice(AssistantMessage(answer.text), answer.finish_reason, logprobs)],
+        choices=[
+            ChatChoice(
+                AssistantMessage(answer.text),
+                answer.finish_reason,
+                logprobs,
+                stopped_by=answer.stopped_by or msgspec.UNSET,
+            )
+        ],
         usage=Usage.of(bill),
     )
-    return Response(
-        completion, headers={**answer_headers(generation), "x-cost-nano": str(bill.cost_nano)}
-    )
+    return await finish_whole(generation, completion, answering)
 
 
 async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncIterator[bytes]:
@@ -275,7 +304,13 @@ async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncI
             yield chunk(ChatChunkChoice(ChatDelta(content=delta.text), logprobs=logprobs))
         if delta.finish_reason:
             bill = generation.finish()
-            yield chunk(ChatChunkChoice(ChatDelta(), finish_reason=delta.finish_reason))
+            yield chunk(
+                ChatChunkChoice(
+                    ChatDelta(),
+                    finish_reason=delta.finish_reason,
+                    stopped_by=generation.stopped_by or msgspec.UNSET,
+                )
+            )
             if data.stream_options and data.stream_options.include_usage:
                 yield chunk(usage=Usage.of(bill))
     yield DONE

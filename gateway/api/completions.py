@@ -10,8 +10,10 @@ from litestar.params import JSONBody
 from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer, answer_headers, collect
+from gateway.api.attempts import Answering, Attempts, finish_whole, replay
 from gateway.api.fields import (
     LogitBias,
+    MaxCost,
     MinP,
     MinTokens,
     NumTokens,
@@ -26,13 +28,23 @@ from gateway.api.fields import (
     TopK,
     TopP,
     Usage,
+    User,
+    end_user,
     refuse_unserved,
     stop_strings,
 )
 from gateway.api.sse import DONE, event, event_stream
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
-from gateway.inference import Delta, Generation, GenerationRequest, Inference, TokenPrompt
+from gateway.idempotency import KeptAnswer
+from gateway.inference import (
+    Delta,
+    Generation,
+    GenerationRequest,
+    Inference,
+    StoppedBy,
+    TokenPrompt,
+)
 from gateway.text import TextCodec
 
 # OpenAI's own default for this endpoint.
@@ -61,8 +73,10 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    # One user always gets the same side of a canary.
-    user: str | None = None
+    # Ours: the most that the answer may cost, in nano-USD.
+    max_cost: MaxCost | None = None
+    # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.
+    user: User | None = None
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
     best_of: int | None = None
     echo: bool | None = None
@@ -85,6 +99,8 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: Literal["stop", "length"] | None
     logprobs: CompletionLogprobs | None = None
     index: int = 0
+    # Ours: what ended the answer, where that was money.
+    stopped_by: StoppedBy | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -111,18 +127,28 @@ async def completions(
     request: Request[Any, Any, Any],
     principal: NamedDependency[Principal],
     inference: NamedDependency[Inference],
+    attempts: NamedDependency[Attempts],
 ) -> Response[Completion] | Stream:
     """Continue a prompt with a base model or one of the caller's adapters."""
-    generation = await inference.start(principal, _read(data))
-    if data.stream:
-        return await event_stream(
-            request,
-            _events(generation, data),
-            headers=answer_headers(generation),
-            leave=generation.leave,
-        )
-    answer = await collect(request, generation)
-    return _whole(generation, data, answer)
+    asked = _read(data)
+    answering = await attempts.begin(request, principal, is_streamed=asked.is_streamed)
+    if isinstance(answering, KeptAnswer):
+        return replay(answering)
+    try:
+        generation = await inference.start(principal, asked, answering.facts)
+        if not data.stream:
+            return await _whole(generation, data, await collect(request, generation), answering)
+    except BaseException:
+        answering.leave()
+        raise
+
+    def leave() -> None:
+        generation.leave()
+        answering.leave()
+
+    headers = answer_headers(generation)
+    events = answering.keep_stream(_events(generation, data), headers=headers)
+    return await event_stream(request, events, headers=headers, leave=leave)
 
 
 def _read(data: CompletionRequest) -> GenerationRequest:
@@ -134,7 +160,7 @@ def _read(data: CompletionRequest) -> GenerationRequest:
     return GenerationRequest(
         endpoint="completions",
         model=data.model,
-        user=data.user,
+        user=end_user(data.user),
         prompt=data.prompt if isinstance(data.prompt, str) else TokenPrompt(data.prompt),
         is_streamed=bool(data.stream),
         max_tokens=data.max_tokens or DEFAULT_MAX_TOKENS,
@@ -152,6 +178,7 @@ def _read(data: CompletionRequest) -> GenerationRequest:
         stop_token_ids=tuple(data.stop_token_ids or ()),
         ignore_eos=bool(data.ignore_eos),
         logprobs=data.logprobs,
+        max_cost_nano=data.max_cost,
     )
 
 
@@ -170,16 +197,19 @@ def _completion(
     )
 
 
-def _whole(
-    generation: Generation, data: CompletionRequest, answer: WholeAnswer
+async def _whole(
+    generation: Generation, data: CompletionRequest, answer: WholeAnswer, answering: Answering
 ) -> Response[Completion]:
-    bill = generation.finish()
+    bill = generation.bill()
     logprobs = None if data.logprobs is None else _logprobs(generation.codec, answer, offset=0)
-    choice = CompletionChoice(answer.text, answer.finish_reason, logprobs)
-    return Response(
-        _completion(generation, data, choice, usage=Usage.of(bill)),
-        headers={**answer_headers(generation), "x-cost-nano": str(bill.cost_nano)},
+    choice = CompletionChoice(
+        answer.text,
+        answer.finish_reason,
+        logprobs,
+        stopped_by=answer.stopped_by or msgspec.UNSET,
     )
+    completion = _completion(generation, data, choice, usage=Usage.of(bill))
+    return await finish_whole(generation, completion, answering)
 
 
 async def _events(generation: Generation, data: CompletionRequest) -> AsyncIterator[bytes]:
@@ -190,7 +220,12 @@ async def _events(generation: Generation, data: CompletionRequest) -> AsyncItera
             None if data.logprobs is None else _logprobs(generation.codec, delta, offset=offset)
         )
         offset += len(delta.text)
-        choice = CompletionChoice(delta.text, delta.finish_reason, logprobs)
+        choice = CompletionChoice(
+            delta.text,
+            delta.finish_reason,
+            logprobs,
+            stopped_by=generation.stopped_by or msgspec.UNSET,
+        )
         yield event(_completion(generation, data, choice))
         if bill and data.stream_options and data.stream_options.include_usage:
             yield event(_completion(generation, data, usage=Usage.of(bill)))

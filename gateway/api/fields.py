@@ -24,7 +24,10 @@ MinTokens = Annotated[int, msgspec.Meta(ge=0)]
 NumTokens = Annotated[int, msgspec.Meta(ge=1)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], msgspec.Meta(max_length=16)]
+# Nano-USD, as an integer: the unit of every amount in this API.
+MaxCost = Annotated[int, msgspec.Meta(ge=1, le=10**18)]
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+User = Annotated[str, msgspec.Meta(max_length=512)]
 TokenIds = Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=1_000_000)]
 
 # Known fields that are not served, with the values that change nothing.
@@ -94,6 +97,13 @@ class Usage(msgspec.Struct, frozen=True):
             prompt_tokens_details=PromptTokensDetails(bill.cached_tokens),
             cost_nano=bill.cost_nano,
         )
+
+
+def end_user(user: str | None) -> str | None:
+    """Whom the request is made for. Raises InvalidRequest for what no report could show."""
+    if user and not user.isprintable():
+        raise InvalidRequest("'user' may have no control characters.", param="user")
+    return user or None
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -46,7 +46,8 @@ class ModelList(msgspec.Struct, frozen=True):
 async def list_models(
     principal: NamedDependency[Principal], registry: NamedDependency[Registry]
 ) -> ModelList:
-    return ModelList([Model.of(entry) for entry in await registry.list_models(principal)])
+    entries = await registry.list_models(principal)
+    return ModelList([Model.of(entry) for entry in entries if principal.may_call(entry.id.lower())])
 
 
 @get(
@@ -61,6 +62,6 @@ async def get_model(
     # A path parameter begins with its slash; hub ids have one inside.
     name = model.removeprefix("/").lower()
     for entry in await registry.list_models(principal):
-        if entry.id.lower() == name:
+        if entry.id.lower() == name and principal.may_call(name):
             return Model.of(entry)
     raise model_not_found(name)

@@ -5,6 +5,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from gateway.errors import (
     BodyTooLarge,
     GatewayError,
     InvalidRequest,
+    LimitReached,
     NotFound,
     RejectedUpload,
     Unavailable,
@@ -36,6 +38,8 @@ class OpenAIErrorBody(msgspec.Struct, frozen=True):
     type: str
     param: str | None
     code: str | None
+    # Of a 429: which rule, whose, its ceiling, where it stands, when it clears.
+    rule: Mapping[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
 class OpenAIError(msgspec.Struct, frozen=True):
@@ -45,7 +49,10 @@ class OpenAIError(msgspec.Struct, frozen=True):
 
 
 def openai_error(error: GatewayError) -> OpenAIError:
-    return OpenAIError(OpenAIErrorBody(error.message, error.type, error.param, error.code))
+    rule = error.rule if isinstance(error, LimitReached) else None
+    return OpenAIError(
+        OpenAIErrorBody(error.message, error.type, error.param, error.code, rule or msgspec.UNSET)
+    )
 
 
 def problem_document(error: GatewayError) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import click
 
+from gateway.billing.commands import billing
 from gateway.cli.adapters import adapters
+from gateway.cli.audit import audit
 from gateway.cli.chat import chat
 from gateway.cli.serve import demo, serve
 
@@ -17,3 +19,5 @@ main.add_command(serve)
 main.add_command(demo)
 main.add_command(adapters)
 main.add_command(chat)
+main.add_command(billing)
+main.add_command(audit)

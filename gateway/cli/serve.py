@@ -12,10 +12,11 @@ from typing import Any
 
 import click
 
+from gateway.addresses import Network, parse_networks
 from gateway.cli.printing import say
 from gateway.cli.server import DEFAULT_DATA_DIR
 from gateway.demo import set_up_demo
-from gateway.errors import DatabaseRefused
+from gateway.errors import DatabaseRefused, InvalidRequest
 from gateway.lora_modules import LoraModule, parse, register
 from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS
 from gateway.supervisor import CannotServe, ServeOptions, Supervisor, reachable
@@ -74,6 +75,15 @@ def _parse_modules(
         raise click.BadParameter(str(error)) from error
 
 
+def _networks(
+    _: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[Network, ...]:
+    try:
+        return parse_networks(values, param=parameter.opts[0])
+    except InvalidRequest as error:
+        raise click.UsageError(f"{parameter.opts[0]}: {error.message}") from None
+
+
 def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
     for flag in REFUSED_FLAGS:
         command = click.option(flag, callback=_refuse, expose_value=False, hidden=True)(command)
@@ -105,6 +115,27 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
     "--max-adapter-bytes-per-tenant",
     type=click.IntRange(min=0),
     help="The same for the bytes of their versions. [default: none]",
+)
+@click.option(
+    "--trusted-proxy",
+    "trusted_proxies",
+    multiple=True,
+    callback=_networks,
+    help="Address or range whose X-Forwarded-For is believed; may be repeated.",
+)
+@click.option(
+    "--webhook-network",
+    "webhook_networks",
+    multiple=True,
+    callback=_networks,
+    help="Private address or range that webhooks may be sent to; may be repeated.",
+)
+@click.option(
+    "--credit-retries",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="NANO_USD",
+    help="Most that a tenant gets back in a day for streams that it left and asked for again.",
 )
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
@@ -149,6 +180,9 @@ def serve(
     max_adapter_bytes_per_tenant: int | None,
     lora_modules: tuple[LoraModule, ...],
     lora_folder: Path | None,
+    trusted_proxies: tuple[Network, ...],
+    webhook_networks: tuple[Network, ...],
+    credit_retries: int,
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -167,6 +201,9 @@ def serve(
         max_adapters_per_tenant=max_adapters_per_tenant,
         max_adapter_bytes_per_tenant=max_adapter_bytes_per_tenant,
         lora_folder=lora_folder,
+        trusted_proxies=trusted_proxies,
+        webhook_networks=webhook_networks,
+        max_retry_credit_nano=credit_retries,
     )
 
     async def ready(supervisor: Supervisor) -> None:

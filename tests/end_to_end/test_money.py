@@ -4,6 +4,8 @@ import asyncio
 import csv
 import io
 import shutil
+import subprocess
+import sys
 import uuid
 from collections import Counter, defaultdict
 from fractions import Fraction
@@ -216,3 +218,12 @@ def _journalled_tokens(server: Any, request_id: uuid.UUID, tmp_path: Path) -> in
         for count in record.counts
         if count.number == number
     )
+
+
+def test_the_books_are_proven_beside_the_running_server(server):
+    command = [sys.executable, "-m", "gateway.cli", "billing", "verify"]
+    proved = subprocess.run(
+        [*command, "--data-dir", str(server.data_dir)], capture_output=True, text=True, check=False
+    )
+    assert proved.returncode == 0, proved.stdout + proved.stderr
+    assert "all books agree" in proved.stdout

@@ -46,6 +46,7 @@ from gateway.staging import Staging
 from gateway.templates import Templates
 from gateway.text import TextCodecs
 from gateway.uploads import Uploads
+from gateway.webhooks import Outbox
 from tests.text_bombs import small_bundle
 
 MAX_UPLOAD_BYTES = 256 * 1024
@@ -233,6 +234,7 @@ async def admin_plane(
         "source_files": SourceFiles(registry, store, blobs),
         "residency": residency,
         "runtime_loras": runtime_loras,
+        "outbox": Outbox(database, {1: PEPPER}),
     }
     app = _app(database, authenticator, parts)
     async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:
@@ -292,7 +294,7 @@ async def _operator_key(database: Database) -> str:
 @contextlib.asynccontextmanager
 async def serve(app: Litestar) -> AsyncIterator[str]:
     """The app on a loopback port of its own."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", proxy_headers=False))
     running = asyncio.create_task(server.serve())
     await until(lambda: server.started or running.done())
     port = server.servers[0].sockets[0].getsockname()[1]

@@ -6,6 +6,8 @@ import socket
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
+from typing import Any
 
 import httpx
 import pytest
@@ -13,11 +15,18 @@ import uvicorn
 from litestar import Litestar, get
 from litestar.di import NamedDependency, Provide
 
-from gateway import auth, tenants
+from gateway import addresses, auth, tenants
 from gateway.api.wire import answer_error
 from gateway.auth import Authenticator, Principal, guard, provide_principal
 from gateway.database import Database
-from gateway.errors import GatewayError, InvalidKey, InvalidRequest, NotAllowed, Unavailable
+from gateway.errors import (
+    GatewayError,
+    InvalidKey,
+    InvalidRequest,
+    LimitReached,
+    NotAllowed,
+    Unavailable,
+)
 from gateway.tables import ApiKey, Tenant
 from tests.conftest import Home, execute
 
@@ -331,3 +340,141 @@ def test_an_application_with_a_route_that_names_no_scope_does_not_start() -> Non
     auth.check_routes(Litestar([open_route, operator_route], openapi_config=None))
     with pytest.raises(AssertionError, match="GET /forgotten"):
         auth.check_routes(Litestar([open_route, forgotten_route], openapi_config=None))
+
+
+# Rotation, peppers, roles and guesses.
+
+
+async def test_a_rotated_key_is_good_beside_its_new_secret_until_the_overlap_ends(
+    database: Database, authenticator: Authenticator
+) -> None:
+    row, old = await make_key(database)
+
+    async def rotate(overlap: datetime.timedelta) -> str:
+        async with database.as_worker() as session:
+            key = await auth.get_key(session, tenant_id=row.tenant_id, key_id=row.id)
+            return await auth.rotate_key(session, key, overlap=overlap, pepper=PEPPER)
+
+    new = await rotate(datetime.timedelta(hours=1))
+    assert auth.public_id_of(new) == auth.public_id_of(old)
+    for plain in (old, new):
+        assert (await authenticator.authenticate(bearer(plain))).key_id == row.id
+    newest = await rotate(datetime.timedelta())
+    authenticator.forget()
+    await authenticator.authenticate(bearer(newest))
+    assert "not known" in (await refusal(authenticator, old)).message
+    assert "replaced" in (await refusal(authenticator, new)).message
+
+
+async def test_a_remembered_old_secret_ends_with_its_overlap(
+    database: Database, authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "CACHE_S", 3600.0)
+    row, old = await make_key(database)
+    async with database.as_worker() as session:
+        key = await auth.get_key(session, tenant_id=row.tenant_id, key_id=row.id)
+        overlap = datetime.timedelta(milliseconds=500)
+        await auth.rotate_key(session, key, overlap=overlap, pepper=PEPPER)
+    assert isinstance(await refusal(authenticator, old), InvalidKey)
+
+
+async def test_a_rotation_is_heard_of_by_other_gateways(
+    database: Database, authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "CACHE_S", 3600.0)
+    row, old = await make_key(database)
+    async with authenticator:
+        await authenticator.authenticate(bearer(old))
+        async with database.as_worker() as session:
+            key = await auth.get_key(session, tenant_id=row.tenant_id, key_id=row.id)
+            await auth.rotate_key(session, key, overlap=datetime.timedelta(), pepper=PEPPER)
+        assert isinstance(await refusal(authenticator, old), InvalidKey)
+
+
+async def test_keys_under_an_older_pepper_stay_good_and_new_ones_get_the_newest(
+    database: Database,
+) -> None:
+    row, old = await make_key(database)
+    authenticator = Authenticator(database, {1: PEPPER, 2: b"n" * 32})
+    await authenticator.authenticate(bearer(old))
+    async with database.as_worker() as session:
+        key = await auth.get_key(session, tenant_id=row.tenant_id, key_id=row.id)
+        new = await authenticator.renew_key(session, key, overlap=datetime.timedelta(hours=1))
+        assert (key.pepper_version, key.previous_pepper_version) == (2, 1)
+    for plain in (old, new):
+        await authenticator.authenticate(bearer(plain))
+    with pytest.raises(InvalidKey):
+        await Authenticator(database, {2: b"n" * 32}).authenticate(bearer(old))
+
+
+async def test_a_revoked_key_gets_no_new_secret(database: Database) -> None:
+    row, _ = await make_key(database)
+    async with database.as_worker() as session:
+        key = await auth.revoke_key(session, tenant_id=row.tenant_id, key_id=row.id)
+        with pytest.raises(GatewayError, match="revoked"):
+            await auth.rotate_key(session, key, overlap=datetime.timedelta(), pepper=PEPPER)
+
+
+@pytest.mark.parametrize(
+    ("facts", "param"),
+    [
+        ({"role": "king"}, "role"),
+        ({"role": "owner", "scopes": ["usage"]}, "scopes"),
+        ({"allowed_models": []}, "allowed_models"),
+        ({"allowed_models": ["x" * 200]}, "allowed_models"),
+        ({"ip_ranges": ["everywhere"]}, "ip_ranges"),
+    ],
+)
+async def test_a_restriction_that_cannot_be_meant_is_refused_naming_the_field(
+    database: Database, facts: dict[str, Any], param: str
+) -> None:
+    async with database.as_worker() as session:
+        tenant = await tenants.create_tenant(session, slug="acme", name="acme")
+        with pytest.raises(InvalidRequest) as refused:
+            await auth.create_key(
+                session,
+                tenant_id=tenant.id,
+                name="k",
+                expires_at=None,
+                pepper=PEPPER,
+                **{"scopes": None, **facts},
+            )
+    assert refused.value.param == param
+
+
+async def test_an_address_that_guesses_keys_is_made_to_wait(
+    database: Database, authenticator: Authenticator
+) -> None:
+    _, plain = await make_key(database)
+    guesser, other = ip_address("192.0.2.1"), ip_address("192.0.2.2")
+    await authenticator.authenticate(bearer(plain), address=guesser)
+    for _ in range(addresses.MAX_FAILURES):
+        with pytest.raises(InvalidKey):
+            await authenticator.authenticate(bearer(auth.new_key().plain), address=guesser)
+    with pytest.raises(LimitReached):
+        await authenticator.authenticate(bearer(auth.new_key().plain), address=guesser)
+    # Who is known goes on, and so does everybody elsewhere.
+    await authenticator.authenticate(bearer(plain), address=guesser)
+    authenticator.forget()
+    await authenticator.authenticate(bearer(plain), address=other)
+
+
+async def test_a_key_is_refused_from_an_address_that_is_not_its_own(
+    database: Database, authenticator: Authenticator
+) -> None:
+    async with database.as_worker() as session:
+        tenant = await tenants.create_tenant(session, slug="acme", name="acme")
+        _, plain = await auth.create_key(
+            session,
+            tenant_id=tenant.id,
+            name="k",
+            scopes=None,
+            expires_at=None,
+            pepper=PEPPER,
+            ip_ranges=["192.0.2.0/24", "2001:db8::/32"],
+        )
+    for address in ("192.0.2.9", "2001:db8::1"):
+        await authenticator.authenticate(bearer(plain), address=ip_address(address))
+    for stranger in (ip_address("198.51.100.1"), None):
+        with pytest.raises(NotAllowed):
+            await authenticator.authenticate(bearer(plain), address=stranger)

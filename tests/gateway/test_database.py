@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+import asyncpg
 import pytest
 from alembic import command
 from sqlalchemy import CheckConstraint, ColumnElement, Connection, select, text
@@ -15,6 +16,7 @@ from sqlalchemy import Table as SqlTable
 from sqlalchemy.dialects.postgresql import Range
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import make_transient
 
 from gateway.database import (
     DATABASE_TROUBLE,
@@ -37,16 +39,31 @@ from gateway.tables import (
     ApiKey,
     AuditEntry,
     BaseModel,
+    BillingAccount,
+    BillingPeriod,
+    Budget,
+    BudgetWindow,
+    ContentPolicy,
+    EndUser,
     GatewayInstance,
     Hold,
+    IdempotencyKey,
+    Limit,
     PriceVersion,
     PublicName,
+    Statement,
+    StatementLine,
+    StorageHour,
+    StoredContent,
     Table,
     Tenant,
     Upload,
     UploadPart,
+    UsageCredit,
     UsageEvent,
     UsageRollup,
+    Webhook,
+    WebhookDelivery,
     WithheldBaseModel,
     new_id,
 )
@@ -130,9 +147,27 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID, withheld_id: uuid.U
     rollup = UsageRollup(
         id=new_id(), day=now.date(), api_key_id=key.id, requests=1, **tokens, **based
     )
+    budget = Budget(
+        id=new_id(),
+        kind="hard",
+        period="month",
+        time_zone="UTC",
+        cap_nano=1,
+        alert_percents=[100],
+        **ours,
+    )
+    webhook = Webhook(id=new_id(), url="https://alerts.example", pepper_version=1, **ours)
+    end_user = EndUser(id=new_id(), name="somebody", **ours)
+    kept = {"expires_at": now, **ours}
     return [
         tenant,
+        Limit(id=new_id(), requests_per_minute=1, **ours),
+        budget,
+        BudgetWindow(budget_id=budget.id, starts_at=NOW, spent_nano=0, **ours),
+        webhook,
+        WebhookDelivery(id=new_id(), webhook_id=webhook.id, event={}, **ours),
         key,
+        end_user,
         adapter,
         PublicName(name=adapter.public_name, adapter_id=adapter.id),
         version,
@@ -151,7 +186,48 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID, withheld_id: uuid.U
         AuditEntry(
             id=new_id(), number=1, action="a", subject="s", details={}, hash=bytes(32), **ours
         ),
+        UsageCredit(
+            id=event.id,
+            retry_id=new_id(),
+            price_version_id=price.id,
+            at=now,
+            amount_nano=1,
+            **based,
+        ),
+        StorageHour(
+            adapter_id=adapter.id,
+            hour=now,
+            price_version_id=price.id,
+            size_bytes=1,
+            cost_nano=1,
+            **based,
+        ),
+        BillingAccount(**ours),
+        ContentPolicy(keep_days=1, **ours),
+        StoredContent(id=event.id, prompt="p", completion="c", **kept),
+        IdempotencyKey(
+            api_key_id=key.id, key_digest=b"k", body_digest=b"b", claim_id=new_id(), **kept
+        ),
     ]
+
+
+def a_closed_month(tenant_id: uuid.UUID, slug: str) -> tuple[BillingPeriod, Statement]:
+    """A period, to be closed once its statement is there."""
+    period = BillingPeriod(id=new_id(), tenant_id=tenant_id, month=datetime.date(2026, 1, 1))
+    statement = Statement(
+        id=new_id(),
+        tenant_id=tenant_id,
+        period_id=period.id,
+        number=slug,
+        tenant_name=slug,
+        bill_to="",
+        as_of=NOW,
+        total_nano=1,
+        carried_in_nano=0,
+        payable_cents=0,
+        carried_out_nano=1,
+    )
+    return period, statement
 
 
 @pytest.fixture
@@ -177,8 +253,34 @@ async def town(database: Database) -> Town:
         for row in (base_model, withheld, *acme, *globex):
             session.add(row)
             await session.flush()
+        for rows in (acme, globex):
+            await add_statement(session, rows)
     first, second = (row.id for row in (acme[0], globex[0]) if isinstance(row, Tenant))
     return Town(first, second, base_model.id)
+
+
+async def add_statement(session: AsyncSession, rows: list[Table]) -> None:
+    [tenant] = [row for row in rows if isinstance(row, Tenant)]
+    [price] = [row for row in rows if isinstance(row, PriceVersion)]
+    period, statement = a_closed_month(tenant.id, tenant.slug)
+    line = StatementLine(
+        id=new_id(),
+        tenant_id=tenant.id,
+        statement_id=statement.id,
+        number=1,
+        kind="usage",
+        usage_month=period.month,
+        base_model_id=price.base_model_id,
+        price_version_id=price.id,
+        unit="input_tokens",
+        quantity=1,
+        rate_nano=1,
+        amount_nano=1,
+    )
+    for row in (period, statement, line):
+        session.add(row)
+        await session.flush()
+    period.state, period.closed_at = "closed", NOW
 
 
 def owner_column(table: SqlTable) -> ColumnElement[uuid.UUID]:
@@ -285,10 +387,18 @@ async def test_a_tenant_cannot_add_a_row_for_another(database: Database, town: T
         "DELETE FROM holds",
         "UPDATE usage_rollups SET cost_nano = 0",
         "DELETE FROM audit_log",
+        "INSERT INTO statements SELECT * FROM statements",
+        "UPDATE billing_accounts SET bill_to = ''",
+        "INSERT INTO usage_credits SELECT * FROM usage_credits",
+        "DELETE FROM stored_contents",
         "UPDATE price_versions SET input_nano_per_million = 0",
         "UPDATE tenants SET status = 'active'",
         "UPDATE api_keys SET revoked_at = NULL",
         "SELECT secret_hmac FROM api_keys",
+        "UPDATE limits SET requests_per_minute = NULL",
+        "UPDATE budgets SET cap_nano = 9",
+        "UPDATE budget_windows SET spent_nano = 0",
+        "SELECT extend_holds(gen_random_uuid(), '{}', '{}', '{}', '{}')",
         "SELECT * FROM gateway_instances",
         "CREATE TABLE mine (id int)",
         "ALTER TABLE holds DISABLE ROW LEVEL SECURITY",
@@ -315,6 +425,10 @@ async def test_the_app_role_may_not(database: Database, town: Town, statement: s
         "UPDATE tenants SET slug = 'x'",
         "UPDATE holds SET tenant_id = tenant_id",
         "DELETE FROM usage_rollups",
+        "UPDATE statements SET total_nano = 0",
+        "DELETE FROM statement_lines",
+        "UPDATE usage_credits SET amount_nano = 2",
+        "DELETE FROM storage_hours",
         'SET ROLE "manylora_owner"',
     ],
 )
@@ -322,6 +436,48 @@ async def test_not_even_the_worker_may(database: Database, statement: str) -> No
     with pytest.raises(DBAPIError, match="permission denied"):
         async with database.as_worker() as session:
             await session.execute(text(statement))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE usage_events SET cost_nano = 0",
+        "DELETE FROM usage_events",
+        "DELETE FROM usage_credits",
+        "UPDATE storage_hours SET size_bytes = 0",
+        "UPDATE statements SET payable_cents = 1, carried_out_nano = -9999999",
+        "DELETE FROM statement_lines",
+        "UPDATE billing_periods SET state = 'open', closed_at = NULL",
+        "DELETE FROM billing_periods",
+        """INSERT INTO statement_lines SELECT gen_random_uuid(), tenant_id, statement_id, 2, kind,
+           usage_month, base_model_id, adapter_id, price_version_id, unit, quantity, rate_nano, 0
+           FROM statement_lines""",
+    ],
+)
+async def test_not_even_a_superuser_may_by_mistake(home: Home, town: Town, statement: str) -> None:
+    with pytest.raises(asyncpg.RestrictViolationError):
+        await execute(home.superuser_url, statement)
+
+
+async def test_a_statement_stands_with_its_lines_and_a_closed_period_or_not_at_all(
+    database: Database, town: Town
+) -> None:
+    period, statement = a_closed_month(town.acme, "another")
+    period.month = datetime.date(2026, 2, 1)
+    with pytest.raises(IntegrityError, match="sum of its lines"):
+        await add_and_close(database, period, statement)
+    period.id, period.state, period.closed_at = new_id(), "open", None
+    with pytest.raises(IntegrityError, match="no statement to close with"):
+        await add_and_close(database, period)
+
+
+async def add_and_close(database: Database, period: BillingPeriod, *rows: Table) -> None:
+    async with database.as_worker() as session:
+        for row in (period, *rows):
+            make_transient(row)
+            session.add(row)
+            await session.flush()
+        period.state, period.closed_at = "closed", NOW
 
 
 async def test_an_exception_undoes_the_transaction(database: Database) -> None:
@@ -547,6 +703,16 @@ async def test_the_second_step_keeps_what_the_first_knew(own_home: Home) -> None
         await engine.dispose()
     async with opened(await migrated(own_home)) as database:
         await database.check()
+
+
+async def test_the_owner_may_work_as_the_worker(own_home: Home) -> None:
+    await migrated(own_home)
+    database = Database.of_worker(own_home.owner_url)
+    try:
+        async with database.as_worker() as session:
+            assert (await session.execute(text("SELECT current_user"))).scalar_one() == "own_worker"
+    finally:
+        await database.close()
 
 
 async def test_migrating_again_changes_only_the_passwords(own_home: Home) -> None:

@@ -5,11 +5,12 @@ import uuid
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway import tenants
 from gateway.aliases import Aliases, Belief, Canary, Meaning
 from gateway.auth import Principal
-from gateway.billing import Dimension, Period, usage_report
+from gateway.billing.usage import Dimension, Period, Question, UsageRow, usage_rows
 from gateway.database import Database
 from gateway.errors import InvalidRequest, ModelNotFound, NotFound
 from gateway.grants import EVERYBODY, Grants
@@ -290,11 +291,15 @@ async def test_the_caller_pays_the_adapters_price_and_reads_its_name_on_the_bill
     for payer, bills in ((globex, [("acme-sql", 5)]), (acme, [])):
         assert payer.tenant_id is not None
         async with database.as_tenant(payer.tenant_id) as session:
-            report = await usage_report(session, period, group_by=[Dimension.ADAPTER])
-        assert [(row.adapter, row.cost_nano) for row in report.rows] == bills
+            rows = await report(session, Question(period, (Dimension.ADAPTER,)))
+        assert [(row.adapter, row.cost_nano) for row in rows] == bills
     async with database.as_worker() as session:
-        report = await usage_report(session, period, group_by=[Dimension.TENANT, Dimension.ADAPTER])
-    assert [(row.tenant, row.adapter) for row in report.rows] == [("globex", "acme-sql")]
+        rows = await report(session, Question(period, (Dimension.TENANT, Dimension.ADAPTER)))
+    assert [(row.tenant, row.adapter) for row in rows] == [("globex", "acme-sql")]
+
+
+async def report(session: AsyncSession, question: Question) -> list[UsageRow]:
+    return [row async for batch in usage_rows(session, question) for row in batch]
 
 
 # The base model.

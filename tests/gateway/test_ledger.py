@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, text, update
 
-from gateway.billing import verify
+from gateway.billing.verify import verify
+from gateway.budgets import create_budget, standings
 from gateway.database import Database
 from gateway.journal import Journal, Opened
 from gateway.ledger import Ledger, settle
@@ -433,6 +434,34 @@ async def test_a_host_that_never_came_back_is_settled_at_its_last_heartbeat(
     assert (event.cached_tokens, event.version_digest) == (4, "d" * 64)
     assert await hold_states(database) == {streaming.id: "settled", silent.id: "released"}
     assert await mismatches(database) == []
+
+
+async def test_what_a_lost_gateway_held_of_a_budget_is_free_or_spent_once_it_is_swept(
+    database: Database, ledger: Ledger, shop: Shop
+) -> None:
+    async with database.as_worker() as session:
+        await create_budget(
+            session,
+            tenant_id=shop.tenant.id,
+            api_key_id=None,
+            kind="hard",
+            period="month",
+            time_zone="UTC",
+            cap_nano=10**12,
+            alert_percents=[],
+        )
+    gone = await a_lost_gateway(database)
+    holds = [await an_old_hold(database, shop, gone, progress=progress) for progress in (42, 0)]
+
+    async def standing() -> tuple[int, int]:
+        async with database.as_worker() as session:
+            [found] = await standings(session, shop.tenant.id)
+        return found.held_nano, found.spent_nano
+
+    assert await standing() == (sum(hold.amount_nano for hold in holds), 0)
+    assert await ledger.sweep(judges_others=True) == 2
+    [event] = await events(database)
+    assert await standing() == (0, event.cost_nano)
 
 
 async def test_a_hold_that_the_journal_never_heard_of_is_given_back(

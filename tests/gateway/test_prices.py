@@ -1,6 +1,7 @@
 """What tokens cost, and which price holds when."""
 
 import asyncio
+import datetime
 import itertools
 from decimal import ROUND_HALF_EVEN, Decimal
 
@@ -11,6 +12,7 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 
 from gateway.database import Database
+from gateway.errors import Conflict, InvalidRequest
 from gateway.prices import (
     MAX_RATE_NANO,
     Price,
@@ -120,6 +122,33 @@ async def test_changes_of_one_price_at_once_leave_one_running(database: Database
     spans = [row.effective for row in await all_prices(database)]
     assert len(spans) == 6
     assert all(one.upper == next_.lower for one, next_ in itertools.pairwise(spans))
+
+
+async def test_a_price_may_be_set_for_a_day_to_come(database: Database) -> None:
+    base_model, _ = await a_base_model(database)
+    scope = PriceScope(base_model.id)
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=7)
+    later = soon + datetime.timedelta(days=7)
+
+    async def change(rate: int, since: datetime.datetime | None) -> None:
+        async with database.as_worker() as session:
+            rates = Rates(output_nano_per_million=rate)
+            await set_price(session, scope, rates=rates, since=since)
+
+    await change(2, later)
+    await change(1, soon)
+    await change(9, None)
+    prices = await all_prices(database)
+    assert [row.output_nano_per_million for row in prices[1:]] == [9, 1, 2]
+    assert [row.effective.lower for row in prices[2:]] == [soon, later]
+    assert all(
+        one.effective.upper == next_.effective.lower for one, next_ in itertools.pairwise(prices)
+    )
+    assert prices[-1].effective.upper is None
+    with pytest.raises(Conflict, match="already"):
+        await change(5, soon)
+    with pytest.raises(InvalidRequest, match="in the past"):
+        await change(5, soon - datetime.timedelta(days=8))
 
 
 async def test_the_default_price_is_zero_and_comes_once(database: Database) -> None:

@@ -11,10 +11,12 @@ import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
+from sqlalchemy import select
 
 from gateway import resumable
 from gateway.database import Database
 from gateway.staging import MAX_UPLOADS_UNDER_WAY
+from gateway.tables import AuditEntry
 from tests.gateway.admin_plane import (
     MAX_UPLOAD_BYTES,
     Plane,
@@ -237,6 +239,11 @@ async def test_a_deleted_upload_leaves_nothing(plane: Plane) -> None:
     assert plane.stored_files() == []
     assert (await plane.client.get(f"{BASE}/uploads/{upload}")).status_code == 404
     assert (await complete(plane, upload)).status_code == 404
+    async with plane.database.as_worker() as session:
+        [entry] = await session.scalars(
+            select(AuditEntry).where(AuditEntry.action == "adapter.upload.delete")
+        )
+    assert (entry.subject, entry.details) == ("acme-sql", {"upload_id": upload})
 
 
 async def test_an_expired_upload_is_swept(database: Database, tmp_path: Path) -> None:

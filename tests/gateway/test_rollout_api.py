@@ -221,8 +221,17 @@ async def test_quotas_and_base_model_access_are_set_and_shown(
     async with database.as_worker() as session:
         rows = (await session.scalars(select(AuditEntry).order_by(AuditEntry.number))).all()
     actions = [(row.action, row.details) for row in rows if row.action.startswith("tenant.")]
-    assert ("tenant.quotas", {"max_adapters": 5, "max_adapter_bytes": 2**40}) in actions
-    assert ("tenant.base_model_access", {"Tiny-Base": "withheld"}) in actions
+    assert (
+        "tenant.quotas",
+        {
+            "before": {"max_adapters": None, "max_adapter_bytes": None},
+            "after": {"max_adapters": 5, "max_adapter_bytes": 2**40},
+        },
+    ) in actions
+    assert (
+        "tenant.base_model_access",
+        {"before": {"Tiny-Base": "allowed"}, "after": {"Tiny-Base": "withheld"}},
+    ) in actions
 
 
 @pytest.mark.parametrize(

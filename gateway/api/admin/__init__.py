@@ -24,9 +24,18 @@ from gateway.api.admin.aliases import (
     roll_back_alias,
 )
 from gateway.api.admin.base_models import list_base_models
+from gateway.api.admin.budgets import change_budget, create_budget, delete_budget, list_budgets
 from gateway.api.admin.files import get_certificate, get_file, list_files
 from gateway.api.admin.grants import grant_adapter, list_grants, revoke_grant
-from gateway.api.admin.keys import create_key, list_keys, revoke_key
+from gateway.api.admin.keys import create_key, list_keys, revoke_key, rotate_key
+from gateway.api.admin.limits import (
+    get_adapter_limits,
+    get_key_limits,
+    get_tenant_limits,
+    set_adapter_limits,
+    set_key_limits,
+    set_tenant_limits,
+)
 from gateway.api.admin.residency import (
     list_engines,
     pin_version,
@@ -42,6 +51,12 @@ from gateway.api.admin.uploads import (
     get_upload,
     put_file,
 )
+from gateway.api.admin.webhooks import (
+    create_webhook,
+    delete_webhook,
+    list_deliveries,
+    list_webhooks,
+)
 
 admin_router = Router(
     "/admin/v1",
@@ -53,6 +68,21 @@ admin_router = Router(
         create_key,
         list_keys,
         revoke_key,
+        rotate_key,
+        get_tenant_limits,
+        set_tenant_limits,
+        get_key_limits,
+        set_key_limits,
+        get_adapter_limits,
+        set_adapter_limits,
+        list_budgets,
+        create_budget,
+        change_budget,
+        delete_budget,
+        create_webhook,
+        list_webhooks,
+        delete_webhook,
+        list_deliveries,
         list_adapters,
         get_adapter,
         change_adapter,

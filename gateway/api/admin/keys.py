@@ -1,6 +1,5 @@
 """A tenant's API keys, for operators. The key itself is told once, to whoever makes it."""
 
-import datetime
 import uuid
 
 import msgspec
@@ -9,44 +8,11 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from gateway import audit, auth, tenants
+from gateway.api.keys import KeyList, KeyMade, KeyView, NewKey, Rotation, describe, renew
 from gateway.auth import Authenticator, Principal
 from gateway.database import Database
-from gateway.tables import ApiKey
 
 TAGS = ["admin: keys"]
-
-
-class NewKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A key to be. `scopes` are all that a tenant's key can have, unless fewer are named."""
-
-    name: str
-    scopes: list[str] | None = None
-    expires_at: datetime.datetime | None = None
-
-
-class KeyView(msgspec.Struct, frozen=True):
-    """A key, without its secret. `prefix` is how the key begins."""
-
-    id: uuid.UUID
-    prefix: str
-    name: str
-    scopes: list[str]
-    created_at: datetime.datetime
-    expires_at: datetime.datetime | None
-    revoked_at: datetime.datetime | None
-    last_used_at: datetime.datetime | None
-
-
-class KeyMade(KeyView, frozen=True):
-    """A new key. `key` is told here and never again."""
-
-    key: str
-
-
-class KeyList(msgspec.Struct, frozen=True):
-    """A tenant's keys, revoked ones too, oldest first."""
-
-    data: list[KeyView]
 
 
 @post(
@@ -66,11 +32,7 @@ async def create_key(
     async with database.as_worker() as session:
         owner = await tenants.get_tenant(session, tenant)
         row, plain = await authenticator.issue_key(
-            session,
-            tenant_id=owner.id,
-            name=data.name,
-            scopes=data.scopes,
-            expires_at=data.expires_at,
+            session, tenant_id=owner.id, **msgspec.structs.asdict(data)
         )
         await audit.record(
             session,
@@ -78,16 +40,39 @@ async def create_key(
             actor_key_id=principal.key_id,
             action="key.create",
             subject=row.public_id,
-            details={"name": row.name, "scopes": row.scopes, "expires_at": row.expires_at},
+            details=describe(row),
         )
-    return KeyMade(**msgspec.structs.asdict(_view(row)), key=plain)
+    return KeyMade.with_secret(row, plain)
 
 
 @get("/tenants/{tenant:str}/keys", scope="operator", tags=TAGS, summary="List a tenant's keys")
 async def list_keys(tenant: FromPath[str], database: NamedDependency[Database]) -> KeyList:
     async with database.as_worker() as session:
         owner = await tenants.get_tenant(session, tenant)
-        return KeyList([_view(row) for row in await auth.list_keys(session, tenant_id=owner.id)])
+        rows = await auth.list_keys(session, tenant_id=owner.id)
+    return KeyList([KeyView.of(row) for row in rows])
+
+
+@post(
+    "/tenants/{tenant:str}/keys/{key_id:uuid}/rotate",
+    scope="operator",
+    tags=TAGS,
+    summary="Give a key a new secret",
+)
+async def rotate_key(
+    tenant: FromPath[str],
+    key_id: FromPath[uuid.UUID],
+    data: JSONBody[Rotation],
+    database: NamedDependency[Database],
+    authenticator: NamedDependency[Authenticator],
+    principal: NamedDependency[Principal],
+) -> KeyMade:
+    """It stays the same key, with its limits and budgets; its old secret ends after the overlap."""
+    async with database.as_worker() as session:
+        owner = await tenants.get_tenant(session, tenant)
+        row = await auth.get_key(session, tenant_id=owner.id, key_id=key_id)
+        plain = await renew(authenticator, session, row, data, actor_key_id=principal.key_id)
+    return KeyMade.with_secret(row, plain)
 
 
 @delete(
@@ -114,16 +99,3 @@ async def revoke_key(
             subject=row.public_id,
             details={"name": row.name},
         )
-
-
-def _view(row: ApiKey) -> KeyView:
-    return KeyView(
-        id=row.id,
-        prefix=f"ml_{row.public_id}",
-        name=row.name,
-        scopes=row.scopes,
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-        revoked_at=row.revoked_at,
-        last_used_at=row.last_used_at,
-    )

@@ -153,8 +153,10 @@ async def _apply(
     """Make the changes; return the action and the details of each, for the audit log."""
     actions: list[tuple[str, dict[str, Any]]] = []
     if change.status is not msgspec.UNSET:
+        before = tenant.status
         await tenants.set_status(session, tenant.slug, status=change.status)
-        actions.append((f"tenant.{change.status}", {}))
+        details = audit.change({"status": before}, {"status": change.status})
+        actions.append((f"tenant.{change.status}", details))
     quotas = {
         name: value
         for name, value in (
@@ -164,10 +166,13 @@ async def _apply(
         if value is not msgspec.UNSET
     }
     if quotas:
+        details = audit.change({name: getattr(tenant, name) for name in quotas}, quotas)
         for name, value in quotas.items():
             setattr(tenant, name, value)
-        actions.append(("tenant.quotas", quotas))
+        actions.append(("tenant.quotas", details))
     if change.base_model_access is not msgspec.UNSET:
+        withheld = (await tenants.withheld_base_models(session)).get(tenant.id, [])
         await tenants.set_base_model_access(session, tenant, change.base_model_access)
-        actions.append(("tenant.base_model_access", dict(change.base_model_access)))
+        were = {n: "withheld" if n in withheld else "allowed" for n in change.base_model_access}
+        actions.append(("tenant.base_model_access", audit.change(were, change.base_model_access)))
     return actions

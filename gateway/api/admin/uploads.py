@@ -234,8 +234,9 @@ async def delete_upload(
     adapter: FromPath[str],
     upload_id: FromPath[uuid.UUID],
     resumable_uploads: NamedDependency[ResumableUploads],
+    principal: NamedDependency[Principal],
 ) -> None:
-    await resumable_uploads.delete(tenant, adapter, upload_id)
+    await resumable_uploads.delete(tenant, adapter, upload_id, actor_key_id=principal.key_id)
 
 
 def _accepted(accepted: Accepted) -> Response[AcceptedView]:

@@ -1,0 +1,59 @@
+"""What has to be done by the clock: meter storage, open and close months, forget what expired.
+
+Every gateway does it; rows are locked where two would do the same, and the second finds it done.
+Decides nothing: the rules are with their nouns.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import logging
+from types import TracebackType
+from typing import Self
+
+from gateway.billing.periods import advance
+from gateway.database import Database
+from gateway.idempotency import forget_answers
+from gateway.privacy import forget_contents
+
+logger = logging.getLogger(__name__)
+
+ROUND_S = 600.0
+
+
+class Bookkeeper:
+    """Runs the rounds for as long as it is entered."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._rounds: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._rounds = asyncio.create_task(self._go_round(), name="bookkeeper")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._rounds is not None
+        self._rounds.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._rounds
+
+    async def _go_round(self) -> None:
+        while True:
+            try:
+                await keep_books(self._database, now=datetime.datetime.now(datetime.UTC))
+            except Exception:
+                logger.warning("bookkeeping_failed", exc_info=True)
+            await asyncio.sleep(ROUND_S)
+
+
+async def keep_books(database: Database, *, now: datetime.datetime) -> None:
+    """One round."""
+    await advance(database, now=now)
+    await forget_answers(database)
+    await forget_contents(database)
