@@ -146,7 +146,10 @@ def build(settings: Settings) -> Parts:
         examples=ExampleRunner(texts, router),
     )
     retention = Retention(
-        database, blobs, purge_after=datetime.timedelta(days=settings.purge_after_days)
+        database,
+        blobs,
+        purge_after=datetime.timedelta(days=settings.purge_after_days),
+        quotas=quotas,
     )
     contents = Contents(database)
 

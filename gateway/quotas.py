@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway.errors import QuotaExceeded
-from gateway.tables import AdapterVersion
+from gateway.tables import Adapter, AdapterVersion
 
 # Uploads of one tenant are booked one after the other from here on; keys and calls go on.
 LIMITS = text("""
@@ -48,16 +48,28 @@ class Quotas:
         Exact however many are added at once: the others wait until this transaction ends. Raises
         QuotaExceeded.
         """
-        tenant_id = {"tenant_id": version.tenant_id}
-        own = (await session.execute(LIMITS, tenant_id)).one()
-        max_adapters = _first(own.max_adapters, self.max_adapters)
-        max_bytes = _first(own.max_adapter_bytes, self.max_adapter_bytes)
-        if max_adapters is not None and version.number == 1:
-            which = {**tenant_id, "adapter_id": version.adapter_id}
-            used = (await session.execute(COUNT_ADAPTERS, which)).scalar_one()
-            _check("adapters", limit=max_adapters, used=used, needed=1)
-        if max_bytes is not None:
-            await self._check_bytes(session, version, max_bytes)
+        limits = await self._limits(session, version.tenant_id)
+        if version.number == 1:
+            await _check_number(session, version.tenant_id, version.adapter_id, limits)
+        if limits.max_adapter_bytes is not None:
+            await self._check_bytes(session, version, limits.max_adapter_bytes)
+
+    async def check_restored(self, session: AsyncSession, adapter: Adapter) -> None:
+        """Refuse to bring a deleted adapter back where it would be one too many.
+
+        Its bytes were never given back: what is deleted counts until it is purged. Raises
+        QuotaExceeded.
+        """
+        limits = await self._limits(session, adapter.tenant_id)
+        await _check_number(session, adapter.tenant_id, adapter.id, limits)
+
+    async def _limits(self, session: AsyncSession, tenant_id: uuid.UUID) -> "Quotas":
+        """A tenant's own where it has any; the tenant's row is locked."""
+        own = (await session.execute(LIMITS, {"tenant_id": tenant_id})).one()
+        return Quotas(
+            max_adapters=_first(own.max_adapters, self.max_adapters),
+            max_adapter_bytes=_first(own.max_adapter_bytes, self.max_adapter_bytes),
+        )
 
     async def _check_bytes(
         self, session: AsyncSession, version: AdapterVersion, max_bytes: int
@@ -73,6 +85,16 @@ class Quotas:
 
 
 NO_QUOTAS = Quotas()
+
+
+async def _check_number(
+    session: AsyncSession, tenant_id: uuid.UUID, adapter_id: uuid.UUID, limits: Quotas
+) -> None:
+    if limits.max_adapters is None:
+        return
+    which = {"tenant_id": tenant_id, "adapter_id": adapter_id}
+    used = (await session.execute(COUNT_ADAPTERS, which)).scalar_one()
+    _check("adapters", limit=limits.max_adapters, used=used, needed=1)
 
 
 def _first(own: int | None, default: int | None) -> int | None:

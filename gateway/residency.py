@@ -61,6 +61,7 @@ VERSIONS_OF_ADAPTER = text("""
     JOIN adapters a ON a.id = v.adapter_id
     JOIN tenants t ON t.id = a.tenant_id
     WHERE t.slug = :tenant AND a.slug = :adapter
+          AND (CAST(:number AS integer) IS NULL OR v.number = :number)
 """)
 
 # Others that may be called, or come back, with the same weights.
@@ -224,16 +225,18 @@ class Residency:
             found = await _find(session, tenant, adapter, version)
         return Residence(found, await self._unpin(found, actor_key_id=actor_key_id))
 
-    async def forget_adapter(self, tenant: str, adapter: str) -> list[ForgetReport]:
+    async def forget_adapter(
+        self, tenant: str, adapter: str, *, number: int | None = None
+    ) -> list[ForgetReport]:
         """Let engines unload what no adapter is called for any more, and drop its pins.
 
-        For an adapter that was just deleted. Weights that others are served with stay where they
-        are; an engine that does not answer forgets by itself, when it needs the room.
+        For an adapter, or one version of it, that was just deleted. Weights that others are served
+        with stay where they are; an engine that does not answer forgets by itself, when it needs
+        the room.
         """
         async with self._database.as_worker() as session:
-            rows = (
-                await session.execute(VERSIONS_OF_ADAPTER, {"tenant": tenant, "adapter": adapter})
-            ).all()
+            which = {"tenant": tenant, "adapter": adapter, "number": number}
+            rows = (await session.execute(VERSIONS_OF_ADAPTER, which)).all()
             await session.execute(
                 delete(AdapterPin).where(AdapterPin.version_id.in_([r.version_id for r in rows]))
             )

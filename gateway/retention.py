@@ -29,6 +29,7 @@ from gateway.aliases import leave_version
 from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import Conflict, NotFound
+from gateway.quotas import NO_QUOTAS, Quotas
 from gateway.tables import (
     Adapter,
     AdapterAlias,
@@ -49,10 +50,16 @@ class Retention:
     """
 
     def __init__(
-        self, database: Database, blobs: Blobs, *, purge_after: datetime.timedelta
+        self,
+        database: Database,
+        blobs: Blobs,
+        *,
+        purge_after: datetime.timedelta,
+        quotas: Quotas = NO_QUOTAS,
     ) -> None:
         self._database = database
         self._blobs = blobs
+        self._quotas = quotas
         self.purge_after = purge_after
         self._sweeping: asyncio.Task[None] | None = None
 
@@ -80,10 +87,14 @@ class Retention:
             await _record(session, row, "adapter.delete", actor_key_id=actor_key_id)
 
     async def restore_adapter(self, tenant: str, adapter: str, *, actor_key_id: uuid.UUID) -> None:
-        """Offer a deleted adapter again, as it was. Raises NotFound or Conflict."""
+        """Offer a deleted adapter again, as it was.
+
+        Raises NotFound, Conflict, or QuotaExceeded where others took its place.
+        """
         async with self._database.as_worker() as session:
             row = await any_adapter(session, tenant, adapter, for_update=True)
             _check_restorable(row, row.public_name)
+            await self._quotas.check_restored(session, row)
             row.deleted_at = None
             await _record(session, row, "adapter.restore", actor_key_id=actor_key_id)
 

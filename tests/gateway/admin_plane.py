@@ -219,7 +219,8 @@ async def admin_plane(
     await store.put_bundle(BUNDLE)
     await registry.register_base_model(info, ADDRESS)
     authenticator = Authenticator(database, {1: PEPPER})
-    retention = Retention(database, blobs, purge_after=datetime.timedelta(days=30))
+    month = datetime.timedelta(days=30)
+    retention = Retention(database, blobs, purge_after=month, quotas=quotas)
     residency = Residency(database, engines)
     runtime_loras = RuntimeLoras(
         database, uploads=uploads, residency=residency, shelf=retention, root=lora_folder

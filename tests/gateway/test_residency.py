@@ -196,6 +196,17 @@ async def test_pins_come_back_to_an_engine_that_was_started_again(
                 assert echo.core.fingerprints == {digest: FINGERPRINT}
 
 
+async def test_a_version_that_goes_away_is_unloaded_alone(town: Town) -> None:
+    first, second = await town.publish(0), await town.publish(1)
+    await town.order("pin")
+    await town.order("warm", "2")
+    deleted = await town.plane.client.delete(f"{TENANT}/adapters/sql/versions/1")
+    assert deleted.status_code == 204, deleted.text
+    assert first not in town.echo.core.resident
+    assert second in town.echo.core.resident
+    await assert_pins(town, [])
+
+
 async def test_an_adapter_that_goes_away_is_unloaded_unless_others_have_its_weights(
     town: Town,
 ) -> None:

@@ -244,9 +244,11 @@ async def delete_version(
     adapter: FromPath[str],
     number: FromPath[int],
     retention: NamedDependency[Retention],
+    residency: NamedDependency[Residency],
     principal: NamedDependency[Principal],
 ) -> None:
     await retention.delete_version(tenant, adapter, number, actor_key_id=principal.key_id)
+    await residency.forget_adapter(tenant, adapter, number=number)
 
 
 @post(
