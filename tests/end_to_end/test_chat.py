@@ -99,3 +99,20 @@ def test_a_model_that_is_not_there_is_told_and_does_not_end_the_conversation(
     chat = terminal("acme-nothing")
     assert "does not exist" in chat.ask("Hello")
     assert chat.quit() == 0
+
+
+def test_an_answer_comes_from_all_that_was_said_before(
+    server: Any, terminal: Callable[..., Terminal]
+) -> None:
+    model = str(server.facts["base_model"])
+    chat = terminal(model, "--temperature", "0", "--max-tokens", "12")
+    said: list[dict[str, str]] = []
+    with server.http(server.key("acme")) as http:
+        for question in ("My name is Ada.", "What is my name?"):
+            said.append({"role": "user", "content": question})
+            body = {"model": model, "messages": said, "temperature": 0, "max_tokens": 12}
+            answer = http.post("/v1/chat/completions", json=body).json()
+            text = answer["choices"][0]["message"]["content"]
+            said.append({"role": "assistant", "content": text})
+            assert chat.ask(question) == text.strip()
+    assert chat.quit() == 0
