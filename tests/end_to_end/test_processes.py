@@ -23,6 +23,8 @@ from tests.end_to_end.conftest import (
     wait_until_gone,
 )
 
+SETTLE_PATIENCE_S = 30
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
@@ -111,9 +113,16 @@ def _check_that_a_stream_ends_with_an_error_when_its_engine_dies(server):
                     (engine,) = _children(server.process.pid, "engine")
                     os.kill(engine, signal.SIGKILL)
     assert json.loads(events[-1])["error"]["code"] == "service_unavailable"
+    # The settler bills what was delivered.
+    deadline = time.monotonic() + SETTLE_PATIENCE_S
+    while (billed := _billed_tokens(server)) == 0 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert billed == len(events) - 1
+
+
+def _billed_tokens(server):
     with server.http(server.key("acme")) as http:
-        totals = http.get("/v1/usage").json()["totals"]
-    assert totals["completion_tokens"] == len(events) - 1
+        return http.get("/v1/usage").json()["totals"]["completion_tokens"]
 
 
 @pytest.mark.parametrize(

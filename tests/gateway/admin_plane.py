@@ -180,6 +180,11 @@ class Plane:
         files = _files_below(self.folder / "store")
         return [file for file in files if BUNDLE_DIGEST not in file]
 
+    def stored_adapters(self) -> set[str]:
+        """The digests of those that engines could load."""
+        files = (Path(file) for file in self.stored_files())
+        return {file.parent.name for file in files if file.is_relative_to("adapters")}
+
     def staged_files(self) -> list[str]:
         return _files_below(self.folder / "staging")
 

@@ -125,7 +125,7 @@ async def test_an_adapter_is_shared_and_not_any_more(plane: Plane) -> None:
 
 async def test_an_adapter_is_deleted_restored_and_purged(plane: Plane) -> None:
     client = plane.client
-    assert len(plane.stored_files()) == 4
+    assert len(plane.stored_adapters()) == 2
     await client.delete(ADAPTER)
     assert (await client.get(f"{TENANT}/adapters")).json() == {"data": [], "next": None}
     [gone] = (await client.get(f"{TENANT}/adapters?deleted=true")).json()["data"]
@@ -153,7 +153,7 @@ async def test_a_version_is_deleted_restored_and_purged(plane: Plane) -> None:
     assert (await client.post(f"{path}/restore")).status_code == 204
     await client.delete(path)
     assert (await client.post(f"{path}/purge")).status_code == 204
-    assert len(plane.stored_files()) == 2
+    assert len(plane.stored_adapters()) == 1
     assert (await client.post(f"{path}/restore")).status_code == 409
     for number in ("0", "99", "99999999999999999999"):
         assert (await client.get(f"{ADAPTER}/versions/{number}")).status_code == 404
