@@ -17,7 +17,8 @@ from adapters import manifest
 from adapters.base_shape import BaseShape
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.model.prepared import PreparedAdapter
+from engine.model.loader import LoadedModel
+from engine.model.prepared import PreparedAdapter, prepare
 from engine.protocol import SamplingParams, SequenceState, Submit, TokenLogprob
 from engine.sequence import Sequence, SequenceKey, StepEvent
 
@@ -117,8 +118,22 @@ def store(folder: Path, base_shape: BaseShape) -> None:
     config.write_bytes(read.canonical_config())
 
 
-def load_with_peft(model: str, folder: Path) -> peft.PeftModel:
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+def adapter_bytes(folder: Path, loaded: LoadedModel) -> int:
+    """What the adapter takes on the device."""
+    prepared = prepare(
+        folder,
+        loaded.targets,
+        base_model=loaded.base_shape.base_model,
+        dtype=loaded.dtype,
+        max_rank=64,
+    )
+    return prepared.size_bytes
+
+
+def load_with_peft(model: str | PreTrainedModel, folder: Path) -> peft.PeftModel:
+    base = model
+    if isinstance(model, str):
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with _peft_as_it_is():
         return peft.PeftModel.from_pretrained(base, folder).eval()
 
