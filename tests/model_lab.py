@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from adapters import manifest
@@ -25,6 +27,8 @@ from engine.sequence import Sequence, SequenceKey, StepEvent
 WORKER = "worker"
 # Below this gap between its two likeliest tokens the reference itself could have chosen either.
 TIE_GAP = 1e-3
+# Of log-probabilities.
+ATOL = 1e-4
 # For an adapter that is being read from disk, on a machine with much else to do.
 PATIENCE_S = 60
 
@@ -345,3 +349,32 @@ def num_ties(
     assert best - second < TIE_GAP, f"token {parting} differs, where the gap is {best - second}"
     print(f"tie at token {parting}: gap {best - second:.2g}")
     return 1
+
+
+class Alone:
+    """One adapter's own model, or the base model; no batch, no cache, no engine."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        # The implementations are asked much the same.
+        self._answers: dict[tuple[int, ...], list[int]] = {}
+
+    def answer(self, prompt: list[int], *, num_tokens: int) -> list[int]:
+        key = (num_tokens, *prompt)
+        if key not in self._answers:
+            self._answers[key] = greedy_reference(self.model, prompt, num_tokens)
+        return self._answers[key]
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: list[int]) -> Tensor:
+        """[num_tokens, vocab_size], of what follows each."""
+        return torch.log_softmax(self.model(torch.tensor([tokens])).logits[0], dim=-1)
+
+
+def assert_told(told: list[TokenLogprob], tokens: list[int], rows: Tensor, *, num_top: int) -> None:
+    for logprob, token_id, row in zip(told, tokens, rows, strict=True):
+        assert logprob.logprob == pytest.approx(float(row[token_id]), abs=ATOL)
+        values = [value for _, value in logprob.top]
+        assert values == pytest.approx(row.topk(num_top).values.tolist(), abs=ATOL)
+        # Of two that are as likely, either may come first.
+        assert values == pytest.approx([float(row[i]) for i, _ in logprob.top], abs=ATOL)

@@ -187,7 +187,7 @@ def _token_dim(calls: _Calls, lengths: list[int]) -> int | None:
     """Where tokens are counted; None unless each prompt was one call with just its own tokens."""
     if not calls.are_simple or len(calls.inputs) != len(lengths):
         return None
-    for dim, lead in ((1, (1,)), (0, ())):
+    for dim, lead in ((1, (1,)), (0, ()), (2, (1, 1))):
         if all(
             tensor.shape[: dim + 1] == (*lead, length)
             for tensors in (calls.inputs, calls.outputs)

@@ -7,7 +7,6 @@ and long prompts share batches, in chunks, with found beginnings and preemptions
 """
 
 import json
-from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -26,10 +25,13 @@ from engine.protocol import SequenceState
 from engine.runner import block_bytes
 from tests.kernel_lab import COMPILED, DEFINED, DENSE
 from tests.model_lab import (
+    ATOL,
+    Alone,
+    Answer,
     FolderSource,
     WatchedLab,
     adapter_bytes,
-    greedy_reference,
+    assert_told,
     load_with_peft,
     num_ties,
     save_adapter,
@@ -41,6 +43,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "families.json"
 ADAPTER, BASE = "adapter", None
 WINDOW, TRAINED_LEN = 8, 32
 MAX_MODEL_LEN, NUM_TOKENS, BLOCK_SIZE = 64, 12, 4
+NUM_TOP = 3
 # The first stays in every window and in every trained context until it decodes.
 LENGTHS = (5, 45, 21)
 PROMPTS = [[(37 * i + 5 * k + 3) % 257 for i in range(length)] for k, length in enumerate(LENGTHS)]
@@ -59,9 +62,32 @@ SIZES: dict[str, Any] = {
 }
 ONE_KEY_HEAD = SIZES | {"num_key_value_heads": 1}
 NO_GROUPS = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 # Scores of these small models are about 1 apart.
 CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}
+
+
+ROPE_THETA = 1e4
+
+
+def rope_of(rope_type: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": ROPE_THETA} | settings}
+
+
+def ntk_theta(length: int, *, trained: int, factor: float, head_dim: int) -> float:
+    """The base that `dynamic` RoPE takes for a context of that length."""
+    stretch: float = (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
+    return ROPE_THETA * stretch
+
+
+def rope_by_layer_type(full: float, sliding: float) -> dict[str, Any]:
+    thetas = {"full_attention": full, "sliding_attention": sliding}
+    return {
+        "rope_parameters": {
+            name: {"rope_type": "default", "rope_theta": theta} for name, theta in thetas.items()
+        }
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +96,8 @@ class Family:
     # What a family has that others have not, and that is in play here.
     traits: tuple[str, ...] = ()
     target_modules: list[str] | str = "all-linear"
+    # Settings that take one of these away each.
+    without: tuple[dict[str, Any], ...] = ()
     # The same function in words that `generate` computes alike for every length, where the
     # family's own depend on the longest sequence at hand.
     frozen: dict[str, Any] = field(default_factory=dict)
@@ -85,13 +113,16 @@ FAMILIES = {
         ("one key head", "tied embeddings"),
     ),
     "mistral": Family(
-        transformers.MistralConfig(**SIZES, sliding_window=WINDOW), ("sliding window",)
+        transformers.MistralConfig(**SIZES, sliding_window=WINDOW),
+        ("sliding window",),
+        without=({"sliding_window": None},),
     ),
     "qwen2": Family(
         transformers.Qwen2Config(
             **SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
         ),
         ("biases of query, key and value", "sliding window in one layer of two"),
+        without=({"layer_types": ["full_attention"] * 2}, {"sliding_window": WINDOW - 1}),
     ),
     "qwen3": Family(
         transformers.Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True),
@@ -102,6 +133,11 @@ FAMILIES = {
             **SIZES, head_dim=12, sliding_window=WINDOW, query_pre_attn_scalar=20, **CAPS
         ),
         ("soft-caps", "query scaling", "sliding window in one layer of two"),
+        without=(
+            {"layer_types": ["full_attention"] * 2},
+            {"query_pre_attn_scalar": 12},
+            {"attn_logit_softcapping": None},
+        ),
     ),
     "gemma3_text": Family(
         transformers.Gemma3TextConfig(
@@ -112,10 +148,17 @@ FAMILIES = {
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
         ("two RoPE bases", "query scaling", "sliding window in two layers of three"),
+        without=(
+            {"sliding_window": WINDOW - 1},
+            {"query_pre_attn_scalar": 12},
+            rope_by_layer_type(1e6, 1e6),
+            rope_by_layer_type(1e4, 1e4),
+        ),
     ),
     "phi3": Family(
         transformers.Phi3Config(**SIZES, sliding_window=WINDOW),
         ("fused projections", "sliding window"),
+        without=({"sliding_window": None},),
     ),
     "gpt_neox": Family(
         transformers.GPTNeoXConfig(**NO_GROUPS),
@@ -127,19 +170,23 @@ FAMILIES = {
             eos_token_id=2, scale_attn_by_inverse_layer_idx=True,
         ),
         ("transposed weights", "learned positions", "scaling by layer"),
+        without=({"scale_attn_by_inverse_layer_idx": False},),
     ),
     "mixtral": Family(
         transformers.MixtralConfig(**SIZES, num_local_experts=4, sliding_window=WINDOW),
         ("experts", "sliding window"),
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        without=({"sliding_window": None},),
+        target_modules=ATTENTION,
     ),
     "qwen3_moe": Family(
         transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=24, head_dim=12),
         ("experts", "norms of queries and keys"),
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_modules=ATTENTION,
     ),
     "olmoe": Family(
-        transformers.OlmoeConfig(**SIZES, **EXPERTS), ("experts", "norms of queries and keys")
+        transformers.OlmoeConfig(**SIZES, **EXPERTS),
+        ("experts", "norms of queries and keys"),
+        target_modules=ATTENTION,
     ),
     "deepseek_v3": Family(
         transformers.DeepseekV3Config(
@@ -151,19 +198,6 @@ FAMILIES = {
         target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
     ),
 }  # fmt: skip
-ROPE_THETA = 1e4
-
-
-def rope_of(rope_type: str, **settings: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": ROPE_THETA} | settings}
-
-
-def ntk_theta(length: int, *, trained: int, factor: float, head_dim: int) -> float:
-    """The base that `dynamic` RoPE takes for a context of that length."""
-    stretch: float = (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
-    return ROPE_THETA * stretch
-
-
 LONG = {"long_factor": [4.0, 3.0, 2.0, 5.0], "original_max_position_embeddings": TRAINED_LEN}
 FAMILIES |= {
     "llama, dynamic RoPE": Family(
@@ -171,7 +205,9 @@ FAMILIES |= {
             **SIZES | {"max_position_embeddings": TRAINED_LEN}, **rope_of("dynamic", factor=2.0)
         ),
         ("RoPE that changes with the context",),
-        frozen=rope_of(
+        without=(rope_of("default"),),
+        frozen={"max_position_embeddings": 128}
+        | rope_of(
             "default",
             rope_theta=ntk_theta(MAX_MODEL_LEN, trained=TRAINED_LEN, factor=2.0, head_dim=8),
         ),
@@ -183,6 +219,7 @@ FAMILIES |= {
             **rope_of("longrope", short_factor=[1.0, 1.1, 1.2, 1.3], **LONG),
         ),
         ("RoPE that changes with the context", "fused projections"),
+        without=(rope_of("default"),),
         frozen=rope_of("longrope", short_factor=LONG["long_factor"], **LONG),
     ),
     "qwen2, yarn": Family(
@@ -191,6 +228,7 @@ FAMILIES |= {
             **rope_of("yarn", factor=4.0, original_max_position_embeddings=TRAINED_LEN),
         ),
         ("RoPE of more than the trained context",),
+        without=(rope_of("default"),),
     ),
     "llama, llama3 RoPE": Family(
         transformers.LlamaConfig(
@@ -204,6 +242,7 @@ FAMILIES |= {
             ),
         ),
         ("RoPE of more than the trained context",),
+        without=(rope_of("default"),),
     ),
 }
 
@@ -227,20 +266,19 @@ class Case:
         self.loaded = self.load()
         store(folder / ADAPTER, self.loaded.base_shape)
         self.models = {
-            BASE: self._reference(),
-            ADAPTER: load_with_peft(self._reference(), folder / ADAPTER),
+            BASE: Alone(self.reference()),
+            ADAPTER: Alone(load_with_peft(self.reference(), folder / ADAPTER)),
         }
-        self._expected: dict[tuple[Any, ...], list[int]] = {}
 
     def load(self, **settings: Any) -> LoadedModel:
         settings = {"max_model_len": MAX_MODEL_LEN} | settings
         return load(EngineConfig(model=self.path, served_name="base", **settings))
 
-    def _reference(self) -> Any:
-        frozen = self.family.frozen
-        own = {"max_position_embeddings": 128} if frozen else {}
+    def reference(self, **settings: Any) -> Any:
+        """transformers' own model, with other settings than its checkpoint names."""
+        settings = self.family.frozen | settings
         return AutoModelForCausalLM.from_pretrained(
-            self.path, dtype=torch.float32, attn_implementation="eager", **frozen, **own
+            self.path, dtype=torch.float32, attn_implementation="eager", **settings
         ).eval()
 
     def lab(self, kernels: Kernels) -> WatchedLab:
@@ -260,12 +298,14 @@ class Case:
         lab.core._runner._loaded = replace(lab.core._loaded, kernels=kernels)
         return lab
 
-    def ties(self, adapter: str | None, prompt: list[int], found: list[int]) -> int:
-        """Fails where the tokens are not those of `generate`, but for ties."""
-        model, key = self.models[adapter], (adapter, *prompt)
-        if key not in self._expected:
-            self._expected[key] = greedy_reference(model, prompt, NUM_TOKENS)
-        return num_ties(model, prompt, found=found, expected=self._expected[key])
+    def compare(self, adapter: str | None, prompt: list[int], answer: Answer) -> int:
+        """The number of ties; fails where anything is not as the reference has it."""
+        assert answer.state is SequenceState.LENGTH, answer.last.fault
+        alone, found = self.models[adapter], answer.token_ids
+        rows = alone.logprobs([*prompt, *found])[len(prompt) - 1 : -1]
+        assert_told(answer.logprobs, found, rows, num_top=NUM_TOP)
+        expected = alone.answer(prompt, num_tokens=NUM_TOKENS)
+        return num_ties(alone.model, prompt, found=found, expected=expected)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -292,7 +332,7 @@ def ask(lab: WatchedLab) -> list[tuple[str | None, list[int], Any]]:
         for prompt in PROMPTS:
             for adapter in (BASE, ADAPTER):
                 own = [*prompt, *ending]
-                key = lab.submit(own, adapter=adapter, max_tokens=NUM_TOKENS)
+                key = lab.submit(own, adapter=adapter, max_tokens=NUM_TOKENS, logprobs=NUM_TOP)
                 asked.append((adapter, own, key))
         for _ in range(9):
             lab.step()
@@ -315,10 +355,9 @@ def test_a_family_answers_with_the_tokens_of_transformers_and_peft(
     row.largest_module_error = report.largest_relative_error
     for adapter, prompt, key in asked:
         answer = lab.answers[key]
-        assert answer.state is SequenceState.LENGTH, answer.last.fault
         lab.seen["found"] += answer.last.cached_tokens > 0
         row.num_greedy_tokens += NUM_TOKENS
-        row.num_ties += case.ties(adapter, prompt, answer.token_ids)
+        row.num_ties += case.compare(adapter, prompt, answer)
     for event in ("mixed", "chunked", "preempted", "found"):
         assert lab.seen[event], f"there was no {event}"
     assert report.is_passed, report
@@ -326,10 +365,12 @@ def test_a_family_answers_with_the_tokens_of_transformers_and_peft(
         write(row)
 
 
-def test_the_answers_depend_on_what_is_particular_to_the_family(case: Case) -> None:
+def test_what_is_particular_to_the_family_changes_its_answers(case: Case) -> None:
     """Otherwise nothing above would have been proved."""
-    answers = {key: tuple(tokens) for key, tokens in case._expected.items()}
-    assert len(set(answers.values())) > len(answers) // 2
+    expected = case.models[BASE].logprobs(PROMPTS[1])
+    for without in case.family.without:
+        other = Alone(case.reference(**without)).logprobs(PROMPTS[1])
+        assert float((other - expected).abs().max()) > 100 * ATOL, without
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
