@@ -143,6 +143,8 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stops = tuple(stops)
         self._token_ids: list[int] = []
+        # How many of these gave the text so far.
+        self._num_decoded = 0
         # Decoded so far, and how much of it was handed out.
         self._text = ""
         self._shown = 0
@@ -151,9 +153,13 @@ class TextStream:
     def feed(self, token_id: int) -> str:
         """Take one token; return the text that it makes certain. Sets `is_stopped` at a stop."""
         self._token_ids.append(token_id)
-        piece = self._decoder.step(self._tokenizer, token_id)
+        try:
+            piece = self._decoder.step(self._tokenizer, token_id)
+        except Exception:  # the library raises no narrower one
+            piece = self._decode_broken(token_id)
         if not piece:
             return ""
+        self._num_decoded = len(self._token_ids)
         self._text += piece
         return self._advance(len(piece))
 
@@ -162,9 +168,22 @@ class TextStream:
         if self.is_stopped:
             return ""
         whole = self._codec.decode(self._token_ids)
-        self._text = whole if whole.startswith(self._text) else self._text
+        if not whole.startswith(self._text):
+            whole = self._text + self._codec.decode(self._token_ids[self._num_decoded :])
+        self._text = whole
         rest, self._shown = self._text[self._shown :], len(self._text)
         return rest
+
+    def _decode_broken(self, token_id: int) -> str:
+        """The text of bytes that are no character, where they change what others were before.
+
+        Vocabularies with a token for each byte decode a run of bytes as a whole: a letter that was
+        shown already is none any more when a byte behind it breaks the run. It stays as shown.
+        """
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        # The next token's text depends on the one before it.
+        self._decoder.step(self._tokenizer, token_id)
+        return self._codec.decode(self._token_ids[self._num_decoded :])
 
     def _advance(self, num_new: int) -> str:
         if not self._stops:
