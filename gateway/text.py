@@ -6,6 +6,7 @@ nothing of requests or money.
 
 import asyncio
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -111,16 +112,22 @@ class TextCodec:
         return text
 
     def token_bytes(self, token_id: int) -> list[int]:
-        """The UTF-8 bytes of one token, exact for byte-level vocabularies."""
+        """The UTF-8 bytes of one token, exact for vocabularies of bytes."""
         text = self.token_text(token_id)
         if REPLACEMENT in text:
             symbols = self._tokenizer.id_to_token(token_id) or ""
+            if byte := _BYTE_TOKEN.fullmatch(symbols):
+                return [int(byte[1], 16)]
             if all(symbol in _BYTE_OF_SYMBOL for symbol in symbols):
                 return [_BYTE_OF_SYMBOL[symbol] for symbol in symbols]
         return list(text.encode())
 
     def stream(self, stops: Sequence[str] = ()) -> "TextStream":
         return TextStream(self, self._tokenizer, stops)
+
+
+# How SentencePiece writes the token of a single byte.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _byte_of_symbol() -> dict[str, int]:

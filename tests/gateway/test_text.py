@@ -203,6 +203,9 @@ def test_pieces_add_up_whatever_the_tokenizer_is_made_of(family, tmp_path):
     text, pieces = _streamed(codec, tokenizer.encode("naïve 日本 🦜 ok"))
     assert text == "naïve 日本 🦜 ok"
     assert not any("\ufffd" in piece for piece in pieces)
+    of_bird = tokenizer.encode("🦜", add_special_tokens=False)
+    told = b"".join(bytes(codec.token_bytes(each)) for each in of_bird)
+    assert told.endswith("🦜".encode())
     for seed in range(50):
         rng = random.Random(seed)
         token_ids = [rng.randrange(codec.vocab_size) for _ in range(60)]
