@@ -107,8 +107,13 @@ class TextCodec:
         return text
 
     def token_text(self, token_id: int) -> str:
-        """One token by itself, for log-probabilities; half a character shows as U+FFFD."""
-        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        """One token within a text, for log-probabilities; half a character shows as U+FFFD."""
+        # Some decoders take a space from the first token: the second of two equal ones has its own.
+        once, twice = (
+            self._tokenizer.decode([token_id] * times, skip_special_tokens=False)
+            for times in (1, 2)
+        )
+        text: str = twice[len(once) :]
         return text
 
     def token_bytes(self, token_id: int) -> list[int]:
@@ -122,8 +127,18 @@ class TextCodec:
                 return [_BYTE_OF_SYMBOL[symbol] for symbol in symbols]
         return list(text.encode())
 
-    def stream(self, stops: Sequence[str] = ()) -> "TextStream":
-        return TextStream(self, self._tokenizer, stops)
+    def stream(self, stops: Sequence[str] = (), *, after: Sequence[int] = ()) -> "TextStream":
+        """`after`: the last tokens of a text that the answer continues; none of an answer that
+        begins one."""
+        # A client that encodes its prompt itself may name any number.
+        known = [token_id for token_id in after if token_id < self.vocab_size]
+        return TextStream(self, self._tokenizer, stops, after=self._last_whole(known))
+
+    def _last_whole(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """The shortest end that is whole characters."""
+        starts = range(len(token_ids) - 1, -1, -1)
+        ends = (token_ids[start:] for start in starts)
+        return next((end for end in ends if REPLACEMENT not in self.decode(end)), ())
 
 
 # How SentencePiece writes the token of a single byte.
@@ -144,10 +159,20 @@ _BYTE_OF_SYMBOL = _byte_of_symbol()
 class TextStream:
     """One answer as it grows: whole characters only, nothing of a stop string ever shown."""
 
-    def __init__(self, codec: TextCodec, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        codec: TextCodec,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        after: Sequence[int],
+    ) -> None:
         self._codec = codec
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
+        # Whether the first token keeps its space depends on what was before it.
+        for token_id in after:
+            self._decoder.step(tokenizer, token_id)
         self._stops = tuple(stops)
         self._token_ids: list[int] = []
         # How many of these gave the text so far.

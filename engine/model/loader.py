@@ -203,7 +203,7 @@ def _digest(model: PreTrainedModel) -> str:
 @contextmanager
 def _narrow_windows(model: nn.Module) -> Iterator[None]:
     """Let all sliding windows be `CHECK_WINDOW` wide, in configurations and in layers."""
-    holders = {
+    holders: dict[int, Any] = {
         id(holder): holder
         for module in model.modules()
         for holder in (module, getattr(module, "config", None))

@@ -216,6 +216,21 @@ def test_pieces_add_up_whatever_the_tokenizer_is_made_of(family, tmp_path):
         assert text.rpartition("\ufffd")[2] == whole.rpartition("\ufffd")[2]
 
 
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("start", ["The quick", "a 🦜"])
+def test_an_answer_that_continues_a_text_keeps_its_first_space(family, start, tmp_path):
+    save_tokenizer(KINDS[family], tmp_path)
+    codec = TextCodec(export(str(tmp_path)))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = tokenizer.encode(start)
+    unknown = 2**62
+    answer = tokenizer.encode(f"{start} again and again")[len(prompt) :]
+    stream = codec.stream(after=[unknown, *prompt])
+    pieces = [stream.feed(token_id) for token_id in answer]
+    assert "".join([*pieces, stream.finish()]) == " again and again"
+    assert "".join(map(codec.token_text, answer)) == " again and again"
+
+
 def test_every_piece_holds_whole_characters(codec, reference):
     text, pieces = _streamed(codec, reference("日本語 👨‍👩‍👧 🇩🇪 ok").input_ids)
     assert text == "日本語 👨‍👩‍👧 🇩🇪 ok"
