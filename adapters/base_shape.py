@@ -18,6 +18,9 @@ class BaseShape(msgspec.Struct, frozen=True):
     # What an adapter may bring whole, by full path -> shape: parameters of modules that treat each
     # token by itself, e.g. "model.norm.weight" or "model.layers.0.self_attn.q_proj.bias"
     parameters: dict[str, tuple[int, ...]] = {}
+    # What no adapter may change: the weights of many experts, stacked in one parameter, by full
+    # path -> shape, e.g. "model.layers.0.mlp.experts.down_proj" -> (8, 4096, 14336)
+    experts: dict[str, tuple[int, ...]] = {}
     # The output layer's full path; None where it takes no adapter.
     output_layer: str | None = None
     # Whether the output layer's weights are those of the embedding.
@@ -34,6 +37,19 @@ class BaseShape(msgspec.Struct, frozen=True):
         if self.is_tied and self.input_embedding and self.output_layer:
             return self.input_embedding, self.output_layer
         return None
+
+    def expert_group(self, module: str) -> str | None:
+        """The experts' own module where an adapter's module is one of them, or in one; else None.
+
+        Trainers name each expert by its number where the base model stacks them all.
+        """
+        if not self.experts:
+            return None
+        groups = {path.rpartition(".")[0] for path in self.experts}
+        parts = module.split(".")
+        around = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        named = ".".join(parts[: parts.index("experts") + 1]) if "experts" in parts else None
+        return next((path for path in around if path in groups), named)
 
     def num_tokens_of(self, parameter: str) -> int:
         """Rows of a parameter that has one for each token, which an adapter may add to; else 0."""

@@ -78,7 +78,7 @@ _NOT_SERVED = {
     "lora_bias": "a bias on lora_B",
     "megatron_config": "Megatron layers",
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "LoRA on bare parameters",
+    "target_parameters": "LoRA on bare parameters, such as those of experts,",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",

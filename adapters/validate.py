@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters import tensor_file
+from adapters import names, tensor_file
 from adapters.base_shape import BaseShape
 from adapters.errors import Finding
 from adapters.manifest import WEIGHTS_FILE, LoraEntry, Manifest, TensorEntry, TokensEntry
@@ -51,7 +51,7 @@ def check(manifest: Manifest, base_shape: BaseShape, *, limits: Limits) -> list[
     fit = _Fit(manifest, base_shape, limits)
     findings = list(manifest.findings)
     findings += fit.whole()
-    findings += [_leftover(name, code) for name, code in manifest.leftovers.items()]
+    findings += [fit.leftover(name, code) for name, code in manifest.leftovers.items()]
     for module, entry in manifest.modules.items():
         findings += fit.lora(module, entry)
     for path, tensor in manifest.replaced.items():
@@ -204,13 +204,34 @@ class _Fit:
                 fix="upload the adapter that PEFT's save_pretrained wrote",
             )
 
+    def leftover(self, name: str, code: str) -> Finding:
+        meaning = names.parse(name)
+        group = self._base.expert_group(meaning.module) if meaning else None
+        return self._experts(group) if group else _leftover(name, code)
+
+    def _experts(self, group: str) -> Finding:
+        """The same one for all that an adapter has for these experts."""
+        stacked = {path.rpartition("."): shape for path, shape in self._base.experts.items()}
+        own = [f"{at[2]} {list(shape)}" for at, shape in stacked.items() if at[0] == group]
+        return Finding(
+            code="experts_not_served",
+            where=group,
+            message=f"are experts, which stay the base model's own{': ' if own else ''}"
+            f"{', '.join(own)} ({self._hint})",
+            fix="train on other layers, such as those of attention: leave experts out of "
+            "target_modules, target_parameters and modules_to_save",
+        )
+
     # LoRA
 
     def lora(self, module: str, entry: LoraEntry) -> Iterator[Finding]:
+        features, group = self._features(module, entry), self._base.expert_group(module)
+        if features is None and group:
+            yield self._experts(group)
+            return
         for _, tensor in entry.tensors():
             yield from _dtype(tensor)
         yield from self._strength(module, entry)
-        features = self._features(module, entry)
         if features is None:
             yield self._unknown_module(
                 module, "embedding" if entry.is_embedding else "linear layer"
@@ -312,6 +333,10 @@ class _Fit:
     def parameter(self, path: str, entry: TensorEntry) -> Iterator[Finding]:
         shape = self._base.parameters.get(path)
         module = path.rpartition(".")[0]
+        group = self._base.expert_group(module)
+        if shape is None and group:
+            yield self._experts(group)
+            return
         if shape is None and self._config.saves(module):
             yield Finding(
                 code="module_not_served",

@@ -48,6 +48,9 @@ from gateway.text import TextCodec, TextCodecs
 
 logger = logging.getLogger(__name__)
 
+# Tokens of which one character may consist: each may be one of its bytes.
+MAX_TOKENS_OF_CHARACTER = 4
+
 FinishReason = Literal["stop", "length"]
 # Why an answer is shorter than was asked for, where money is the reason.
 StoppedBy = Literal["budget", "max_cost"]
@@ -176,6 +179,7 @@ class Generation:
         admission: Admission,
         place: Place,
         stops: Sequence[str],
+        after: Sequence[int] = (),
         keeping: Keeping | None = None,
     ) -> None:
         self.request_id = request_id
@@ -192,7 +196,7 @@ class Generation:
         # Held until the first token.
         self._place = place
         self._deadline_s = _deadline_s(admission)
-        self._text = codec.stream(stops)
+        self._text = codec.stream(stops, after=after)
         self._num_tokens = 0
         self._adapter_wait_ns = 0
         self._outcome: FinishReason | None = None
@@ -437,6 +441,7 @@ class Inference:
             admission=admission,
             place=place,
             stops=request.stops,
+            after=_continued(request.prompt, prompt_ids),
             keeping=keeping,
         )
 
@@ -533,6 +538,12 @@ async def _encode(codec: TextCodec, prompt: Prompt, *, caller: str) -> list[int]
             return await codec.encode_text(prompt)
         case _:
             return await codec.encode_chat(prompt, caller=caller)
+
+
+def _continued(prompt: Prompt, prompt_ids: list[int]) -> list[int]:
+    """The last tokens of a text that an answer goes on with; in a chat it begins anew."""
+    is_text = isinstance(prompt, str | TokenPrompt)
+    return prompt_ids[-MAX_TOKENS_OF_CHARACTER:] if is_text else []
 
 
 def _fit(max_tokens: int | None, num_prompt_tokens: int, context_length: int) -> int:

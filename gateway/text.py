@@ -6,6 +6,7 @@ nothing of requests or money.
 
 import asyncio
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -106,21 +107,42 @@ class TextCodec:
         return text
 
     def token_text(self, token_id: int) -> str:
-        """One token by itself, for log-probabilities; half a character shows as U+FFFD."""
-        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        """One token within a text, for log-probabilities; half a character shows as U+FFFD."""
+        # Some decoders take a space from the first token: the second of two equal ones has its own.
+        once, twice = (
+            self._tokenizer.decode([token_id] * times, skip_special_tokens=False)
+            for times in (1, 2)
+        )
+        text: str = twice[len(once) :]
         return text
 
     def token_bytes(self, token_id: int) -> list[int]:
-        """The UTF-8 bytes of one token, exact for byte-level vocabularies."""
+        """The UTF-8 bytes of one token, exact for vocabularies of bytes."""
         text = self.token_text(token_id)
         if REPLACEMENT in text:
             symbols = self._tokenizer.id_to_token(token_id) or ""
+            if byte := _BYTE_TOKEN.fullmatch(symbols):
+                return [int(byte[1], 16)]
             if all(symbol in _BYTE_OF_SYMBOL for symbol in symbols):
                 return [_BYTE_OF_SYMBOL[symbol] for symbol in symbols]
         return list(text.encode())
 
-    def stream(self, stops: Sequence[str] = ()) -> "TextStream":
-        return TextStream(self, self._tokenizer, stops)
+    def stream(self, stops: Sequence[str] = (), *, after: Sequence[int] = ()) -> "TextStream":
+        """`after`: the last tokens of a text that the answer continues; none of an answer that
+        begins one."""
+        # A client that encodes its prompt itself may name any number.
+        known = [token_id for token_id in after if token_id < self.vocab_size]
+        return TextStream(self, self._tokenizer, stops, after=self._last_whole(known))
+
+    def _last_whole(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """The shortest end that is whole characters."""
+        starts = range(len(token_ids) - 1, -1, -1)
+        ends = (token_ids[start:] for start in starts)
+        return next((end for end in ends if REPLACEMENT not in self.decode(end)), ())
+
+
+# How SentencePiece writes the token of a single byte.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _byte_of_symbol() -> dict[str, int]:
@@ -137,12 +159,24 @@ _BYTE_OF_SYMBOL = _byte_of_symbol()
 class TextStream:
     """One answer as it grows: whole characters only, nothing of a stop string ever shown."""
 
-    def __init__(self, codec: TextCodec, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        codec: TextCodec,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        after: Sequence[int],
+    ) -> None:
         self._codec = codec
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
+        # Whether the first token keeps its space depends on what was before it.
+        for token_id in after:
+            self._decoder.step(tokenizer, token_id)
         self._stops = tuple(stops)
         self._token_ids: list[int] = []
+        # How many of these gave the text so far.
+        self._num_decoded = 0
         # Decoded so far, and how much of it was handed out.
         self._text = ""
         self._shown = 0
@@ -151,9 +185,13 @@ class TextStream:
     def feed(self, token_id: int) -> str:
         """Take one token; return the text that it makes certain. Sets `is_stopped` at a stop."""
         self._token_ids.append(token_id)
-        piece = self._decoder.step(self._tokenizer, token_id)
+        try:
+            piece = self._decoder.step(self._tokenizer, token_id)
+        except Exception:  # the library raises no narrower one
+            piece = self._decode_broken(token_id)
         if not piece:
             return ""
+        self._num_decoded = len(self._token_ids)
         self._text += piece
         return self._advance(len(piece))
 
@@ -162,9 +200,22 @@ class TextStream:
         if self.is_stopped:
             return ""
         whole = self._codec.decode(self._token_ids)
-        self._text = whole if whole.startswith(self._text) else self._text
+        if not whole.startswith(self._text):
+            whole = self._text + self._codec.decode(self._token_ids[self._num_decoded :])
+        self._text = whole
         rest, self._shown = self._text[self._shown :], len(self._text)
         return rest
+
+    def _decode_broken(self, token_id: int) -> str:
+        """The text of bytes that are no character, where they change what others were before.
+
+        Vocabularies with a token for each byte decode a run of bytes as a whole: a letter that was
+        shown already is none any more when a byte behind it breaks the run. It stays as shown.
+        """
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        # The next token's text depends on the one before it.
+        self._decoder.step(self._tokenizer, token_id)
+        return self._codec.decode(self._token_ids[self._num_decoded :])
 
     def _advance(self, num_new: int) -> str:
         if not self._stops:

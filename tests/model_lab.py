@@ -10,20 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from adapters import manifest
 from adapters.base_shape import BaseShape
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.model.prepared import PreparedAdapter
+from engine.model.loader import LoadedModel
+from engine.model.prepared import PreparedAdapter, prepare
 from engine.protocol import SamplingParams, SequenceState, Submit, TokenLogprob
 from engine.sequence import Sequence, SequenceKey, StepEvent
 
 WORKER = "worker"
 # Below this gap between its two likeliest tokens the reference itself could have chosen either.
 TIE_GAP = 1e-3
+# Of log-probabilities.
+ATOL = 1e-4
 # For an adapter that is being read from disk, on a machine with much else to do.
 PATIENCE_S = 60
 
@@ -117,8 +122,22 @@ def store(folder: Path, base_shape: BaseShape) -> None:
     config.write_bytes(read.canonical_config())
 
 
-def load_with_peft(model: str, folder: Path) -> peft.PeftModel:
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+def adapter_bytes(folder: Path, loaded: LoadedModel) -> int:
+    """What the adapter takes on the device."""
+    prepared = prepare(
+        folder,
+        loaded.targets,
+        base_model=loaded.base_shape.base_model,
+        dtype=loaded.dtype,
+        max_rank=64,
+    )
+    return prepared.size_bytes
+
+
+def load_with_peft(model: str | PreTrainedModel, folder: Path) -> peft.PeftModel:
+    base = model
+    if isinstance(model, str):
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with _peft_as_it_is():
         return peft.PeftModel.from_pretrained(base, folder).eval()
 
@@ -330,3 +349,32 @@ def num_ties(
     assert best - second < TIE_GAP, f"token {parting} differs, where the gap is {best - second}"
     print(f"tie at token {parting}: gap {best - second:.2g}")
     return 1
+
+
+class Alone:
+    """One adapter's own model, or the base model; no batch, no cache, no engine."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        # The implementations are asked much the same.
+        self._answers: dict[tuple[int, ...], list[int]] = {}
+
+    def answer(self, prompt: list[int], *, num_tokens: int) -> list[int]:
+        key = (num_tokens, *prompt)
+        if key not in self._answers:
+            self._answers[key] = greedy_reference(self.model, prompt, num_tokens)
+        return self._answers[key]
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: list[int]) -> Tensor:
+        """[num_tokens, vocab_size], of what follows each."""
+        return torch.log_softmax(self.model(torch.tensor([tokens])).logits[0], dim=-1)
+
+
+def assert_told(told: list[TokenLogprob], tokens: list[int], rows: Tensor, *, num_top: int) -> None:
+    for logprob, token_id, row in zip(told, tokens, rows, strict=True):
+        assert logprob.logprob == pytest.approx(float(row[token_id]), abs=ATOL)
+        values = [value for _, value in logprob.top]
+        assert values == pytest.approx(row.topk(num_top).values.tolist(), abs=ATOL)
+        # Of two that are as likely, either may come first.
+        assert values == pytest.approx([float(row[i]) for i, _ in logprob.top], abs=ATOL)

@@ -352,10 +352,17 @@ def _store(call: Any, row: Any, kv_head: Any) -> None:
 
 
 @_inlined
+def _reach(call: Any, row: Any) -> Any:
+    """How many positions a row's query sees."""
+    context = _ints(call.contexts)[row]
+    return min(context, call.window) if call.window > 0 else context
+
+
+@_inlined
 def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
     """One row and one key head; `scores`: [group, max_context] of this thread."""
     table, context = _ints(call.tables + 8 * row * call.table_width), _ints(call.contexts)[row]
-    first = max(context - call.window, 0) if call.window > 0 else 0
+    first = context - _reach(call, row)
     out = call.out + 4 * (row * call.num_kv_heads + kv_head) * call.group * call.value_dim
     query = call.query + 4 * (row * call.query_row + kv_head * call.group * call.query_head)
     start = first
@@ -406,13 +413,12 @@ def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
 
 
 def _attention(pointer: Any) -> None:
-    """Each thread takes (row, key head) pairs of about equal cost: contexts differ."""
+    """Each thread takes (row, key head) pairs of about equal cost: what they see differs."""
     thread, num_threads = _thread_index(), _thread_count()
     call = numba.carray(pointer, 1)[0]
-    contexts = _ints(call.contexts)
     total = 0
     for row in range(call.num_rows):
-        total += contexts[row] * call.num_kv_heads
+        total += _reach(call, row) * call.num_kv_heads
     share_first = total * thread // num_threads
     share_end = total * (thread + 1) // num_threads
     before = 0
@@ -422,7 +428,7 @@ def _attention(pointer: Any) -> None:
             if share_first <= before < share_end:
                 _store(call, row, kv_head)
                 _attend(call, row, kv_head, scores)
-            before += contexts[row]
+            before += _reach(call, row)
 
 
 _LORA = _loop(_lora, _LORA_CALL)

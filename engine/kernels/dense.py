@@ -140,7 +140,8 @@ def _attend_group(
 ) -> Tensor:
     """query: [num_seqs, num_queries, num_heads, head_dim]; gives [rows, num_heads, value_dim]."""
     query = query.transpose(1, 2)
-    is_causal = group.num_queries == group.max_context and sliding_window is None
+    reaches_all = sliding_window is None or sliding_window >= group.max_context
+    is_causal = group.num_queries == group.max_context and reaches_all
     if softcap is None:
         mask = None if is_causal else _mask(group, sliding_window)
         out = scaled_dot_product_attention(

@@ -6,6 +6,8 @@ compared with the model's own eager code. Knows models. Knows nothing of request
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from engine import batch as batches
 from engine.config import DtypeName, EngineConfig
 from engine.errors import ConfigurationError, UnsupportedModel
 from engine.kernels.choice import Kernels, choose
-from engine.model import attention
+from engine.model import attention, families
 from engine.model.attention import Recorder
 from engine.model.lora import LoraBank
 from engine.model.memory import DeviceMemory, LayerShape
@@ -30,11 +32,14 @@ from engine.sequence import Sequence
 # for each 16-bit layer rounds its sums in another order; with a softmax scale that is off by a
 # third: 1.5.
 LOGIT_BOUNDS = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.4}
-SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Configuration fields that say nothing about the function that the model computes.
 VOLATILE_FIELDS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 CHECK_BLOCK_SIZE = 4
 CHECK_BLOCKS = 3
+# Sliding windows are this narrow while the model is checked, so that few tokens cross them.
+CHECK_WINDOW = 3
+# What a model's code may come to where attention is not what it was written for.
+MODEL_FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +70,18 @@ def load(config: EngineConfig) -> LoadedModel:
     base_digest = _digest(model)
     vocab_size = _vocab_size(model)
     prompts = _check_prompts(vocab_size)
-    targets, expected = _run_eager(model, prompts)
+    with _model_failures(), _narrow_windows(model):
+        targets, expected = _run_eager(model, prompts)
     # One slot more than adapters: probes wait for nobody.
     bank = LoraBank(targets, num_slots=config.max_loras + 1)
     if config.max_loras:
         bank.wrap(model)
     kernels = choose(device, model.dtype)
-    layers = _record_layers(model, prompts[0], text_config)
-    found = _run_paged(model, layers, prompts, kernels)
+    with _model_failures():
+        layers = _record_layers(model, prompts[0], text_config)
+        with _narrow_windows(model):
+            _check_windows(layers, _record_layers(model, prompts[0], text_config), text_config)
+            found = _run_paged(model, layers, prompts, kernels)
     _compare(found, expected, bound=LOGIT_BOUNDS[model.dtype])
     return LoadedModel(
         model=model,
@@ -115,6 +124,7 @@ def _dtype(name: DtypeName, device: torch.device) -> torch.dtype | str:
 def _read(name: str, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name)
+        families.check(config)
         model = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation="eager"
         )
@@ -133,12 +143,23 @@ def _vocab_size(model: PreTrainedModel) -> int:
 
 
 def _max_model_len(wanted: int | None, text_config: Any) -> int:
+    """Its own limit where none is wanted. With `dynamic` RoPE more may be wanted."""
     own: int | None = getattr(text_config, "max_position_embeddings", None)
     if own is None and wanted is None:
         raise ConfigurationError("The model names no context length: give max_model_len.")
-    if own is not None and wanted is not None and wanted > own:
-        raise ConfigurationError(f"max_model_len is {wanted}, but the model's own limit is {own}.")
+    limit = own and int(own * _stretch(text_config))
+    if limit is not None and wanted is not None and wanted > limit:
+        raise ConfigurationError(
+            f"max_model_len is {wanted}, but the model's own limit is {limit}."
+        )
     return wanted or own or 0
+
+
+def _stretch(text_config: Any) -> float:
+    """How many times its trained context a model can read, by the RoPE of its configuration."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    factor: float = rope.get("factor", 1.0) if "dynamic" in rope.get("rope_type", "") else 1.0
+    return factor
 
 
 def _freeze_rotary_frequencies(model: nn.Module, max_model_len: int) -> None:
@@ -179,6 +200,38 @@ def _digest(model: PreTrainedModel) -> str:
 # Checking
 
 
+@contextmanager
+def _narrow_windows(model: nn.Module) -> Iterator[None]:
+    """Let all sliding windows be `CHECK_WINDOW` wide, in configurations and in layers."""
+    holders: dict[int, Any] = {
+        id(holder): holder
+        for module in model.modules()
+        for holder in (module, getattr(module, "config", None))
+        if isinstance(getattr(holder, "sliding_window", None), int)
+    }
+    before = [(holder, holder.sliding_window) for holder in holders.values()]
+    try:
+        for holder, _ in before:
+            holder.sliding_window = CHECK_WINDOW
+        yield
+    finally:
+        for holder, window in before:
+            holder.sliding_window = window
+
+
+@contextmanager
+def _model_failures() -> Iterator[None]:
+    """Raises UnsupportedModel where the model's own code fails."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        # Says nothing about the model.
+        raise
+    except MODEL_FAILURES as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UnsupportedModel(f"Its code fails in the check at load: {reason}") from error
+
+
 def _check_prompts(vocab_size: int) -> list[list[int]]:
     """Two fixed prompts that end in the middle of a block, far apart in the vocabulary."""
     return [[(7 + 7919 * i) % vocab_size for i in range(n)] for n in (5, 10)]
@@ -210,23 +263,26 @@ def _record_layers(
     num_layers = text_config.num_hidden_layers
     if sorted(recorder.layers) != list(range(num_layers)):
         raise UnsupportedModel("Some of its layers do not call the attention function.")
-    layers = tuple(recorder.layers[index] for index in range(num_layers))
-    _check_windows(layers, text_config)
-    return layers
+    return tuple(recorder.layers[index] for index in range(num_layers))
 
 
-def _check_windows(layers: tuple[LayerShape, ...], text_config: Any) -> None:
-    """A window must reach the attention function: in the model's own mask it would be lost."""
+def _check_windows(
+    layers: tuple[LayerShape, ...], narrow: tuple[LayerShape, ...], text_config: Any
+) -> None:
+    """A window must reach the attention function: in the model's own mask it would be lost.
+
+    `narrow`: the same layers while all windows are `CHECK_WINDOW` wide.
+    """
     types = getattr(text_config, "layer_types", None)
     window = getattr(text_config, "sliding_window", None)
     if types is None:
         types = ["sliding_attention" if window else "full_attention"] * len(layers)
-    unknown = set(types) - SERVED_LAYER_TYPES
-    if unknown:
-        raise UnsupportedModel(f"It has layers of the type {sorted(unknown)}.")
     for layer, layer_type in zip(layers, types, strict=True):
         if layer_type == "sliding_attention" and layer.sliding_window is None:
             raise UnsupportedModel("Its sliding window does not reach the attention function.")
+    for layer, checked in zip(layers, narrow, strict=True):
+        if checked.sliding_window != (layer.sliding_window and CHECK_WINDOW):
+            raise UnsupportedModel("Its sliding window comes from a place that no check reaches.")
 
 
 @torch.inference_mode()

@@ -88,6 +88,8 @@ class Targets:
     """All that adapters may change, by path, as the base model has it."""
 
     by_name: Mapping[str, Target]
+    # By path: parameters that stack the weights of many experts, which no adapter may change.
+    experts: Mapping[str, Tensor]
     # Paths of the embedding that token ids go through, and of the layer that gives the logits;
     # None where adapters can't have these.
     input_embedding: str | None
@@ -127,6 +129,7 @@ class Targets:
                 for target in self.by_name.values()
                 for path, parameter in target.parameters()
             },
+            experts={path: tuple(weights.shape) for path, weights in self.experts.items()},
             output_layer=self.output_layer,
             is_tied=self.is_tied,
         )
@@ -184,7 +187,7 @@ def _token_dim(calls: _Calls, lengths: list[int]) -> int | None:
     """Where tokens are counted; None unless each prompt was one call with just its own tokens."""
     if not calls.are_simple or len(calls.inputs) != len(lengths):
         return None
-    for dim, lead in ((1, (1,)), (0, ())):
+    for dim, lead in ((1, (1,)), (0, ()), (2, (1, 1))):
         if all(
             tensor.shape[: dim + 1] == (*lead, length)
             for tensors in (calls.inputs, calls.outputs)
@@ -220,11 +223,21 @@ def _targets(model: PreTrainedModel, by_name: dict[str, Target]) -> Targets:
     num_output_ids = by_name[output_layer].features[1] if output_layer else num_input_ids
     return Targets(
         by_name=by_name,
+        experts=_experts(model, by_name),
         input_embedding=_name_of(ways_in, by_name),
         output_layer=output_layer,
         vocabulary=Vocabulary(num_input_ids, num_output_ids),
         is_tied=ways_out is not None and ways_out.weight is ways_in.weight,
     )
+
+
+def _experts(model: nn.Module, by_name: dict[str, Target]) -> dict[str, Tensor]:
+    """What has a third dimension, and belongs to no module in which each token is by itself."""
+    return {
+        path: parameter
+        for path, parameter in model.named_parameters()
+        if parameter.dim() == 3 and path.rpartition(".")[0] not in by_name
+    }
 
 
 def _name_of(module: nn.Module | None, by_name: dict[str, Target]) -> str | None:

@@ -36,6 +36,7 @@ def export(model: str) -> TextBundle:
             # Not every family's configuration has the field.
             getattr(text_config, "eos_token_id", None),
             tokenizer.eos_token_id,
+            vocab_size=text_config.vocab_size,
         ),
         generation_defaults=_sampling_defaults(generation),
         context_length=text_config.max_position_embeddings,
@@ -56,14 +57,14 @@ def _chat_template(template: str | dict[str, str] | None) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
-def _merge(*sources: int | Iterable[int] | None) -> tuple[int, ...]:
+def _merge(*sources: int | Iterable[int] | None, vocab_size: int) -> tuple[int, ...]:
     """All ids that end an answer, each once: generation configurations often name them all, and
-    the tokenizer only the one of a turn."""
+    the tokenizer only the one of a turn. A family's default may be none of this vocabulary."""
     ids: dict[int, None] = {}
     for source in sources:
         if source is not None:
             ids.update(dict.fromkeys([source] if isinstance(source, int) else source))
-    return tuple(ids)
+    return tuple(token_id for token_id in ids if token_id < vocab_size)
 
 
 def _sampling_defaults(generation: Any) -> dict[str, float | int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -73,6 +74,50 @@ def test_a_module_to_save_that_mixes_tokens_is_told_by_its_name(
     adapter.edit_tensors(lambda tensors: tensors.update({name: torch.ones(4, 32)}))
     assert told(findings_of(adapter, base_shape)) == {
         ("module_not_served", "model.layers.0.router")
+    }
+
+
+@pytest.mark.parametrize(
+    ("spelling", "num_tensors"),
+    [
+        # PEFT's of a group's first and second parameter, then an older one of each expert's layer.
+        ("mlp.experts.base_layer.lora_{side}.weight", 2),
+        ("mlp.experts.lora_{side}.weight", 2),
+        ("mlp.experts.{expert}.gate_proj.lora_{side}.weight", 8),
+        ("block_sparse_moe.experts.{expert}.w1.lora_{side}.weight", 8),
+    ],
+)
+def test_experts_are_told_by_their_name_once_for_each_layer(
+    adapter: Saved, base_shape: BaseShape, spelling: str, num_tensors: int
+) -> None:
+    group = f"model.layers.1.{spelling.partition('.experts')[0]}.experts"
+    stacked = {"model.layers.1.mlp.experts.down_proj": (4, 32, 64)}
+    base_shape = msgspec.structs.replace(base_shape, experts=stacked)
+    names = {
+        f"{PREFIX}model.layers.1.{spelling.format(side=side, expert=expert)}"
+        for side in "AB"
+        for expert in range(4)
+    }
+    assert len(names) == num_tensors
+    adapter.edit_tensors(lambda tensors: tensors.update({n: torch.ones(4, 32) for n in names}))
+    found = findings_of(adapter, base_shape)
+    assert told(found) == {("experts_not_served", group)}
+    if "mlp" in group:
+        assert "down_proj [4, 32, 64]" in found[0].message
+
+
+def test_retrained_experts_and_lora_on_their_parameters_are_told_by_their_name(
+    adapter: Saved, base_shape: BaseShape
+) -> None:
+    group = "model.layers.1.mlp.experts"
+    stacked = {f"{group}.down_proj": (4, 32, 64)}
+    base_shape = msgspec.structs.replace(base_shape, experts=stacked)
+    adapter.edit_config(modules_to_save=["experts"], target_parameters=["mlp.experts.down_proj"])
+    name = f"{PREFIX}{group}.down_proj"
+    adapter.edit_tensors(lambda tensors: tensors.update({name: torch.ones(4, 32, 64)}))
+    assert told(findings_of(adapter, base_shape)) == {
+        ("field_not_served", "target_parameters"),
+        ("experts_not_served", group),
     }
 
 

@@ -1,5 +1,6 @@
 """Which models are served, and that they are computed as transformers computes them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError, UnsupportedModel
+from engine.model.attention import PagedStep
 from engine.model.loader import load
 from tests.model_lab import (
     FolderSource,
@@ -30,51 +32,67 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
-NO_GROUPS = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
-# Their contexts below are longer than the windows.
+# Beside those of tests/parity/test_families.py; contexts below are longer than the windows.
 SERVED: dict[str, PretrainedConfig] = {
-    "llama": transformers.LlamaConfig(**SIZES),
-    "llama dynamic": transformers.LlamaConfig(
-        **SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    ),
-    "mistral": transformers.MistralConfig(**SIZES, sliding_window=8),
-    "qwen2": transformers.Qwen2Config(**SIZES),
-    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=8),
-    "gemma2": transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=8),
-    "gemma3": transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=8),
-    "phi3": transformers.Phi3Config(**SIZES),
-    "gpt_neox": transformers.GPTNeoXConfig(**NO_GROUPS),
-    "gpt2": transformers.GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4),
-    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4),
     "olmo2": transformers.Olmo2Config(**SIZES),
+    "olmo3": transformers.Olmo3Config(**SIZES, sliding_window=8),
     "granite": transformers.GraniteConfig(**SIZES),
     "starcoder2": transformers.Starcoder2Config(**SIZES, sliding_window=8),
     "cohere": transformers.CohereConfig(**SIZES),
+    "cohere2": transformers.Cohere2Config(**SIZES, sliding_window=8),
     "glm4": transformers.Glm4Config(**SIZES, head_dim=8),
     "smollm3": transformers.SmolLM3Config(**SIZES),
+    "phi": transformers.PhiConfig(**SIZES),
     "opt": transformers.OPTConfig(
         vocab_size=257, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
         word_embed_proj_dim=32, max_position_embeddings=128,
     ),
+    # Pictures are not read; its text is.
+    "gemma3": transformers.Gemma3Config(
+        text_config=SIZES | {"head_dim": 8, "sliding_window": 8},
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+    ),
 }  # fmt: skip
+WINDOWED: dict[str, PretrainedConfig] = {
+    "mistral": transformers.MistralConfig(**SIZES),
+    "gemma2": transformers.Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=None),
+    "gemma3_text": transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=32),
+    "modernbert-decoder": transformers.ModernBertDecoderConfig(**SIZES),
+}
 REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
-    "falcon": (
-        transformers.FalconConfig(
-            vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
-        ),
-        "do not call the attention function",
+    # By name.
+    "falcon": (transformers.FalconConfig(), "'falcon'.*computes attention itself"),
+    "gptj": (transformers.GPTJConfig(), "'gptj'.*computes attention itself"),
+    "bloom": (transformers.BloomConfig(), "'bloom'.*ALiBi"),
+    "mpt": (transformers.MptConfig(), "'mpt'.*ALiBi"),
+    "gpt_oss": (transformers.GptOssConfig(), "'gpt_oss'.*sinks"),
+    "mamba": (transformers.MambaConfig(), "'mamba'.*a state from token to token"),
+    "jamba": (transformers.JambaConfig(), "'jamba'.*a state from token to token"),
+    "qwen3_next": (transformers.Qwen3NextConfig(), "'qwen3_next'.*a state from token to token"),
+    "llama4": (transformers.Llama4TextConfig(), "'llama4_text'.*within chunks"),
+    "bert": (transformers.BertConfig(), "'bert'.*see those behind them"),
+    # By what the configuration says.
+    "t5": (transformers.T5Config(), "has an encoder"),
+    "bart": (transformers.BartConfig(), "has an encoder"),
+    "lfm3": (transformers.Lfm3Config(), "layers of the type.*conv"),
+}
+# Each by another part of the check.
+FOUND_BY_RUNNING: dict[str, tuple[PretrainedConfig, str]] = {
+    "stablelm": (transformers.StableLmConfig(**SIZES), "does not hand keyword arguments on"),
+    "diffllama": (transformers.DiffLlamaConfig(**SIZES), "moves its logits"),
+    "doge": (transformers.DogeConfig(**SIZES), "mask of its own"),
+    "phimoe": (
+        transformers.PhimoeConfig(**SIZES, num_local_experts=4, sliding_window=8),
+        "does not reach the attention function",
     ),
-    "gpt_oss": (
-        transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4),
-        "s_aux",
+    "hunyuan_v1_moe": (
+        transformers.HunYuanMoEV1Config(**SIZES, head_dim=8, num_experts=4, moe_topk=2),
+        "Its code fails in the check at load: AttributeError",
     ),
-    "llama4": (
-        transformers.Llama4TextConfig(
-            **SIZES, head_dim=8, num_local_experts=2, intermediate_size_mlp=48
-        ),
-        "chunked_attention",
-    ),
-    "bloom": (transformers.BloomConfig(vocab_size=257, hidden_size=32, n_layer=2), "max_model_len"),
 }
 PROMPTS = [[(37 * i + k) % 257 for i in range(length)] for k, length in enumerate((5, 40, 23))]
 
@@ -106,13 +124,56 @@ def test_a_family_answers_as_transformers_does(family: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_a_model_that_would_be_computed_wrongly_is_refused_with_the_reason(
+def test_a_family_that_is_not_served_is_refused_before_its_weights_are_read(
     family: str, tmp_path: Path
 ) -> None:
     config, reason = REFUSED[family]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=reason):
+        load(EngineConfig(model=str(tmp_path), served_name="base"))
+
+
+@pytest.mark.parametrize("family", FOUND_BY_RUNNING)
+def test_a_model_that_would_be_computed_wrongly_is_refused_with_the_reason(
+    family: str, tmp_path: Path
+) -> None:
+    config, reason = FOUND_BY_RUNNING[family]
     name = save_random_model(config, tmp_path / "model")
-    with pytest.raises(ConfigurationError, match=reason):
+    with pytest.raises(UnsupportedModel, match=reason):
         load(EngineConfig(model=name, served_name="base"))
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_the_check_crosses_windows_that_its_prompts_would_never_fill(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = save_random_model(WINDOWED[family], tmp_path / "model")
+    loaded = load(EngineConfig(model=name, served_name="base"))
+    assert {layer.sliding_window for layer in loaded.layers} - {None}
+    monkeypatch.setattr(PagedStep, "attend", attend_without_windows(PagedStep.attend))
+    with pytest.raises(UnsupportedModel, match="of their spread"):
+        load(EngineConfig(model=name, served_name="base"))
+
+
+def attend_without_windows(attend: Any) -> Any:
+    return lambda step, *states, call: attend(
+        step, *states, call=replace(call, sliding_window=None)
+    )
+
+
+def test_dynamic_rope_reads_more_than_it_was_trained_on_where_that_is_wanted(
+    tmp_path: Path,
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    name = save_random_model(transformers.LlamaConfig(**SIZES, rope_parameters=rope), tmp_path)
+    lengths = (None, 200, 256)
+    found = [
+        load(EngineConfig(model=name, served_name="base", max_model_len=length)).max_model_len
+        for length in lengths
+    ]
+    assert found == [128, 200, 256]
+    with pytest.raises(ConfigurationError, match="limit is 256"):
+        load(EngineConfig(model=name, served_name="base", max_model_len=257))
 
 
 @pytest.mark.parametrize("max_model_len", [32, 128])
@@ -145,7 +206,8 @@ def test_adapters_may_change_every_module_in_which_tokens_do_not_meet(model: str
 
 
 def test_a_gpt2_has_its_own_kind_of_linear_layers_and_ties_its_head(tmp_path: Path) -> None:
-    name = save_random_model(SERVED["gpt2"], tmp_path / "model")
+    config = transformers.GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4)
+    name = save_random_model(config, tmp_path / "model")
     shape = load(EngineConfig(model=name, served_name="base")).base_shape
     assert shape.modules["transformer.h.0.attn.c_attn"] == (32, 96)
     assert shape.parameters["transformer.h.0.attn.c_attn.weight"] == (32, 96)
@@ -153,10 +215,13 @@ def test_a_gpt2_has_its_own_kind_of_linear_layers_and_ties_its_head(tmp_path: Pa
     assert (shape.output_layer, shape.is_tied) == ("lm_head", True)
 
 
-def test_experts_take_no_adapters(tmp_path: Path) -> None:
-    name = save_random_model(SERVED["mixtral"], tmp_path / "model")
+def test_experts_take_no_adapters_and_are_told_by_name(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4)
+    name = save_random_model(config, tmp_path / "model")
     shape = load(EngineConfig(model=name, served_name="base")).base_shape
     assert not any("experts" in path for path in (*shape.modules, *shape.parameters))
+    assert shape.experts["model.layers.1.mlp.experts.gate_up_proj"] == (4, 96, 32)
+    assert len(shape.experts) == 2 * 2
 
 
 def test_the_digest_tells_models_apart_and_not_their_places(tmp_path: Path, model: str) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from adapters import text_bundle
 from engine.errors import ConfigurationError
 from engine.model.text_bundle import export
+from tests.tokenizer_lab import KINDS, save_tokenizer
 
 MODEL = Path("~/.cache/manylora/models/SmolLM2-135M-Instruct").expanduser()
 TEXTS = [
@@ -70,6 +71,30 @@ def test_the_same_tokens_and_the_same_text_back(
         )
 
 
+@pytest.mark.parametrize("family", KINDS)
+def test_every_familys_tokenizer_means_alone_what_it_means_to_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    save_tokenizer(KINDS[family], tmp_path)
+    bundle = text_bundle.decode(text_bundle.encode(export(str(tmp_path))))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    alone = Tokenizer.from_str(bundle.tokenizer_json.decode())
+    rendered = [
+        reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in CONVERSATIONS
+    ]
+    for text in (*TEXTS, *rendered):
+        for special in (False, True):
+            ids = reference.encode(text, add_special_tokens=special)
+            assert alone.encode(text, add_special_tokens=special).ids == ids
+            assert alone.decode(ids, skip_special_tokens=special) == reference.decode(
+                ids, skip_special_tokens=special, clean_up_tokenization_spaces=False
+            )
+    assert bundle.eos_token_ids == (reference.eos_token_id,)
+    assert bundle.vocab_size == len(reference)
+    assert bundle.special_tokens.get("bos_token") == reference.bos_token
+
+
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_the_template_renders_as_apply_chat_template_does(
     messages: list[dict[str, str]], bundle: text_bundle.TextBundle, tokenizer: AutoTokenizer
@@ -99,6 +124,11 @@ def test_all_end_tokens_and_sampling_defaults_are_taken(checkpoint: Path) -> Non
     exported = export(str(checkpoint))
     assert exported.eos_token_ids == (7, 2)
     assert exported.generation_defaults == {"temperature": 0.6, "top_k": 40}
+
+
+def test_an_end_token_beyond_the_vocabulary_is_left_out(checkpoint: Path) -> None:
+    change(checkpoint / "generation_config.json", eos_token_id=[49152, 2])
+    assert export(str(checkpoint)).eos_token_ids == (2,)
 
 
 def test_a_model_without_template_or_generation_config_is_exported(checkpoint: Path) -> None:

@@ -10,9 +10,11 @@ from transformers import AutoTokenizer
 from adapters.demo.base_model import default_folder
 from adapters.store import ArtifactStore
 from adapters.text_bundle import TextBundle
+from engine.model.text_bundle import export
 from gateway.errors import InvalidRequest
 from gateway.templates import TemplateFault, Templates
 from gateway.text import TextCodec, TextCodecs
+from tests.tokenizer_lab import KINDS, save_tokenizer
 
 CONVERSATIONS = [
     [{"role": "user", "content": "What is a slot?"}],
@@ -191,6 +193,42 @@ def test_pieces_of_any_tokens_add_up_to_the_whole_text(codec, seed):
     token_ids = [rng.randrange(49152) for _ in range(200)]
     text, _ = _streamed(codec, token_ids)
     assert text == codec.decode(token_ids)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_pieces_add_up_whatever_the_tokenizer_is_made_of(family, tmp_path):
+    save_tokenizer(KINDS[family], tmp_path)
+    codec = TextCodec(export(str(tmp_path)))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text, pieces = _streamed(codec, tokenizer.encode("naïve 日本 🦜 ok"))
+    assert text == "naïve 日本 🦜 ok"
+    assert not any("\ufffd" in piece for piece in pieces)
+    of_bird = tokenizer.encode("🦜", add_special_tokens=False)
+    told = b"".join(bytes(codec.token_bytes(each)) for each in of_bird)
+    assert told.endswith("🦜".encode())
+    for seed in range(50):
+        rng = random.Random(seed)
+        token_ids = [rng.randrange(codec.vocab_size) for _ in range(60)]
+        text, _ = _streamed(codec, token_ids)
+        whole = codec.decode(token_ids)
+        # A letter that was shown before the byte that broke it stays.
+        assert text == whole or KINDS[family].has_byte_fallback
+        assert text.rpartition("\ufffd")[2] == whole.rpartition("\ufffd")[2]
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("start", ["The quick", "a 🦜"])
+def test_an_answer_that_continues_a_text_keeps_its_first_space(family, start, tmp_path):
+    save_tokenizer(KINDS[family], tmp_path)
+    codec = TextCodec(export(str(tmp_path)))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = tokenizer.encode(start)
+    unknown = 2**62
+    answer = tokenizer.encode(f"{start} again and again")[len(prompt) :]
+    stream = codec.stream(after=[unknown, *prompt])
+    pieces = [stream.feed(token_id) for token_id in answer]
+    assert "".join([*pieces, stream.finish()]) == " again and again"
+    assert "".join(map(codec.token_text, answer)) == " again and again"
 
 
 def test_every_piece_holds_whole_characters(codec, reference):

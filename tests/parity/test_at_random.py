@@ -14,22 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engine.batch import Batch
-from engine.kernels import reference
-from engine.kernels.choice import DENSE, Kernels, choose
-from engine.kernels.slot_weights import SlotWeights
-from engine.protocol import SequenceState, TokenLogprob
-from engine.sequence import NO_ADAPTER
+from engine.kernels.choice import Kernels
+from engine.protocol import SequenceState
 from tests.engine.conftest import ADAPTERS
+from tests.kernel_lab import COMPILED, DEFINED, DENSE
 from tests.model_lab import (
+    Alone,
     Answer,
     FolderSource,
     Lab,
     WatchedLab,
-    greedy_reference,
+    assert_told,
     load_with_peft,
     num_ties,
     open_lab,
@@ -45,67 +42,6 @@ MAX_MODEL_LEN, MAX_TOKENS = 72, 32
 ADAPTER_TOKENS = 60
 NUM_WAVES = 4
 NUM_TOP = 4
-ATOL = 1e-4
-
-
-# The definition, as an implementation
-
-
-@dataclass(frozen=True, slots=True)
-class DefinedAttention:
-    batch: Batch
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        out: Tensor,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> None:
-        reference.write_kv(key_cache, key, self.batch.cache_rows)
-        reference.write_kv(value_cache, value, self.batch.cache_rows)
-        out[:] = reference.paged_attention(
-            query,
-            key_cache,
-            value_cache,
-            block_tables=self.batch.block_tables,
-            query_starts=self.batch.query_starts,
-            context_lens=self.batch.host_context_lens,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            softcap=softcap,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class DefinedLora:
-    batch: Batch
-    weights: SlotWeights
-
-    def apply(self, out: Tensor, x: Tensor, *, module: int) -> None:
-        token_slots = torch.full((self.batch.num_tokens,), NO_ADAPTER)
-        adapters, affine = {}, {}
-        for start, end, slot in self.batch.slot_runs.tolist():
-            token_slots[start:end] = slot
-            pair = self.weights.pair(module, slot)
-            if pair is not None:
-                adapters[slot] = (pair[0], pair[1].T)
-            gain_and_shift = self.weights.affine(module, slot)
-            if gain_and_shift is not None:
-                affine[slot] = gain_and_shift
-        out[:] = reference.affine(out, affine, token_slots)
-        if adapters:
-            out += reference.lora(x, adapters, token_slots)
-
-
-COMPILED = choose(torch.device("cpu"), torch.float32)
-DEFINED = Kernels(DefinedAttention, DefinedLora)
 
 
 # What is asked
@@ -177,35 +113,6 @@ def ask(lab: Lab, draw: Random, asked: tuple[str | None, ...]) -> list[tuple[Job
 
 
 # What comes out
-
-
-class Alone:
-    """One adapter's own model, or the base model; no batch, no cache, no engine."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        # The implementations are asked much the same.
-        self._answers: dict[tuple[int, ...], list[int]] = {}
-
-    def answer(self, prompt: list[int], *, num_tokens: int) -> list[int]:
-        key = (num_tokens, *prompt)
-        if key not in self._answers:
-            self._answers[key] = greedy_reference(self.model, prompt, num_tokens)
-        return self._answers[key]
-
-    @torch.inference_mode()
-    def logprobs(self, tokens: list[int]) -> Tensor:
-        """[num_tokens, vocab_size], of what follows each."""
-        return torch.log_softmax(self.model(torch.tensor([tokens])).logits[0], dim=-1)
-
-
-def assert_told(told: list[TokenLogprob], tokens: list[int], rows: Tensor, *, num_top: int) -> None:
-    for logprob, token_id, row in zip(told, tokens, rows, strict=True):
-        assert logprob.logprob == pytest.approx(float(row[token_id]), abs=ATOL)
-        values = [value for _, value in logprob.top]
-        assert values == pytest.approx(row.topk(num_top).values.tolist(), abs=ATOL)
-        # Of two that are as likely, either may come first.
-        assert values == pytest.approx([float(row[i]) for i, _ in logprob.top], abs=ATOL)
 
 
 def compare(job: Job, answer: Answer, alone: Alone) -> int:
