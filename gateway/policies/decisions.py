@@ -44,6 +44,8 @@ class Decisions:
         self._counts: defaultdict[uuid.UUID, Counter[tuple[str, Verdict]]] = defaultdict(Counter)
         self._since = datetime.datetime.now(datetime.UTC)
         self._flushing: asyncio.Task[None] | None = None
+        # Held while writing, so that what is being written is not interrupted and written again.
+        self._writing = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         self._flushing = asyncio.create_task(self._flush_forever(), name="policy decisions")
@@ -56,7 +58,8 @@ class Decisions:
         trace: TracebackType | None,
     ) -> None:
         assert self._flushing is not None
-        self._flushing.cancel()
+        async with self._writing:
+            self._flushing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._flushing
         await self._try_to_flush()
@@ -66,18 +69,17 @@ class Decisions:
 
     async def flush(self) -> None:
         """Write what was counted. What cannot be written is kept for the next time."""
-        counts, self._counts = self._counts, defaultdict(Counter)
-        since, self._since = self._since, datetime.datetime.now(datetime.UTC)
-        while counts:
-            tenant_id, counted = counts.popitem()
+        async with self._writing:
+            counts, self._counts = self._counts, defaultdict(Counter)
+            since, self._since = self._since, datetime.datetime.now(datetime.UTC)
             try:
-                async with self._database.as_worker() as session:
-                    await _write(session, tenant_id, counted, since=since)
-            except BaseException:
-                counts[tenant_id] = counted
-                for each, rest in counts.items():
-                    self._counts[each].update(rest)
-                raise
+                for tenant_id in list(counts):
+                    async with self._database.as_worker() as session:
+                        await _write(session, tenant_id, counts[tenant_id], since=since)
+                    del counts[tenant_id]
+            finally:
+                for tenant_id, rest in counts.items():
+                    self._counts[tenant_id].update(rest)
 
     async def _flush_forever(self) -> None:
         while True:

@@ -6,7 +6,9 @@ import msgspec
 
 RuleName = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9_-]{0,63}$")]
 PatternSource = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
-ParameterNames = Annotated[list[Annotated[str, msgspec.Meta(max_length=64)]], msgspec.Meta(max_length=64)]
+ParameterNames = Annotated[
+    list[Annotated[str, msgspec.Meta(max_length=64)]], msgspec.Meta(max_length=64)
+]
 NumTokens = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 # Streams wait in a bounded queue while they are judged: longer than this, it could overflow.
 TimeoutMs = Annotated[int, msgspec.Meta(ge=10, le=5000)]

@@ -26,15 +26,13 @@ class Asked:
 
     # The names of the fields that the client gave.
     fields: frozenset[str]
+    # "messages" or "prompt"
+    prompt_field: str
     num_prompt_tokens: int
     # What the answer may have at most, by the client's word or, where it said none, by default.
     max_tokens: int
     # The prompt's messages, worked out where somebody reads them.
     texts: Callable[[], Sequence[str]]
-
-    @property
-    def prompt_field(self) -> str:
-        return "prompt" if "prompt" in self.fields else "messages"
 
 
 class Rules:

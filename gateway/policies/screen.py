@@ -1,14 +1,13 @@
 """An answer under deny rules, while it grows.
 
-The guarantee: of a match that has at most `window_chars` characters, in the text that the whole
-answer would have been, nothing is ever sent. It is found however the text falls into steps, and all
-text before the leftmost match is sent. A longer match is caught as well where it begins within what
-is held back when it becomes certain; one that does not may pass, and whoever needs it caught makes
-the window larger.
+The guarantee: of a match of at most `window_chars` characters nothing is sent, however the text
+falls into steps. The answer ends with the first match that becomes certain, and all text before that
+is sent. A longer match is caught too where it begins within what is held back when it becomes
+certain; otherwise it may pass, and whoever needs it caught makes the window larger.
 
 For this the last `window_chars` characters are held back, and a match counts once another character
-follows it: whether a word ends, or the text, cannot be seen before. At the end all is certain, and
-what is held back is sent.
+follows it: whether a word or the text ends there cannot be seen before. At the end all is certain,
+and what is held back is sent. Text is what the client would see: stop strings are cut off before.
 """
 
 from collections.abc import Callable, Sequence
