@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-RuleName = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9_-]{0,63}$")]
+RuleName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$(?!\n)")]
 PatternSource = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
 ParameterNames = Annotated[
     list[Annotated[str, msgspec.Meta(max_length=64)]], msgspec.Meta(max_length=64)

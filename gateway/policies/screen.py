@@ -1,7 +1,7 @@
 """An answer under deny rules, while it grows.
 
 The guarantee: of a match of at most `window_chars` characters nothing is sent, however the text
-falls into steps. The answer ends with the first match that becomes certain, and all text before that
+falls into steps. The answer ends with the first match that becomes certain, and all text before it
 is sent. A longer match is caught too where it begins within what is held back when it becomes
 certain; otherwise it may pass, and whoever needs it caught makes the window larger.
 
