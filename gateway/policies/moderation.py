@@ -11,6 +11,7 @@ reason that a refusal gives goes to the client alone.
 """
 
 import asyncio
+import functools
 import hmac
 import logging
 import time
@@ -35,6 +36,7 @@ MAX_REASON_LENGTH = 200
 MAX_QUESTIONS = 32
 # A name is looked up once in so many seconds, by one thread: a slow resolver takes no others.
 ADDRESS_S = 30.0
+FAILED_ADDRESS_S = 1.0
 MAX_ADDRESSES = 1000
 
 # What an answer that cannot be had, or be believed, comes up as. TimeoutError is an OSError;
@@ -175,13 +177,20 @@ class CheckedAddresses:
             task = asyncio.create_task(
                 find_address(url, allowed_networks=self._allowed_networks), name="find address"
             )
-            # Who waits may be gone before it fails.
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._found.pop(url, None)
-            self._found[url] = time.monotonic() + ADDRESS_S, task
-            while len(self._found) > MAX_ADDRESSES:
-                del self._found[next(iter(self._found))]
+            self._remember(url, task, for_s=ADDRESS_S)
+            task.add_done_callback(functools.partial(self._judge, url))
+        # Others wait for it too, and whoever comes next.
         return await asyncio.shield(task)
+
+    def _judge(self, url: str, task: asyncio.Task[Address]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._remember(url, task, for_s=FAILED_ADDRESS_S)
+
+    def _remember(self, url: str, task: asyncio.Task[Address], *, for_s: float) -> None:
+        self._found.pop(url, None)
+        self._found[url] = time.monotonic() + for_s, task
+        while len(self._found) > MAX_ADDRESSES:
+            del self._found[next(iter(self._found))]
 
 
 def secret_of(tenant_id: uuid.UUID, *, peppers: Mapping[int, bytes], pepper_version: int) -> str:

@@ -16,7 +16,7 @@ from gateway.policies.patterns import Pattern, compile_input, compile_output, fi
 # What every request has.
 ALWAYS_ALLOWED = frozenset({"model", "messages", "prompt"})
 MAX_TOKENS_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
-# Instructions times characters up to which a search stays on the event loop: 3 ms at worst.
+# Instructions times characters up to which a search stays on the event loop: 4 ms at worst.
 MAX_WORK_HERE = 1_000_000
 
 

@@ -151,9 +151,11 @@ def test_a_name_stands_for_one_rule() -> None:
 
 
 def test_patterns_are_bounded_together() -> None:
-    large = r"\p{L}{20}"
-    for field in ("deny_input", "deny_output"):
-        many = [DenyRule(f"r{number}", f"{large}{number}") for number in range(64)]
-        with pytest.raises(InvalidPolicy, match="too large together") as refused:
-            Rules(Policy(**{field: many}))
-        assert refused.value.param == field
+    large = [DenyRule(f"r{number}", rf"\p{{L}}{{5}}{number}") for number in range(64)]
+    with pytest.raises(InvalidPolicy, match="the most in deny_input") as refused:
+        Rules(Policy(deny_input=large))
+    assert refused.value.param == "deny_input[3].pattern"
+    assert len(compile_output(large[:1], window_chars=64)) == 1
+    with pytest.raises(InvalidPolicy, match="lower window_chars") as refused:
+        Rules(Policy(deny_output=large, window_chars=4096))
+    assert refused.value.param == "deny_output[0].pattern"
