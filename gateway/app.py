@@ -41,6 +41,7 @@ from gateway.api import (
     limits,
     lora,
     models,
+    policy,
     privacy,
     statements,
     tenant,
@@ -59,6 +60,8 @@ from gateway.idempotency import Answers
 from gateway.inference import Inference
 from gateway.journal import Journal
 from gateway.ledger import Ledger
+from gateway.policies.decisions import Decisions
+from gateway.policies.store import Policies
 from gateway.privacy import Contents
 from gateway.quotas import Quotas
 from gateway.registry import Registry
@@ -109,6 +112,7 @@ class Parts:
     inference: Inference
     attempts: Attempts
     contents: Contents
+    policies: Policies
 
 
 def build(settings: Settings) -> Parts:
@@ -152,6 +156,12 @@ def build(settings: Settings) -> Parts:
         quotas=quotas,
     )
     contents = Contents(database)
+    policies = Policies(
+        database,
+        Decisions(database),
+        settings.peppers,
+        allowed_networks=settings.webhook_networks,
+    )
 
     return Parts(
         settings=settings,
@@ -191,8 +201,10 @@ def build(settings: Settings) -> Parts:
             journal=journal,
             ledger=ledger,
             contents=contents,
+            policies=policies,
         ),
         contents=contents,
+        policies=policies,
         attempts=Attempts(Answers(database), compares_streams=settings.max_retry_credit_nano > 0),
     )
 
@@ -229,6 +241,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.resumable_uploads)
         await stack.enter_async_context(parts.residency)
         await stack.enter_async_context(parts.outbox)
+        await stack.enter_async_context(parts.policies.decisions)
         await stack.enter_async_context(parts.attempts.answers)
         await stack.enter_async_context(Bookkeeper(parts.database))
         await stack.enter_async_context(parts.engine)
@@ -285,6 +298,7 @@ def create_app(settings: Settings) -> Litestar:
             limits.list_budgets,
             models.get_model,
             models.list_models,
+            policy.show_policy,
             privacy.privacy_router,
             privacy.show_content,
             statements.statements_router,
@@ -317,7 +331,7 @@ def create_app(settings: Settings) -> Litestar:
 _HANDED_OUT = (
     *("aliases", "authenticator", "database", "grants", "inference", "ledger", "registry"),
     *("outbox", "residency", "resumable_uploads", "retention", "router", "runtime_loras"),
-    *("attempts", "source_files", "uploads"),
+    *("attempts", "policies", "source_files", "uploads"),
 )
 
 

@@ -86,7 +86,7 @@ KEY_FORMAT = re.compile(
     rf"([0-9A-Za-z]{{{CHECKSUM_LENGTH}}})"
 )
 
-# The channel of the triggers on api_keys and tenants.
+# The channel of the triggers on api_keys, tenants and policies.
 CHANNEL = "api_keys"
 
 # A key with its tenant, before any tenant is known: runs as the worker inside.
@@ -111,6 +111,8 @@ class Principal:
     allowed_models: tuple[str, ...] | None = None
     ip_ranges: tuple[str, ...] | None = None
     expires_at: datetime.datetime | None = None
+    # Of the tenant's policy, another one after each change; None where it has none.
+    policy_id: uuid.UUID | None = None
 
     def may_call(self, public_name: str) -> bool:
         """Whether this key may call a model of this name, in lower case."""
@@ -505,6 +507,7 @@ def _principal(row: Row[Any]) -> Principal:
         allowed_models=None if row.allowed_models is None else tuple(row.allowed_models),
         ip_ranges=None if row.ip_ranges is None else tuple(row.ip_ranges),
         expires_at=row.expires_at,
+        policy_id=row.policy_id,
     )
 
 

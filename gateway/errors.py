@@ -3,7 +3,10 @@
     GatewayError
     ├── InvalidRequest            400
     │   ├── UnknownField          400
-    │   └── ContextLengthExceeded 400
+    │   ├── ContextLengthExceeded 400
+    │   ├── PolicyViolation       400
+    │   │   └── ContentRefused    400
+    │   └── InvalidPolicy         422
     ├── InvalidKey                401
     ├── NotAllowed                403
     │   └── QuotaExceeded         403
@@ -67,6 +70,29 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt and answer together are longer than the model's context."""
 
     code = "context_length_exceeded"
+
+
+class PolicyViolation(InvalidRequest):
+    """The tenant's policy does not allow this request."""
+
+    code = "policy_violation"
+
+    def __init__(self, message: str, *, param: str | None, policy_rule: str) -> None:
+        super().__init__(message, param=param)
+        # By which the refusal is counted.
+        self.policy_rule = policy_rule
+
+
+class ContentRefused(PolicyViolation):
+    """The tenant's content policy refused the prompt."""
+
+    code = "content_policy"
+
+
+class InvalidPolicy(InvalidRequest):
+    """The policy cannot be served as it is."""
+
+    status, code = 422, "invalid_policy"
 
 
 class InvalidKey(GatewayError):

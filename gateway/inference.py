@@ -10,8 +10,8 @@ import logging
 import secrets
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
@@ -33,25 +33,31 @@ from gateway.errors import (
     GatewayError,
     InvalidRequest,
     JournalFailed,
+    PolicyViolation,
     Unavailable,
 )
 from gateway.journal import Journal, Meter, Opened
 from gateway.ledger import Ledger
 from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
 from gateway.overload import Place, WaitingRoom
+from gateway.policies.moderation import Judge
+from gateway.policies.rules import Asked
+from gateway.policies.screen import Screen
+from gateway.policies.store import Policies
+from gateway.policies.watch import Watch
 from gateway.prices import Bill, ceiling
 from gateway.privacy import Contents
 from gateway.registry import Registry, Target, model_not_found
 from gateway.routing import Router
 from gateway.tables import new_id
-from gateway.text import TextCodec, TextCodecs
+from gateway.text import TextCodec, TextCodecs, TextStream
 
 logger = logging.getLogger(__name__)
 
 # Tokens of which one character may consist: each may be one of its bytes.
 MAX_TOKENS_OF_CHARACTER = 4
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "content_filter"]
 # Why an answer is shorter than was asked for, where money is the reason.
 StoppedBy = Literal["budget", "max_cost"]
 
@@ -100,6 +106,8 @@ class GenerationRequest:
     logprobs: int | None
     # Nano-USD that the client will pay at most.
     max_cost_nano: int | None = None
+    # Names the fields that the client gave, where a policy asks.
+    fields: Callable[[], frozenset[str]] = frozenset
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +189,8 @@ class Generation:
         stops: Sequence[str],
         after: Sequence[int] = (),
         keeping: Keeping | None = None,
+        watch: Watch | None = None,
+        is_streamed: bool = False,
     ) -> None:
         self.request_id = request_id
         self.target = target
@@ -196,7 +206,14 @@ class Generation:
         # Held until the first token.
         self._place = place
         self._deadline_s = _deadline_s(admission)
-        self._text = codec.stream(stops, after=after)
+        self._text: TextStream | Screen = codec.stream(stops, after=after)
+        # What a policy puts between the text and its client; None where there is none.
+        self._screen: Screen | None = None
+        self._judge: Judge | None = None
+        if watch is not None:
+            self._screen = watch.screen(self._text)
+            self._text = self._screen or self._text
+            self._judge = watch.judge(is_streamed=is_streamed)
         self._num_tokens = 0
         self._adapter_wait_ns = 0
         self._outcome: FinishReason | None = None
@@ -214,6 +231,8 @@ class Generation:
             while (event := await self._next()) is not None:
                 await self._fund(event)
                 delta = self._apply(event)
+                if self._judge is not None:
+                    delta = await self._judged(self._judge, delta)
                 if self._keeping is not None:
                     self._keeping.pieces.append(delta.text)
                 if delta.text or delta.finish_reason or delta.logprobs:
@@ -247,6 +266,16 @@ class Generation:
             self._deadline_s = None
             self._place.leave()
         return event
+
+    async def _judged(self, judge: Judge, delta: Delta) -> Delta:
+        """What of the answer its moderation allows by now."""
+        allowed = await judge.hear(delta.text, is_last=delta.finish_reason is not None)
+        if allowed is not None:
+            return replace(delta, text=allowed)
+        if self._outcome is None:
+            self._stop_here(self._num_tokens)
+        self._outcome, self.stopped_by = "content_filter", None
+        return replace(delta, text="", finish_reason="content_filter")
 
     async def _fund(self, event: SequenceEvent) -> None:
         """Ask for more money now, where a step outran the heartbeat."""
@@ -321,6 +350,8 @@ class Generation:
             text += self._text.finish()
             # The token that ended the answer is counted, not shown.
             token_ids = token_ids[:-1] if self._outcome == "stop" else token_ids
+        if self._screen is not None and self._screen.is_refused:
+            self._outcome, self.stopped_by = "content_filter", None
         return Delta(
             text=text,
             token_ids=token_ids,
@@ -335,7 +366,7 @@ class Generation:
         return token_ids[: max(self._meter.funded_output_tokens - self._num_tokens, 0)]
 
     def _stop_here(self, num_tokens: int) -> None:
-        """A stop string is whole: tokens that the engine made since are its own affair."""
+        """The answer ends with its n-th token: later ones are the engine's own affair."""
         self._meter.cap(self._stream.sequence_id, num_tokens)
         self._stream.abort()
         self._outcome = "stop"
@@ -354,8 +385,10 @@ class Inference:
         journal: Journal,
         ledger: Ledger,
         contents: Contents,
+        policies: Policies,
     ) -> None:
         self._contents = contents
+        self._policies = policies
         self._database = database
         self._registry = registry
         self._texts = texts
@@ -370,8 +403,8 @@ class Inference:
     ) -> Generation:
         """Admit a request and hand it to an engine.
 
-        Raises ModelNotFound, TemplateFault, InvalidRequest, LimitReached or Unavailable; nothing
-        is held or billed then.
+        Raises ModelNotFound, TemplateFault, InvalidRequest, PolicyViolation, LimitReached or
+        Unavailable; nothing is held or billed then.
         """
         target = await self.resolve(principal, request.model, user=request.user)
         codec = await self._texts.get(
@@ -379,13 +412,21 @@ class Inference:
         )
         prompt_ids = await _encode(codec, request.prompt, caller=str(principal.tenant_id))
         max_tokens = _fit(request.max_tokens, len(prompt_ids), target.context_length)
+        request_id, watch = new_id(), None
+        if principal.policy_id is not None:
+            watch = await self._policies.watch(
+                principal, model=target.public_name, request_id=request_id
+            )
+        if watch is not None:
+            max_tokens = await watch.admit(
+                _asked(request.prompt, codec, prompt_ids, request.fields(), max_tokens=max_tokens)
+            )
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
         keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
         assert principal.tenant_id is not None, "only tenants are billed"
         place = self._rooms[link].enter(principal.tenant_id)
-        request_id = new_id()
         try:
             admission = await admit(
                 self._database,
@@ -443,6 +484,8 @@ class Inference:
             stops=request.stops,
             after=_continued(request.prompt, prompt_ids),
             keeping=keeping,
+            watch=watch,
+            is_streamed=request.is_streamed,
         )
 
     async def _keeping(self, principal: Principal, request: GenerationRequest) -> Keeping | None:
@@ -474,11 +517,22 @@ class Inference:
             target.text_bundle_digest, base=target.base_text_bundle_digest
         )
         prompt_ids = await _encode(codec, prompt, caller=str(principal.tenant_id))
+        most = _fit(max_tokens, len(prompt_ids), target.context_length)
+        violation: PolicyViolation | None = None
+        if principal.policy_id is not None:
+            given = {"max_tokens": max_tokens, "max_cost": max_cost_nano}
+            fields = frozenset(name for name, value in given.items() if value is not None)
+            try:
+                most = await self._policies.check(
+                    principal, _asked(prompt, codec, prompt_ids, fields, max_tokens=most)
+                )
+            except PolicyViolation as error:
+                violation = error
         ask = Ask(
             request_id=new_id(),
             endpoint="estimate",
             prompt_tokens=len(prompt_ids),
-            max_tokens=_fit(max_tokens, len(prompt_ids), target.context_length),
+            max_tokens=most,
             gateway_instance_id=self._journal.instance_id,
             max_cost_nano=max_cost_nano,
         )
@@ -492,7 +546,8 @@ class Inference:
             max_output_tokens=answer.max_output_tokens,
             prompt_cost_nano=cost_nano(0),
             max_cost_nano=cost_nano(answer.max_output_tokens),
-            refusal=refused(answer.refusal, principal, target) if answer.refusal else None,
+            refusal=violation
+            or (refused(answer.refusal, principal, target) if answer.refusal else None),
             is_resident=await self._is_resident(target),
         )
 
@@ -521,6 +576,34 @@ def _spelled(prompt: Prompt) -> str:
             return prompt
         case _:
             return msgspec.json.encode(list(prompt)).decode()
+
+
+def _asked(
+    prompt: Prompt,
+    codec: TextCodec,
+    prompt_ids: Sequence[int],
+    fields: frozenset[str],
+    *,
+    max_tokens: int,
+) -> Asked:
+    """A request as its policy sees it: every message by itself, token ids as their text."""
+
+    def texts() -> list[str]:
+        match prompt:
+            case TokenPrompt():
+                return [codec.decode(prompt_ids)]
+            case str():
+                return [prompt]
+            case _:
+                return [message["content"] for message in prompt]
+
+    return Asked(
+        fields=fields,
+        prompt_field="prompt" if isinstance(prompt, str | TokenPrompt) else "messages",
+        num_prompt_tokens=len(prompt_ids),
+        max_tokens=max_tokens,
+        texts=texts,
+    )
 
 
 def _deadline_s(admission: Admission) -> float | None:

@@ -235,8 +235,10 @@ class Meter:
 
         Raises JournalFailed.
         """
+        # A heartbeat that had nothing to ask for was told nothing of budgets.
+        is_news = output_tokens > self.funded_output_tokens
+        self.is_budgeted = is_budgeted or (self.is_budgeted and not is_news)
         self.funded_output_tokens = max(self.funded_output_tokens, output_tokens)
-        self.is_budgeted = is_budgeted
         if self.is_connected:
             self._journal.record_progress([self])
 

@@ -931,3 +931,36 @@ class WebhookDelivery(Table):
     next_attempt_at: Mapped[datetime.datetime] = _now()
     last_error: Mapped[str | None]
     created_at: Mapped[datetime.datetime] = _now()
+
+
+class TenantPolicy(Table):
+    """What a tenant's requests may ask and say: a document of `gateway.policies`."""
+
+    __tablename__ = "policies"
+
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    # Another one after each change.
+    id: Mapped[uuid.UUID]
+    document: Mapped[dict[str, Any]]
+    # Of the pepper that the moderation's secret is derived from.
+    pepper_version: Mapped[int] = mapped_column(Integer)
+    updated_at: Mapped[datetime.datetime] = _now()
+
+
+class PolicyDecision(Table):
+    """How often a rule of a tenant's policy decided so on a day of UTC. Holds no text."""
+
+    __tablename__ = "policy_decisions"
+    __table_args__ = (
+        CheckConstraint(
+            "verdict IN ('passed', 'refused', 'failed_open', 'failed_closed')", name="verdict"
+        ),
+        CheckConstraint("num_decisions > 0", name="num_decisions"),
+    )
+
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    day: Mapped[datetime.date] = mapped_column(primary_key=True)
+    # e.g. "deny_input/passwords"
+    rule: Mapped[str] = mapped_column(primary_key=True)
+    verdict: Mapped[str] = mapped_column(primary_key=True)
+    num_decisions: Mapped[int]

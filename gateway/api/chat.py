@@ -1,6 +1,7 @@
 """POST /v1/chat/completions."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -30,6 +31,7 @@ from gateway.api.fields import (
     Usage,
     User,
     end_user,
+    given_fields,
     refuse_unserved,
     stop_strings,
 )
@@ -37,7 +39,14 @@ from gateway.api.sse import DONE, event, event_stream
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
-from gateway.inference import Delta, Generation, GenerationRequest, Inference, StoppedBy
+from gateway.inference import (
+    Delta,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    Inference,
+    StoppedBy,
+)
 from gateway.text import TextCodec
 
 
@@ -141,7 +150,7 @@ class AssistantMessage(msgspec.Struct, frozen=True):
 
 class ChatChoice(msgspec.Struct, frozen=True):
     message: AssistantMessage
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     logprobs: ChatLogprobs | None
     index: int = 0
     # Ours: what ended the answer, where that was money.
@@ -250,6 +259,7 @@ def _read(data: ChatCompletionRequest) -> GenerationRequest:
         ignore_eos=bool(data.ignore_eos),
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
         max_cost_nano=data.max_cost,
+        fields=partial(given_fields, data),
     )
 
 

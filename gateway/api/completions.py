@@ -1,6 +1,7 @@
 """POST /v1/completions."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -30,6 +31,7 @@ from gateway.api.fields import (
     Usage,
     User,
     end_user,
+    given_fields,
     refuse_unserved,
     stop_strings,
 )
@@ -39,6 +41,7 @@ from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
 from gateway.inference import (
     Delta,
+    FinishReason,
     Generation,
     GenerationRequest,
     Inference,
@@ -96,7 +99,7 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
 
 class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
     logprobs: CompletionLogprobs | None = None
     index: int = 0
     # Ours: what ended the answer, where that was money.
@@ -179,6 +182,7 @@ def _read(data: CompletionRequest) -> GenerationRequest:
         ignore_eos=bool(data.ignore_eos),
         logprobs=data.logprobs,
         max_cost_nano=data.max_cost,
+        fields=partial(given_fields, data),
     )
 
 

@@ -66,6 +66,12 @@ def refuse_unserved(body: msgspec.Struct, *, place: str = "") -> None:
             )
 
 
+def given_fields(body: msgspec.Struct) -> frozenset[str]:
+    """The names of the fields that the client gave; null and false are as if it had not."""
+    given = msgspec.structs.asdict(body).items()
+    return frozenset(name for name, value in given if value is not None and value is not False)
+
+
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a stream tells besides the text."""
 

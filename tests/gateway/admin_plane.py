@@ -34,6 +34,8 @@ from gateway.database import Database
 from gateway.errors import GatewayError
 from gateway.examples import ExampleRunner
 from gateway.grants import Grants
+from gateway.policies.decisions import Decisions
+from gateway.policies.store import Policies
 from gateway.quotas import NO_QUOTAS, Quotas
 from gateway.registry import Registry
 from gateway.residency import Residency
@@ -241,6 +243,7 @@ async def admin_plane(
         "residency": residency,
         "runtime_loras": runtime_loras,
         "outbox": Outbox(database, {1: PEPPER}),
+        "policies": Policies(database, Decisions(database), {1: PEPPER}),
     }
     app = _app(database, authenticator, parts)
     async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:

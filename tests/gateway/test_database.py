@@ -49,6 +49,7 @@ from gateway.tables import (
     Hold,
     IdempotencyKey,
     Limit,
+    PolicyDecision,
     PriceVersion,
     PublicName,
     Statement,
@@ -57,6 +58,7 @@ from gateway.tables import (
     StoredContent,
     Table,
     Tenant,
+    TenantPolicy,
     Upload,
     UploadPart,
     UsageCredit,
@@ -204,6 +206,8 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID, withheld_id: uuid.U
         ),
         BillingAccount(**ours),
         ContentPolicy(keep_days=1, **ours),
+        TenantPolicy(id=new_id(), document={}, pepper_version=1, **ours),
+        PolicyDecision(day=now.date(), rule="r", verdict="refused", num_decisions=1, **ours),
         StoredContent(id=event.id, prompt="p", completion="c", **kept),
         IdempotencyKey(
             api_key_id=key.id, key_digest=b"k", body_digest=b"b", claim_id=new_id(), **kept

@@ -1,5 +1,6 @@
 """Limits and budgets as a client meets them: headers, refusals, and streams that end early."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import select
 
 from gateway.database import Database
+from gateway.tables import Hold
 from tests.conftest import Home
-from tests.gateway.whole_gateway import MODEL, TOKEN_NANO, Gateway, whole_gateway
+from tests.gateway.whole_gateway import MODEL, PATIENCE_S, TOKEN_NANO, Gateway, whole_gateway
 
 PROMPT = "w1 w2 w3 w4"
 SIX_HEADERS = {
@@ -65,6 +68,23 @@ async def test_a_stream_ends_at_its_last_funded_token(gateway: Gateway) -> None:
     error = refused.json()["error"]
     assert (error["code"], error["rule"]["rule"]) == ("insufficient_quota", "budget")
     assert error["rule"]["current"] == cap
+
+
+async def test_a_heartbeat_that_needs_no_money_does_not_lift_the_budget(gateway: Gateway) -> None:
+    await gateway.budget(TOKEN_NANO * (4 + 300))
+    gateway.core.allow_steps(10)
+    answering = asyncio.create_task(stream(gateway.client, max_tokens=900))
+    progress = select(Hold.progress_output_tokens)
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            async with gateway.database.as_worker() as session:
+                if (await session.scalar(progress) or 0) >= 10:
+                    break
+            await asyncio.sleep(0.02)
+    gateway.core.allow_steps(None)
+    _, events = await answering
+    assert events[-1]["usage"]["completion_tokens"] == 300
+    assert events[-2]["choices"][0]["stopped_by"] == "budget"
 
 
 async def test_a_whole_answer_ends_there_too(gateway: Gateway) -> None:

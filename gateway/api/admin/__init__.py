@@ -36,6 +36,7 @@ from gateway.api.admin.limits import (
     set_key_limits,
     set_tenant_limits,
 )
+from gateway.api.admin.policies import delete_policy, get_policy, list_decisions, put_policy
 from gateway.api.admin.residency import (
     list_engines,
     pin_version,
@@ -75,6 +76,10 @@ admin_router = Router(
         set_key_limits,
         get_adapter_limits,
         set_adapter_limits,
+        get_policy,
+        put_policy,
+        delete_policy,
+        list_decisions,
         list_budgets,
         create_budget,
         change_budget,
