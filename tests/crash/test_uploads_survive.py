@@ -163,7 +163,7 @@ async def town(home: Home, database: Database, tmp_path: Path) -> AsyncIterator[
             database_worker_url=home.worker_url,
             engine_address=f"unix:{folder / 'engine.sock'}",
             engine_secret=SECRET,
-            pepper=PEPPER,
+            peppers={1: PEPPER},
             store_url=(tmp_path / "store").as_uri(),
             data_dir=tmp_path,
             host="127.0.0.1",
