@@ -48,6 +48,7 @@ _SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "c
 
 # Open holds that nobody will settle: of gateways whose lease has run out, and those of this one
 # that its journal does not know, because it died, or its client left, between hold and journal.
+# Those of its earlier lives need no lease: this life could not begin before that one was over.
 FIND_LOST = text("""
     SELECT h.id, h.tenant_id, h.api_key_id, h.base_model_id, h.adapter_id, h.adapter_version_id,
            v.version_digest, h.endpoint, h.prompt_tokens, h.funded_output_tokens,
@@ -58,8 +59,8 @@ FIND_LOST = text("""
     JOIN gateway_instances i ON i.id = h.gateway_instance_id
     JOIN price_versions p ON p.id = h.price_version_id
     LEFT JOIN adapter_versions v ON v.id = h.adapter_version_id
-    WHERE h.state = 'open' AND h.created_at < now() - CAST(:lease AS interval)
-      AND h.id <> ALL (CAST(:known AS uuid[]))
+    WHERE h.state = 'open' AND h.id <> ALL (CAST(:known AS uuid[]))
+      AND (h.created_at < now() - CAST(:lease AS interval) OR h.created_at < i.started_at)
       AND (i.id = CAST(:gateway_instance_id AS uuid)
            OR (CAST(:judges_others AS boolean)
                AND i.heartbeat_at < now() - CAST(:lease AS interval)))

@@ -393,7 +393,12 @@ async def a_lost_gateway(database: Database) -> uuid.UUID:
 
 
 async def an_old_hold(
-    database: Database, shop: Shop, gateway_instance_id: uuid.UUID, *, progress: int
+    database: Database,
+    shop: Shop,
+    gateway_instance_id: uuid.UUID,
+    *,
+    progress: int,
+    age_s: float = 180,
 ) -> Hold:
     hold = Hold(
         id=new_id(),
@@ -410,7 +415,7 @@ async def an_old_hold(
         progress_output_tokens=progress,
         progress_cached_tokens=4,
         amount_nano=1,
-        created_at=datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=3),
+        created_at=datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age_s),
     )
     async with database.as_worker() as session:
         session.add(hold)
@@ -471,6 +476,17 @@ async def test_a_hold_that_the_journal_never_heard_of_is_given_back(
     running = await begin(database, journal, shop)
     assert await ledger.sweep(judges_others=False) == 1
     assert await hold_states(database) == {forgotten.id: "released", running.request_id: "open"}
+
+
+async def test_what_an_earlier_life_held_and_never_journalled_is_given_back_at_once(
+    database: Database, journal: Journal, ledger: Ledger, shop: Shop
+) -> None:
+    """No client of the new life is refused for a request that died with the old one."""
+    forgotten = await an_old_hold(database, shop, journal.instance_id, progress=0, age_s=40)
+    of_this_life = await an_old_hold(database, shop, journal.instance_id, progress=0, age_s=-1)
+    assert await ledger.sweep(judges_others=False) == 1
+    states = await hold_states(database)
+    assert states == {forgotten.id: "released", of_this_life.id: "open"}
 
 
 async def test_a_hold_of_a_gateway_that_lives_is_left_alone(
