@@ -190,7 +190,8 @@ async def reckon(place: Town, attempts: list[Attempt]) -> Counter[str]:
     assert num_torn <= place.kills["engine"]
     court = Court(entries, trace, attempts, await _events(place))
     problems = court.judge()
-    assert problems == [], "\n".join(problems[:5])
+    assert problems == [], "\n".join([f"{len(problems)} of {court.counts}", *problems[:5]])
+    assert court.counts["requests cut off by a kill"], "the kills came between the requests"
 
     proof = await prove(place.database, survey(place.journals))
     assert proof.mismatches == []
