@@ -1,10 +1,12 @@
 """Clients that stay to the end, leave early, hang up, ask again, and remember what they were shown.
 
-What they ask is a prompt of words that nobody else has, so that every token of the answer is known
-beforehand. Knows HTTP and nothing behind it.
+Of the engine of words they ask prompts that nobody else has, so that every token of the answer is
+known beforehand; of a real model they count the tokens that they are shown. Knows HTTP and nothing
+behind it.
 """
 
 import asyncio
+import dataclasses
 import json
 import random
 from collections import Counter
@@ -87,7 +89,7 @@ class Attempt:
     status: int | None = None
     # Whether another attempt's answer was given once more.
     is_replayed: bool = False
-    pieces: list[str] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list, repr=False)
     num_logprobs: int = 0
     finish_reason: str | None = None
     stopped_by: str | None = None
@@ -129,7 +131,13 @@ class Crowd:
     """All clients of all tenants; `run` ends when each has finished what it began."""
 
     def __init__(
-        self, urls: list[str], *, keys: dict[str, str], models: dict[str, list[str]], seed: int
+        self,
+        urls: list[str],
+        *,
+        keys: dict[str, str],
+        models: dict[str, list[str]],
+        seed: int,
+        asks_words: bool = True,
     ) -> None:
         self.attempts: list[Attempt] = []
         self.counts: Counter[str] = Counter()
@@ -141,6 +149,7 @@ class Crowd:
         self._models = models
         self._dice = random.Random(seed)
         self._num_asks = 0
+        self._asks_words = asks_words
 
     async def run(self, *, clients_per_tenant: int) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -209,7 +218,7 @@ class Crowd:
         leaves_after: float | None = None
         if kind == "leave":
             leaves_after = dice.randrange(1, 40) if is_streamed else dice.uniform(0, 0.8)
-        return Ask(
+        ask = Ask(
             user=f"user-{number}",
             tenant=tenant,
             key=self._keys[tenant],
@@ -225,6 +234,18 @@ class Crowd:
             leaves_after=leaves_after,
             max_attempts=dice.choice([1, 2, 3]),
         )
+        return ask if self._asks_words else _in_english(ask, number)
+
+
+def _in_english(ask: Ask, number: int) -> Ask:
+    """The same for a real model, which is not as quick."""
+    return dataclasses.replace(
+        ask,
+        prompt=None,
+        text=f"Tell me what you know of the number {number}.",
+        max_tokens=ask.max_tokens % 40 + 1,
+        stop_at=None,
+    )
 
 
 def _patience_of(ask: Ask) -> asyncio.Timeout:

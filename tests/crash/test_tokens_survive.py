@@ -18,6 +18,7 @@ import httpx
 import pytest
 from sqlalchemy import TextClause, select, text
 
+from adapters.demo.base_model import default_folder
 from gateway.auth import Principal
 from gateway.billing.verify import prove
 from gateway.journal import survey
@@ -33,11 +34,9 @@ from tests.engine.echo_engine import INFO
 from tests.gateway.published import publish
 
 TENANTS = ("acme", "bolt", "coda")
-CLIENTS_PER_TENANT = 4
 # What a crowd of four may have open: its own, and as many that it has left a moment ago.
 CONCURRENT = 8
 VICTIMS = {"gateway": 5, "engine": 3, "postgres": 1, "backend": 2}
-MAX_PEACE_S = 0.8
 # How often a kill waits until there is something to be cut off, and what is a sign of that.
 WAITS = 0.8
 ANSWERING = 30
@@ -87,18 +86,56 @@ class Shops:
     models: dict[str, list[str]]
 
 
-@pytest.mark.parametrize("num_kills", [24, pytest.param(150, marks=pytest.mark.slow)])
+@dataclass(frozen=True)
+class Plan:
+    """Which engine, how often somebody is killed, and at most how long all live in peace."""
+
+    engine: str
+    num_kills: int
+    max_peace_s: float
+    clients_per_tenant: int = 4
+
+    @property
+    def model(self) -> str:
+        return INFO.base_model if self.engine == "words" else default_folder().name
+
+    def flags(self, settings: Settings) -> list[str]:
+        """What the engine is started with, after the path of its trace."""
+        if self.engine == "words":
+            return [settings.engine_address, SECRET, settings.store_url]
+        return [
+            *("--model", str(default_folder()), "--listen", settings.engine_address),
+            *("--store-url", settings.store_url),
+            *("--cache-dir", str(settings.data_dir / "adapter-cache")),
+            *("--num-threads", "1", "--memory-mib", "160"),
+        ]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(Plan("words", 24, 0.8), id="words"),
+        pytest.param(Plan("words", 150, 0.8), id="words at length", marks=pytest.mark.slow),
+        pytest.param(Plan("model", 16, 4.0, 2), id="a real model", marks=pytest.mark.slow),
+    ],
+)
 async def test_every_token_is_billed_once_whoever_is_killed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int, num_kills: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int, plan: Plan
 ) -> None:
     with capsys.disabled():
         print(f"\ncrash seed {seed}", flush=True)
-    async with town(tmp_path, engine="words", flags=_of_words) as place:
-        shops = await place.during(open_shops(place, model=INFO.base_model))
-        shops.models["acme"].append(await place.during(add_adapter(place, "acme")))
-        crowd = Crowd(place.urls, keys=shops.keys, models=shops.models, seed=seed)
-        dice = random.Random(seed)
-        await place.during(suffer(place, crowd, num_kills=num_kills, dice=dice))
+    async with town(tmp_path, engine=plan.engine, flags=plan.flags) as place:
+        shops = await place.during(open_shops(place, model=plan.model))
+        if plan.engine == "words":
+            shops.models["acme"].append(await place.during(add_adapter(place, "acme")))
+        crowd = Crowd(
+            place.urls,
+            keys=shops.keys,
+            models=shops.models,
+            seed=seed,
+            asks_words=plan.engine == "words",
+        )
+        await place.during(suffer(place, crowd, plan, dice=random.Random(seed)))
         counts = await place.during(reckon(place, crowd.attempts))
         await place.during(every_tenant_may_ask_as_if_nothing_had_been(place, crowd))
         await place.during(place.end_gateways())
@@ -106,10 +143,6 @@ async def test_every_token_is_billed_once_whoever_is_killed(
         nobody_logged_a_fault(place)
     with capsys.disabled():
         print(f"killed {dict(place.kills)}\nasked {dict(crowd.counts)}\nfound {dict(counts)}")
-
-
-def _of_words(settings: Settings) -> list[str]:
-    return [settings.engine_address, SECRET, settings.store_url]
 
 
 async def open_shops(place: Town, *, model: str) -> Shops:
@@ -151,16 +184,16 @@ async def add_adapter(place: Town, slug: str) -> str:
     return f"{slug}-sql"
 
 
-async def suffer(place: Town, crowd: Crowd, *, num_kills: int, dice: random.Random) -> None:
+async def suffer(place: Town, crowd: Crowd, plan: Plan, *, dice: random.Random) -> None:
     """Kill somebody again and again while everybody asks.
 
     Mostly once answers come again, in their middle; now and then while things are still coming up.
     """
-    crowding = asyncio.create_task(crowd.run(clients_per_tenant=CLIENTS_PER_TENANT))
-    while place.kills.total() < num_kills:
+    crowding = asyncio.create_task(crowd.run(clients_per_tenant=plan.clients_per_tenant))
+    while place.kills.total() < plan.num_kills:
         if dice.random() < WAITS:
             await _more_is_shown(crowd)
-        await asyncio.sleep(dice.uniform(0, MAX_PEACE_S))
+        await asyncio.sleep(dice.uniform(0, plan.max_peace_s))
         [whom] = dice.choices(list(VICTIMS), list(VICTIMS.values()))
         place.kill(whom, dice)
         if crowding.done():
@@ -218,7 +251,7 @@ async def every_tenant_may_ask_as_if_nothing_had_been(place: Town, crowd: Crowd)
             asks = [
                 dataclasses.replace(
                     crowd.think_of(tenant),
-                    max_tokens=100,
+                    max_tokens=60,
                     is_streamed=True,
                     leaves_after=None,
                     stop_at=None,
