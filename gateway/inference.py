@@ -193,6 +193,7 @@ class Generation:
         self._place = place
         self._deadline_s = _deadline_s(admission)
         self._text = codec.stream(stops)
+        self._has_stops = bool(stops)
         self._num_tokens = 0
         self._adapter_wait_ns = 0
         self._outcome: FinishReason | None = None
@@ -302,10 +303,14 @@ class Generation:
         for num_used, token_id in enumerate(token_ids, start=1):
             text += self._text.feed(token_id)
             if self._text.is_stopped:
-                self._stop_here(self._num_tokens + num_used)
+                # Tokens that the engine made since are its own affair.
+                self._stream.abort()
+                self._outcome = "stop"
                 token_ids = token_ids[:num_used]
                 break
         self._num_tokens += len(token_ids)
+        if self._has_stops:
+            self._meter.cap(self._stream.sequence_id, self._num_tokens)
         if self._outcome is None and is_cut:
             self._stream.abort()
             self._outcome, self.stopped_by = "length", "budget"
@@ -329,12 +334,6 @@ class Generation:
         if not self._meter.is_budgeted:
             return token_ids
         return token_ids[: max(self._meter.funded_output_tokens - self._num_tokens, 0)]
-
-    def _stop_here(self, num_tokens: int) -> None:
-        """A stop string is whole: tokens that the engine made since are its own affair."""
-        self._meter.cap(self._stream.sequence_id, num_tokens)
-        self._stream.abort()
-        self._outcome = "stop"
 
 
 class Inference:
@@ -427,6 +426,8 @@ class Inference:
             place.leave()
             raise
         meter.is_budgeted = admission.is_budgeted
+        if request.stops:
+            meter.await_caps()
         return Generation(
             request_id=request_id,
             target=target,
