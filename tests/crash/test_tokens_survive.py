@@ -137,6 +137,7 @@ async def test_every_token_is_billed_once_whoever_is_killed(
         )
         await place.during(suffer(place, crowd, plan, dice=random.Random(seed)))
         counts = await place.during(reckon(place, crowd.attempts))
+        await place.during(the_engine_has_nothing_left(place))
         await place.during(every_tenant_may_ask_as_if_nothing_had_been(place, crowd))
         await place.during(place.end_gateways())
         assert list(place.journals.glob("*/*.journal")) == []
@@ -241,11 +242,18 @@ async def reckon(place: Town, attempts: list[Attempt]) -> Counter[str]:
     return court.counts + Counter({"credits": len(given_back)})
 
 
-async def every_tenant_may_ask_as_if_nothing_had_been(place: Town, crowd: Crowd) -> None:
-    """All ceilings are as free as if no process had ever died: as many requests at once as may be.
+async def the_engine_has_nothing_left(place: Town) -> None:
+    """What belonged to gateways that are gone was given up."""
+    async with asyncio.timeout(START_S), place.operator() as operator:
+        while True:
+            [engine] = (await operator.get("/admin/v1/engines")).json()["data"]
+            if (engine["load"]["num_running"], engine["load"]["num_waiting"]) == (0, 0):
+                return
+            await asyncio.sleep(0.1)
 
-    And the one budget of each is as full as its events say, to the nano-USD.
-    """
+
+async def every_tenant_may_ask_as_if_nothing_had_been(place: Town, crowd: Crowd) -> None:
+    """All ceilings are free: as many requests at once as may be are answered."""
     async with httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False) as http:
         for tenant in TENANTS:
             asks = [
