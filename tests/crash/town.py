@@ -93,10 +93,7 @@ class Victim:
     def kill(self) -> bool:
         """Whether there was somebody to kill."""
         pid, self._pid = self._pid, None
-        if pid is None:
-            return False
-        os.kill(pid, signal.SIGKILL)
-        return True
+        return _kill_one(pid)
 
     def end(self) -> None:
         """Ask it to end, for good."""
