@@ -22,7 +22,8 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Row, TextClause, event, make_url, text
-from sqlalchemy.exc import DisconnectionError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -36,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 # What comes up when the server is away, restarting, full or too slow.
 DATABASE_TROUBLE = (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+# Classes of SQLSTATE in which a server says that it cannot serve now: its connections, transactions
+# that it rolled back, its resources, whoever operates it, the system below it.
+_NOT_NOW = ("08", "40", "53", "57", "58")
 
 LISTEN_RETRY_S = 1.0
 
@@ -176,6 +181,18 @@ class Database:
     async def close(self) -> None:
         await self._app.dispose()
         await self._worker.dispose()
+
+
+def is_away(error: Exception) -> bool:
+    """Whether the database does not answer now, so that the same may be asked again later.
+
+    One that starts or stops does say something: only the state of its error tells it from a no.
+    """
+    if isinstance(error, DBAPIError):
+        # What the driver itself finds broken has no state.
+        state: str | None = getattr(error.orig, "sqlstate", None)
+        return error.connection_invalidated or state is None or state[:2] in _NOT_NOW
+    return isinstance(error, PoolExhausted | OSError)
 
 
 async def migrate(owner_url: str, *, app_password: str, worker_password: str) -> None:

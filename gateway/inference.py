@@ -214,6 +214,8 @@ class Generation:
             self._screen = watch.screen(self._text)
             self._text = self._screen or self._text
             self._judge = watch.judge(is_streamed=is_streamed)
+        # Whether the answer may end before the last token that the engine made for it.
+        self._is_searched = bool(stops) or watch is not None
         self._num_tokens = 0
         self._adapter_wait_ns = 0
         self._outcome: FinishReason | None = None
@@ -273,7 +275,7 @@ class Generation:
         if allowed is not None:
             return replace(delta, text=allowed)
         if self._outcome is None:
-            self._stop_here(self._num_tokens)
+            self._stream.abort()
         self._outcome, self.stopped_by = "content_filter", None
         return replace(delta, text="", finish_reason="content_filter")
 
@@ -335,10 +337,14 @@ class Generation:
         for num_used, token_id in enumerate(token_ids, start=1):
             text += self._text.feed(token_id)
             if self._text.is_stopped:
-                self._stop_here(self._num_tokens + num_used)
+                # Tokens that the engine made since are its own affair.
+                self._stream.abort()
+                self._outcome = "stop"
                 token_ids = token_ids[:num_used]
                 break
         self._num_tokens += len(token_ids)
+        if self._is_searched:
+            self._meter.cap(self._stream.sequence_id, self._num_tokens)
         if self._outcome is None and is_cut:
             self._stream.abort()
             self._outcome, self.stopped_by = "length", "budget"
@@ -364,12 +370,6 @@ class Generation:
         if not self._meter.is_budgeted:
             return token_ids
         return token_ids[: max(self._meter.funded_output_tokens - self._num_tokens, 0)]
-
-    def _stop_here(self, num_tokens: int) -> None:
-        """The answer ends with its n-th token: later ones are the engine's own affair."""
-        self._meter.cap(self._stream.sequence_id, num_tokens)
-        self._stream.abort()
-        self._outcome = "stop"
 
 
 class Inference:
@@ -472,6 +472,8 @@ class Inference:
             place.leave()
             raise
         meter.is_budgeted = admission.is_budgeted
+        if request.stops or watch is not None:
+            meter.await_caps()
         return Generation(
             request_id=request_id,
             target=target,

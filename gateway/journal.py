@@ -5,9 +5,10 @@ them says what is owed. Each process writes a folder of its own under a lock; th
 processes on the same host are replayed by the living. Knows tokens and prices, no SQL, no HTTP.
 
 A *streamed* request is billed for each token in a frame that was journalled while its client was
-connected. An answer that is not streamed is billed only if its end was journalled as sent, just
-before its body was written. A request without one billable token is free: its hold is released and
-no usage event is written.
+connected; where a stop string may end it, once the text up to that token was searched for one. An
+answer that is not streamed is billed only if its end was journalled as sent, just before its body
+was written. A request without one billable token is free: its hold is released and no usage event
+is written.
 
 The cost of a request while it waits for settlement is memory here, but no request begins without a
 hold committed to the same database that settles it, so a database that is down stops the queue
@@ -175,7 +176,7 @@ class _SequenceCount:
         self.generated = 0
         self.cached = 0
         self.engine_ns = 0
-        # Filled by `Meter.cap`: where a stop string ended the sequence.
+        # Filled by `Meter.cap` where a stop string may end the sequence: how far it did not.
         self.cap: int | None = None
 
     @property
@@ -220,8 +221,13 @@ class Meter:
         """The client is gone: nothing that comes from now on is counted."""
         self.is_connected = False
 
+    def await_caps(self) -> None:
+        """Count no token before `cap` has let it pass: a stop string may come before it."""
+        for sequence in self._sequences.values():
+            sequence.cap = 0
+
     def cap(self, sequence_id: int, num_tokens: int) -> None:
-        """A stop string ended this sequence with its n-th token; later ones are not billed.
+        """No stop string ended this sequence before its n-th token; later ones are not billed yet.
 
         Raises JournalFailed.
         """

@@ -28,7 +28,7 @@ from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import Unavailable
 from gateway.journal import Journal, Meter, Opened, Settlement
 from gateway.limits import Funding, Refund, Stream, extend, refund, want
-from gateway.prices import Bill, Price, bill
+from gateway.prices import Bill, Price, bill, ceiling
 from gateway.tables import EndUser, GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ HEARTBEAT_S = 1.0
 SWEEP_S = 10.0
 # A gateway that has not been heard of for so long is gone, and so are its streams.
 LEASE_S = 60.0
+# A hold of this gateway's own that its journal does not know by then never will be known: the two
+# are one round trip apart.
+ROUND_TRIP_S = 10.0
 MAX_BACKOFF_S = 5.0
 # The outcome of a request whose gateway's host never came back.
 LOST = "lost"
@@ -47,7 +50,8 @@ _ROLLUP_KEY = ("tenant_id", "day", "base_model_id", "adapter_id", "api_key_id")
 _SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_nano")
 
 # Open holds that nobody will settle: of gateways whose lease has run out, and those of this one
-# that its journal does not know, because it died, or its client left, between hold and journal.
+# that its journal does not know, because it died, or lost its connection, between hold and journal.
+# Those of its earlier lives need not wait: this life could not begin before that one was over.
 FIND_LOST = text("""
     SELECT h.id, h.tenant_id, h.api_key_id, h.base_model_id, h.adapter_id, h.adapter_version_id,
            v.version_digest, h.endpoint, h.prompt_tokens, h.funded_output_tokens,
@@ -58,11 +62,11 @@ FIND_LOST = text("""
     JOIN gateway_instances i ON i.id = h.gateway_instance_id
     JOIN price_versions p ON p.id = h.price_version_id
     LEFT JOIN adapter_versions v ON v.id = h.adapter_version_id
-    WHERE h.state = 'open' AND h.created_at < now() - CAST(:lease AS interval)
-      AND h.id <> ALL (CAST(:known AS uuid[]))
-      AND (i.id = CAST(:gateway_instance_id AS uuid)
-           OR (CAST(:judges_others AS boolean)
-               AND i.heartbeat_at < now() - CAST(:lease AS interval)))
+    WHERE h.state = 'open' AND h.id <> ALL (CAST(:known AS uuid[]))
+      AND CASE WHEN i.id = CAST(:gateway_instance_id AS uuid)
+          THEN h.created_at < greatest(i.started_at, now() - CAST(:round_trip AS interval))
+          ELSE CAST(:judges_others AS boolean)
+               AND greatest(h.created_at, i.heartbeat_at) < now() - CAST(:lease AS interval) END
     ORDER BY h.id
     LIMIT CAST(:max_batch AS bigint)
     FOR UPDATE OF h SKIP LOCKED
@@ -232,8 +236,29 @@ async def _settle_holds(session: AsyncSession, billed: Sequence[Settlement]) -> 
 
 
 def _settled_hold(settlement: Settlement) -> dict[str, Any]:
-    opened, charged = settlement.opened, settlement.bill
+    charged = settlement.bill
     assert charged is not None
+    return _hold(settlement.opened) | {
+        "state": "settled",
+        "prompt_tokens": charged.prompt_tokens,
+        "funded_output_tokens": charged.completion_tokens,
+        "amount_nano": charged.cost_nano,
+        "closed_at": settlement.finished_at,
+    }
+
+
+def _open_hold(meter: Meter) -> dict[str, Any]:
+    opened, funded = meter.opened, meter.funded_output_tokens
+    amount_nano = ceiling(opened.price, prompt_tokens=opened.prompt_tokens, output_tokens=funded)
+    return _hold(opened) | {
+        "state": "open",
+        "prompt_tokens": opened.prompt_tokens,
+        "funded_output_tokens": funded,
+        "amount_nano": amount_nano,
+    }
+
+
+def _hold(opened: Opened) -> dict[str, Any]:
     return {
         "id": opened.request_id,
         "tenant_id": opened.tenant_id,
@@ -244,12 +269,7 @@ def _settled_hold(settlement: Settlement) -> dict[str, Any]:
         "price_version_id": opened.price.id,
         "gateway_instance_id": opened.gateway_instance_id,
         "endpoint": opened.endpoint,
-        "state": "settled",
-        "prompt_tokens": charged.prompt_tokens,
-        "funded_output_tokens": charged.completion_tokens,
-        "amount_nano": charged.cost_nano,
         "created_at": opened.started_at,
-        "closed_at": settlement.finished_at,
     }
 
 
@@ -360,10 +380,42 @@ class Ledger:
         self._take(fundings)
 
     async def _extend(self, streams: Sequence[Stream]) -> list[Funding]:
+        fundings = await self._tell(streams)
+        told = {each.request_id for each in fundings}
+        untold = [each for each in streams if each.request_id not in told]
+        if await self._put_back(each.request_id for each in untold):
+            fundings += await self._tell(untold)
+        return fundings
+
+    async def _tell(self, streams: Sequence[Stream]) -> list[Funding]:
         async with self._database.as_worker() as session:
             return await extend(
                 session, gateway_instance_id=self._journal.instance_id, streams=streams
             )
+
+    async def _put_back(self, request_ids: Iterable[uuid.UUID]) -> int:
+        """Hold money again for what runs, where the database lost its hold; return for how many.
+
+        Admissions do not wait for the disk, so a server that crashed forgets the last of them.
+        """
+        meters = (self._journal.find_meter(each) for each in request_ids)
+        rows = [_open_hold(meter) for meter in meters if meter is not None]
+        if not rows:
+            return 0
+        statement = insert(Hold).values(rows).on_conflict_do_nothing().returning(Hold.id)
+        async with self._database.as_worker() as session:
+            num_lost = len((await session.execute(statement)).all())
+        if num_lost:
+            logger.warning("lost_holds_put_back", extra={"num_requests": num_lost})
+        return num_lost
+
+    async def put_back_lost(self) -> int:
+        """Hold money again for every running request whose hold the database lost."""
+        running = {meter.opened.request_id for meter in self._journal.open_meters()}
+        async with self._database.as_worker() as session:
+            query = select(Hold.id).where(Hold.id.in_(running))
+            held = set(await session.scalars(query))
+        return await self._put_back(running - held)
 
     def _take(self, fundings: Iterable[Funding]) -> None:
         for each in fundings:
@@ -378,6 +430,7 @@ class Ledger:
                 "gateway_instance_id": self._journal.instance_id,
                 "known": list(self._journal.known_request_ids()),
                 "lease": datetime.timedelta(seconds=LEASE_S),
+                "round_trip": datetime.timedelta(seconds=ROUND_TRIP_S),
                 "judges_others": judges_others,
                 "max_batch": MAX_BATCH,
             }
@@ -388,8 +441,9 @@ class Ledger:
         return len(rows)
 
     async def _tend(self) -> None:
-        """Take over from dead siblings on this host, then end what no journal knows."""
+        """Take over from dead siblings on this host, then let journal and database agree."""
         await self._recover()
+        await self.put_back_lost()
         # When the database was away, nobody's heartbeat is a sign of anything: wait for one whole
         # lease of our own before judging others.
         since = self._beating_since

@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="let tests that measure something write it to benchmarks/results",
     )
+    parser.addoption("--crash-seed", type=int, help="kill by this plan instead of a new one")
 
 
 APP_PASSWORD, WORKER_PASSWORD = "app's own", "worker's own"

@@ -11,9 +11,8 @@ from typing import Any
 import msgspec
 from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException, ValidationException
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolExhausted
 
+from gateway.database import is_away
 from gateway.errors import (
     BodyTooLarge,
     GatewayError,
@@ -99,19 +98,13 @@ def answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Resp
     if isinstance(error, RecursionError):
         # Decoders are the only code here whose depth a client decides.
         return answer_error(request, InvalidRequest("The JSON is nested too deeply."))
-    if _is_database_away(error):
+    if is_away(error):
         logger.warning("database_away", extra={"path": request.url.path, "reason": str(error)})
         return answer_error(
             request, Unavailable("The database does not answer. Try again shortly.")
         )
     logger.error("request_failed", exc_info=error, extra={"path": request.url.path})
     return answer_error(request, GatewayError("Something went wrong on our side."))
-
-
-def _is_database_away(error: Exception) -> bool:
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
-        return True
-    return isinstance(error, OperationalError | InterfaceError | PoolExhausted | OSError)
 
 
 def _translate(error: HTTPException) -> GatewayError:

@@ -23,6 +23,7 @@ from gateway.database import (
     Database,
     alembic_config,
     asyncpg_url,
+    is_away,
     migrate,
     refuse_clock_skew,
     role_urls,
@@ -482,6 +483,26 @@ async def add_and_close(database: Database, period: BillingPeriod, *rows: Table)
             session.add(row)
             await session.flush()
         period.state, period.closed_at = "closed", NOW
+
+
+@pytest.mark.parametrize(
+    ("state", "is_worth_asking_again"),
+    [
+        # It starts or stops, was told to, has no connection left, chose us to end a deadlock.
+        *((state, True) for state in ("57P03", "57P01", "57P02", "53300", "40P01")),
+        # A division by zero, a row that is there already, a privilege that is not.
+        *((state, False) for state in ("22012", "23505", "42501")),
+    ],
+)
+async def test_a_server_that_cannot_serve_now_is_told_from_one_that_refuses(
+    database: Database, state: str, is_worth_asking_again: bool
+) -> None:
+    with pytest.raises(DBAPIError) as refused:
+        async with database.as_app() as session:
+            await session.execute(
+                text(f"DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{state}'; END $$")
+            )
+    assert is_away(refused.value) == is_worth_asking_again
 
 
 async def test_an_exception_undoes_the_transaction(database: Database) -> None:

@@ -366,6 +366,23 @@ def test_who_pays_for_an_answer(
     assert (journal.closed(request.request_id, outcome, sent=sent).bill is not None) is is_billed
 
 
+def test_tokens_that_nobody_has_searched_for_a_stop_string_are_not_billed(tmp_path: Path) -> None:
+    """A gateway that is killed before it found the stop bills nothing behind it."""
+    journal = Journal.open(tmp_path)
+    request = a_request(sequence_ids=(1,))
+    meter = journal.opened(request)
+    meter.await_caps()
+    journal.on_frame(frame_of((1, 3)))
+    assert meter.completion_tokens == 0
+    meter.cap(1, 3)
+    journal.on_frame(frame_of((1, 9)))
+    assert meter.completion_tokens == 3
+    die(journal)
+    [found] = left_behind(tmp_path)
+    assert found.bill is not None
+    assert found.bill.completion_tokens == 3
+
+
 def test_tokens_after_a_stop_string_are_not_billed_even_after_a_kill(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path)
     meter = journal.opened(a_request(sequence_ids=(1, 2)))

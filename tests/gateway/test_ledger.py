@@ -19,7 +19,7 @@ from gateway.limits import admit
 from gateway.prices import Bill
 from gateway.segments import find_segments
 from gateway.tables import GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
-from tests.conftest import Cluster, Home
+from tests.conftest import Cluster, Home, execute
 from tests.gateway.money import Shop, a_base_model, a_shop, frame_of
 
 
@@ -393,7 +393,12 @@ async def a_lost_gateway(database: Database) -> uuid.UUID:
 
 
 async def an_old_hold(
-    database: Database, shop: Shop, gateway_instance_id: uuid.UUID, *, progress: int
+    database: Database,
+    shop: Shop,
+    gateway_instance_id: uuid.UUID,
+    *,
+    progress: int,
+    age_s: float = 180,
 ) -> Hold:
     hold = Hold(
         id=new_id(),
@@ -410,7 +415,7 @@ async def an_old_hold(
         progress_output_tokens=progress,
         progress_cached_tokens=4,
         amount_nano=1,
-        created_at=datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=3),
+        created_at=datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age_s),
     )
     async with database.as_worker() as session:
         session.add(hold)
@@ -471,6 +476,59 @@ async def test_a_hold_that_the_journal_never_heard_of_is_given_back(
     running = await begin(database, journal, shop)
     assert await ledger.sweep(judges_others=False) == 1
     assert await hold_states(database) == {forgotten.id: "released", running.request_id: "open"}
+
+
+async def test_what_an_earlier_life_held_and_never_journalled_is_given_back_at_once(
+    database: Database, journal: Journal, ledger: Ledger, shop: Shop
+) -> None:
+    """No client of the new life is refused for a request that died with the old one."""
+    forgotten = await an_old_hold(database, shop, journal.instance_id, progress=0, age_s=40)
+    of_this_life = await an_old_hold(database, shop, journal.instance_id, progress=0, age_s=-1)
+    assert await ledger.sweep(judges_others=False) == 1
+    states = await hold_states(database)
+    assert states == {forgotten.id: "released", of_this_life.id: "open"}
+
+
+@pytest.mark.parametrize("is_looked_for", [False, True])
+async def test_a_hold_that_the_database_lost_is_put_back_while_its_stream_runs(
+    database: Database,
+    home: Home,
+    journal: Journal,
+    ledger: Ledger,
+    shop: Shop,
+    is_looked_for: bool,
+) -> None:
+    """No budget seems spent to a stream because its server crashed, and none seems free."""
+    async with database.as_worker() as session:
+        await create_budget(
+            session,
+            tenant_id=shop.tenant.id,
+            api_key_id=None,
+            kind="hard",
+            period="month",
+            time_zone="UTC",
+            cap_nano=10**12,
+            alert_percents=[],
+        )
+    opened = await begin(database, journal, shop)
+    async with database.as_worker() as session:
+        [before] = await standings(session, shop.tenant.id)
+    await execute(home.superuser_url, "DELETE FROM holds")
+    if is_looked_for:
+        assert await ledger.put_back_lost() == 1
+        assert await ledger.put_back_lost() == 0
+        async with database.as_worker() as session:
+            assert await standings(session, shop.tenant.id) == [before]
+
+    meter = journal.find_meter(opened.request_id)
+    assert meter is not None
+    journal.on_frame(frame_of((1, 200)))
+    await ledger.fund(meter)
+    assert (meter.funded_output_tokens, meter.is_budgeted) == (300, True)
+    ledger.close(opened.request_id, "length")
+    await ledger.drain()
+    assert await hold_states(database) == {opened.request_id: "settled"}
+    assert await mismatches(database) == []
 
 
 async def test_a_hold_of_a_gateway_that_lives_is_left_alone(

@@ -1,0 +1,21 @@
+"""The engine as it is shipped, on a real model, traced: `main` serves one life of it."""
+
+import sys
+from pathlib import Path
+
+import engine.__main__ as shipped
+from adapters.cache import DiskCache
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from tests.crash.trace import traced
+
+
+def main() -> int:
+    trace, *flags = sys.argv[1:]
+    load = shipped.load
+
+    def load_traced(config: EngineConfig, source: DiskCache) -> EngineCore:
+        return traced(load(config, source), Path(trace))  # type: ignore[no-any-return]  # the same
+
+    shipped.load = load_traced
+    return shipped.main(flags)
