@@ -33,9 +33,7 @@ class Town:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def town(
-    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Town]:
+async def town(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Town]:
     """Made once: what the tests do to acme must leave it as it is."""
     home = await cluster.make_migrated()
     database = Database(app_url=home.app_url, worker_url=home.worker_url)

@@ -273,17 +273,18 @@ class _Builder:
         for answer in answers:
             assert answer.is_success, answer.text
             async with asyncio.timeout(PATIENCE_S):
-                while not await self.is_written_down(answer.headers["x-request-id"]):
+                while not await self.is_written_down(answer):  # noqa: ASYNC110 - a ledger
                     await asyncio.sleep(0.02)
-        return answers[0].headers["x-request-id"]
+        return str(answers[0].headers["x-request-id"])
 
-    async def is_written_down(self, request_id: str) -> bool:
+    async def is_written_down(self, answer: httpx.Response) -> bool:
+        request_id = uuid.UUID(answer.headers["x-request-id"])
         written = text("""
             SELECT EXISTS (SELECT FROM usage_events WHERE id = :id)
                AND EXISTS (SELECT FROM stored_contents WHERE id = :id)
         """)
         async with self.gateway.database.as_worker() as session:
-            return bool(await session.scalar(written, {"id": uuid.UUID(request_id)}))
+            return bool(await session.scalar(written, {"id": request_id}))
 
     async def close_a_month(self) -> str:
         """Usage of a month that is over, and its statement; return the statement's number."""

@@ -89,7 +89,7 @@ def generating(path: str, make: Callable[..., dict[str, Any]], *, is_streamed: b
 
 
 def chatting() -> Case:
-    """As the other named its attempt, and, with a model of one's own, to the letter what it sent."""
+    """As the other named its attempt, and with a model for everybody, to the letter what it sent."""
     case = generating("/v1/chat/completions", chat)
     retried = {"x-stainless-retry-count": "1"}
 
@@ -175,9 +175,7 @@ def query(make: Callable[[Names], dict[str, str]]) -> Callable[[Names], list[Ask
     return lambda names: [Ask(query=make(names))]
 
 
-def admin(
-    method: str, path: str, asks: Callable[[Names], Sequence[Ask]] = lambda _: ()
-) -> Case:
+def admin(method: str, path: str, asks: Callable[[Names], Sequence[Ask]] = lambda _: ()) -> Case:
     return Case(method, f"/admin/v1{path}", "operator", asks)
 
 

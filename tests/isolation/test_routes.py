@@ -39,7 +39,9 @@ class Intruder:
     victim: Estate
     secrets: frozenset[str]
 
-    async def send(self, case: Case, ask: Ask, *, key: str | None, **changes: Any) -> httpx.Response:
+    async def send(
+        self, case: Case, ask: Ask, *, key: str | None, **changes: Any
+    ) -> httpx.Response:
         return await self.request(
             case.method, case.url(self.victim.names, ask), ask, key=key, **changes
         )
@@ -104,9 +106,7 @@ async def intruder(town: Town) -> AsyncIterator[Intruder]:
     """Afterwards the victim has what it had, to the row."""
     before = await rows_by_owner(town.home.superuser_url)
     secrets = secrets_of(town.victim.tenant_id, before)
-    async with httpx.AsyncClient(
-        base_url=town.gateway.url, timeout=30, trust_env=False
-    ) as client:
+    async with httpx.AsyncClient(base_url=town.gateway.url, timeout=30, trust_env=False) as client:
         yield Intruder(client, town.victim, frozenset(secrets))
     after = await rows_by_owner(town.home.superuser_url)
     assert at_rest(after[town.victim.tenant_id]) == at_rest(before[town.victim.tenant_id])
