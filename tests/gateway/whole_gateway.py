@@ -106,11 +106,14 @@ async def whole_gateway(
     folder: Path,
     *,
     core: EchoCore | None = None,
+    bundle: TextBundle | None = None,
     **settings: Any,
 ) -> AsyncIterator[Gateway]:
     """The gateway with the tenant acme and a price for its one model."""
     store = ArtifactStore((folder / "store").as_uri())
-    info = msgspec.structs.replace(INFO, text_bundle_digest=await store.put_bundle(_bundle()))
+    info = msgspec.structs.replace(
+        INFO, text_bundle_digest=await store.put_bundle(bundle or _bundle())
+    )
     core = core or EchoCore()
     async with short_folder() as sockets:
         engine = Engine(sockets / "engine", core=core, secret="the-engines-own", info=info)

@@ -89,7 +89,7 @@ def generating(path: str, make: Callable[..., dict[str, Any]], *, is_streamed: b
 
 
 def chatting() -> Case:
-    """As the other named its attempt, and with a model for everybody, to the letter what it sent."""
+    """As the other named its attempt, and with everybody's model, to the letter what it sent."""
     case = generating("/v1/chat/completions", chat)
     retried = {"x-stainless-retry-count": "1"}
 
