@@ -1,8 +1,9 @@
 """Functions that see more than `app` does keep to the tenant that a transaction has named.
 
 They are called before any tenant is named. Where one is, nobody is looked up by key any more, and
-nothing is admitted for another. A notice of a changed key says no longer which one: every listener
-drops all that it remembers. A gateway of the step before works on this schema as it did.
+nothing is admitted for another. What `app` adds itself names keys of that tenant alone; holds it
+adds by admission only. A notice of a changed key says no longer which one: every listener drops all
+that it remembers. A gateway of the step before works on this schema as it did.
 """
 
 from alembic import op
@@ -39,6 +40,10 @@ BEGIN
     ),
 }
 
+# A foreign key would be content with anybody's; the subquery sees what the tenant does.
+OWN_ROWS = f"tenant_id = (SELECT {CURRENT_TENANT}::uuid)"
+OWN_KEYS = f"{OWN_ROWS} AND EXISTS (SELECT FROM api_keys WHERE api_keys.id = api_key_id)"
+
 SILENT_NOTICE = """
 CREATE OR REPLACE FUNCTION notify_api_keys() RETURNS trigger
 LANGUAGE plpgsql
@@ -55,8 +60,11 @@ $$
 def upgrade() -> None:
     connection = op.get_bind()
     database = connection.exec_driver_sql("SELECT current_database()").scalar_one()
-    worker = connection.dialect.identifier_preparer.quote(f"{database}_worker")
+    quote = connection.dialect.identifier_preparer.quote
+    app, worker = quote(f"{database}_app"), quote(f"{database}_worker")
     connection.exec_driver_sql(SILENT_NOTICE)
+    connection.exec_driver_sql(f"REVOKE INSERT ON holds FROM {app}")
+    connection.exec_driver_sql(f"ALTER POLICY app ON idempotency_keys WITH CHECK ({OWN_KEYS})")
     # Whose functions they are must be able to make one there, for that moment.
     connection.exec_driver_sql(f"GRANT CREATE ON SCHEMA public TO {worker}")
     connection.exec_driver_sql(f"SET LOCAL ROLE {worker}")

@@ -229,6 +229,34 @@ async def test_no_row_is_added_to_anothers(
                     await add(rogue, name, row)
 
 
+async def test_a_row_of_ones_own_refers_to_nothing_of_another(
+    rogue: Rogue, subtests: pytest.Subtests
+) -> None:
+    """Foreign keys look past the policies, and would be content."""
+    for name, column in await references(rogue.connection):
+        if name not in rogue.attacker:
+            continue
+        [mine, *_], [theirs, *_] = rogue.attacker[name], rogue.victim[name]
+        with subtests.test(f"{name}.{column}"), pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await add(rogue, name, {**mine, column: theirs[column]})
+
+
+async def references(connection: asyncpg.Connection) -> list[tuple[str, str]]:
+    """Every column that refers to a row of a table, but for those that say whose a row is."""
+    rows = await connection.fetch(
+        """
+        SELECT DISTINCT c.relname, a.attname
+        FROM pg_constraint k
+        JOIN pg_class c ON c.oid = k.conrelid AND NOT c.relispartition
+        JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey)
+        WHERE k.contype = 'f' AND a.attname <> 'tenant_id'
+          AND c.relnamespace = 'public'::regnamespace
+        ORDER BY 1, 2
+        """
+    )
+    return [(row["relname"], row["attname"]) for row in rows]
+
+
 async def test_no_row_of_ones_own_is_given_to_another(rogue: Rogue) -> None:
     """Or taken from another in the guise of an update."""
     for name in rogue.victim:
