@@ -249,7 +249,12 @@ def attack(url: str) -> None:
     """Upload one bomb after the other until standard input ends; print what was answered."""
     key = sys.stdin.readline().strip()
     is_over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), is_over.set()), daemon=True).start()
+
+    def wait() -> None:
+        sys.stdin.read()
+        is_over.set()
+
+    threading.Thread(target=wait, daemon=True).start()
     good = adapter_files(modules=dict(INFO.base_shape.modules), target_modules=["up_proj"])
     small = [bomb for bomb in BOMBS if bomb.code != "text_file_too_large"]
     answers: Counter[str] = Counter()

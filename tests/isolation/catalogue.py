@@ -89,8 +89,15 @@ def at_rest(rows: Rows) -> Rows:
 def secrets_of(owner: uuid.UUID, everything: dict[uuid.UUID | None, Rows]) -> set[str]:
     """Whatever is said in a tenant's rows and in nobody else's."""
     others = (rows for whose, rows in everything.items() if whose != owner)
-    known = {word for rows in others for word in words(rows)}
-    return {word for word in words(everything[owner]) if word not in known}
+    known = {word for rows in others for word in _words_in(rows)}
+    return {word for word in _words_in(everything[owner]) if word not in known}
+
+
+def _words_in(rows: Rows) -> Iterator[str]:
+    """Of the rows, and not of their columns' names."""
+    for entries in rows.values():
+        for row in entries:
+            yield from _words_of(row.values())
 
 
 def words(value: object) -> Iterator[str]:

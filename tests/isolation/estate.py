@@ -90,6 +90,7 @@ class Names:
             adapter=other(self.adapter),
             key_id=str(new_id()),
             request_id=str(new_id()),
+            attempt=f"attempt-{secrets.token_hex(6)}",
             statement=f"{tenant}-1999-12",
             version_digest=self.version_digest[::-1],
         )
