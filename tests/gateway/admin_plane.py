@@ -52,6 +52,8 @@ from gateway.webhooks import Outbox
 from tests.text_bombs import small_bundle
 
 MAX_UPLOAD_BYTES = 256 * 1024
+# Some uploads use all the processor time that they are given, beside other tests.
+PATIENCE_S = 60
 PEPPER = b"\x07" * 32
 ADDRESS = "unix:/run/engine.sock"
 
@@ -246,7 +248,11 @@ async def admin_plane(
         "policies": Policies(database, Decisions(database), {1: PEPPER}),
     }
     app = _app(database, authenticator, parts)
-    async with authenticator, serve(app) as url, httpx.AsyncClient(base_url=url) as client:
+    async with (
+        authenticator,
+        serve(app) as url,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client,
+    ):
         client.headers["authorization"] = f"Bearer {await _operator_key(database)}"
         yield Plane(
             app,

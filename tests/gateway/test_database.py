@@ -367,10 +367,10 @@ async def test_a_price_for_everybody_is_seen_but_not_one_for_anothers_adapter(
 
 async def test_a_tenant_cannot_add_a_row_for_another(database: Database, town: Town) -> None:
     copy = text("""
-        INSERT INTO holds (id, tenant_id, api_key_id, base_model_id, price_version_id,
-            gateway_instance_id, endpoint, prompt_tokens, funded_output_tokens, amount_nano)
-        SELECT gen_random_uuid(), :tenant_id, api_key_id, base_model_id, price_version_id,
-            gateway_instance_id, endpoint, 1, 1, 1 FROM holds
+        INSERT INTO idempotency_keys (
+            api_key_id, key_digest, tenant_id, body_digest, claim_id, expires_at
+        )
+        SELECT api_key_id, 'other', :tenant_id, body_digest, claim_id, now() FROM idempotency_keys
     """)
     with pytest.raises(ProgrammingError, match="row-level security"):
         async with database.as_tenant(town.acme) as session:
@@ -386,6 +386,7 @@ async def test_a_tenant_cannot_add_a_row_for_another(database: Database, town: T
         "DELETE FROM usage_events",
         "TRUNCATE usage_events",
         "INSERT INTO usage_events SELECT * FROM usage_events",
+        "INSERT INTO holds SELECT * FROM holds",
         "SELECT count(*) FROM usage_events_default",
         "SELECT make_usage_partitions(1)",
         "UPDATE holds SET amount_nano = 0",

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import msgspec
+from litestar import Litestar
 from sqlalchemy import select
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -47,6 +48,7 @@ class Gateway:
     operator: httpx.AsyncClient
     database: Database
     core: EchoCore
+    app: Litestar
 
     async def key(self, **fields: Any) -> httpx.AsyncClient:
         """A client with another key of acme."""
@@ -99,12 +101,20 @@ def speaking(url: str, key: str) -> httpx.AsyncClient:
 
 @contextlib.asynccontextmanager
 async def whole_gateway(
-    home: Home, database: Database, folder: Path, **settings: Any
+    home: Home,
+    database: Database,
+    folder: Path,
+    *,
+    core: EchoCore | None = None,
+    bundle: TextBundle | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Gateway]:
     """The gateway with the tenant acme and a price for its one model."""
     store = ArtifactStore((folder / "store").as_uri())
-    info = msgspec.structs.replace(INFO, text_bundle_digest=await store.put_bundle(_bundle()))
-    core = EchoCore()
+    info = msgspec.structs.replace(
+        INFO, text_bundle_digest=await store.put_bundle(bundle or _bundle())
+    )
+    core = core or EchoCore()
     async with short_folder() as sockets:
         engine = Engine(sockets / "engine", core=core, secret="the-engines-own", info=info)
         app = create_app(_settings(home, engine, folder, **settings))
@@ -114,7 +124,7 @@ async def whole_gateway(
             speaking(url, await _operator_key(database)) as operator,
             speaking(url, await _open_shop(operator)) as client,
         ):
-            yield Gateway(url, client, operator, database, core)
+            yield Gateway(url, client, operator, database, core, app)
 
 
 def _bundle() -> TextBundle:

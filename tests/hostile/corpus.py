@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from tests.gateway.admin_plane import MODULES, adapter_files
+from tests.gateway.admin_plane import BUNDLE, MODULES, adapter_files
+from tests.text_bombs import TEMPLATE_BOMBS, TOKENIZER_BOMBS, Bomb
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of the plane that the cases are sent to.
@@ -439,3 +440,34 @@ def noise(size: int) -> bytes:
     return b"".join(
         hashlib.sha256(str(number).encode()).digest() for number in range(size // 32 + 1)
     )
+
+
+# What else is wrong with some bombs, once one looks.
+MORE_CODES = {
+    "include": {"template_fails"},
+    "import": {"template_fails"},
+    "extends": {"template_fails"},
+    "another vocabulary": {"token_id_shared", "token_id_taken"},
+    "id gap": {"token_without_row"},
+    "id taken": {"token_id_shared"},
+    "id shared": {"token_id_gap", "token_without_row"},
+    "no row": {"token_id_gap"},
+}
+
+
+def bombs(kind: str, made: list[Bomb]) -> list[Case]:
+    """Beside a good adapter's files, each."""
+
+    def case(bomb: Bomb) -> Case:
+        name = f"{kind}: {bomb.name}"
+        if bomb.name == "100 MB":
+            status, codes = 413, {"request_too_large"}
+        else:
+            status, codes = 422, {bomb.code, *MORE_CODES.get(bomb.name, ())}
+        return Case(name, lambda: Sent({**GOOD, **bomb.files(BUNDLE)}), status, codes)
+
+    return [case(bomb) for bomb in made]
+
+
+TEMPLATE_CASES = bombs("template", TEMPLATE_BOMBS)
+TOKENIZER_CASES = bombs("tokenizer", TOKENIZER_BOMBS)

@@ -10,7 +10,14 @@ from sqlalchemy import text
 
 from gateway.database import Database
 from tests.gateway.admin_plane import Plane, admin_plane
-from tests.hostile.corpus import CASES, MAX_UPLOAD_BYTES, Case, Sent
+from tests.hostile.corpus import (
+    CASES,
+    MAX_UPLOAD_BYTES,
+    TEMPLATE_CASES,
+    TOKENIZER_CASES,
+    Case,
+    Sent,
+)
 
 VERSIONS = "/admin/v1/tenants/acme/adapters/sql/versions"
 # What the allocator keeps of the largest body in flight, here sent and received by one process.
@@ -63,8 +70,9 @@ async def judge(plane: Plane, case: Case) -> None:
 
 
 def test_the_corpus_is_large_and_its_names_are_unique() -> None:
-    assert len(CASES) >= 60
-    assert len({case.name for case in CASES}) == len(CASES)
+    every = [*CASES, *TEMPLATE_CASES, *TOKENIZER_CASES]
+    assert len(every) >= 200
+    assert len({case.name for case in every}) == len(every)
 
 
 async def test_every_hostile_upload_is_refused_and_leaves_nothing(
@@ -77,6 +85,30 @@ async def test_every_hostile_upload_is_refused_and_leaves_nothing(
     assert await num_rows(plane) == rows_before
     assert plane.probe.asked_for == []
     # Whoever comes next is served as ever.
+    assert (await plane.upload()).status_code == 201
+
+
+# Each is judged in a process of its own, and many use all the time that they are given.
+SOME = pytest.param(TEMPLATE_CASES[::7], TOKENIZER_CASES[::7], id="some")
+ALL = pytest.param(TEMPLATE_CASES, TOKENIZER_CASES, id="all", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("templates", "tokenizers"), [SOME, ALL])
+async def test_every_harmful_template_or_tokenizer_is_refused_and_leaves_nothing(
+    plane: Plane, subtests: pytest.Subtests, templates: list[Case], tokenizers: list[Case]
+) -> None:
+    rows_before = await num_rows(plane)
+    # The allocator has seen the oddest once the templates are through.
+    for case in templates:
+        with subtests.test(case.name):
+            await judge(plane, case)
+    before_bytes = resident_bytes()
+    for case in tokenizers:
+        with subtests.test(case.name):
+            await judge(plane, case)
+    assert resident_bytes() - before_bytes < MAX_GROWTH_BYTES
+    assert await num_rows(plane) == rows_before
+    assert plane.probe.asked_for == []
     assert (await plane.upload()).status_code == 201
 
 
