@@ -55,5 +55,7 @@ def _names(frame: FrameType | None) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    # Which ends a gateway for good, in the end: what is to be written is written before.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     watch(Path(sys.argv.pop(1)))
     sys.exit(main())

@@ -14,6 +14,7 @@ from litestar.exceptions import HTTPException, ValidationException
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 
+from gateway.database import DRIVER_TROUBLE
 from gateway.errors import (
     BodyTooLarge,
     GatewayError,
@@ -111,7 +112,9 @@ def answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Resp
 def _is_database_away(error: Exception) -> bool:
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
-    return isinstance(error, OperationalError | InterfaceError | PoolExhausted | OSError)
+    return isinstance(
+        error, (OperationalError, InterfaceError, PoolExhausted, OSError, *DRIVER_TROUBLE)
+    )
 
 
 def _translate(error: HTTPException) -> GatewayError:
