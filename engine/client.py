@@ -89,6 +89,11 @@ class SequenceStream:
         self._error: LinkError | None = None
         self._is_over = False
 
+    @property
+    def next_event(self) -> SequenceEvent | None:
+        """What iterating gives next, where that is there already."""
+        return self._events[0] if self._events else None
+
     def abort(self) -> None:
         """End the sequence within a step; its final event still comes."""
         self._link._abort(self.sequence_id)

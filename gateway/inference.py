@@ -201,18 +201,19 @@ class Generation:
         self._keeping = keeping
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """The answer, step by step.
+        """The answer, step by step. An empty one says that all before it may go out now.
 
         Raises EngineFailed or Unavailable where the engine could not finish it, LimitReached where
         it waited longer for its first token than it may.
         """
         try:
             while (event := await self._next()) is not None:
-                await self._fund(event)
+                if self._is_short_of_money(event):
+                    await self._fund(event)
                 delta = self._apply(event)
                 if self._keeping is not None:
                     self._keeping.pieces.append(delta.text)
-                if delta.text or delta.finish_reason or delta.logprobs:
+                if delta.text or delta.finish_reason or delta.logprobs or not self.has_next():
                     yield delta
                 if delta.finish_reason:
                     return
@@ -225,6 +226,11 @@ class Generation:
             self._close("error")
             self._with_levels(error)
             raise
+
+    def has_next(self) -> bool:
+        """Whether the next delta is there already: asking for it waits for nothing."""
+        event = self._stream.next_event
+        return event is not None and not self._is_short_of_money(event)
 
     def _with_levels(self, error: GatewayError) -> GatewayError:
         error.headers = self.levels.headers() | error.headers
@@ -246,12 +252,15 @@ class Generation:
 
     async def _fund(self, event: SequenceEvent) -> None:
         """Ask for more money now, where a step outran the heartbeat."""
-        meter = self._meter
-        while meter.is_budgeted and event.generated_tokens > meter.funded_output_tokens:
-            funded = meter.funded_output_tokens
-            await self._ledger.fund(meter)
-            if meter.funded_output_tokens == funded:
+        while self._is_short_of_money(event):
+            funded = self._meter.funded_output_tokens
+            await self._ledger.fund(self._meter)
+            if self._meter.funded_output_tokens == funded:
                 return
+
+    def _is_short_of_money(self, event: SequenceEvent) -> bool:
+        meter = self._meter
+        return meter.is_budgeted and event.generated_tokens > meter.funded_output_tokens
 
     def bill(self) -> Bill:
         """What `finish` is going to say, once the last delta is there."""

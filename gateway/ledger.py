@@ -8,7 +8,6 @@ a bill is made when a request ends, and what its client was shown is what is set
 
 import asyncio
 import datetime
-import itertools
 import logging
 import socket
 import time
@@ -17,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, func, select, text, tuple_, update
+from sqlalchemy import Row, func, select, text, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -29,12 +28,15 @@ from gateway.errors import Unavailable
 from gateway.journal import Journal, Meter, Opened, Settlement
 from gateway.limits import Funding, Refund, Stream, extend, refund, want
 from gateway.prices import Bill, Price, bill
-from gateway.tables import EndUser, GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
+from gateway.tables import EndUser, GatewayInstance, new_id
 
 logger = logging.getLogger(__name__)
 
-# 20 columns each: well below the 32,767 parameters that a statement may have.
+# A transaction of a few hundredths of a second.
 MAX_BATCH = 500
+# From the beginning of one batch to the next: what ends meanwhile is settled together, which costs
+# a fraction of settling each by itself. What ends after a pause is settled at once.
+SETTLE_INTERVAL_S = 0.025
 HEARTBEAT_S = 1.0
 SWEEP_S = 10.0
 # A gateway that has not been heard of for so long is gone, and so are its streams.
@@ -42,6 +44,81 @@ LEASE_S = 60.0
 MAX_BACKOFF_S = 5.0
 # The outcome of a request whose gateway's host never came back.
 LOST = "lost"
+
+# The rows of these three come as arrays, so that their texts, and with them their plans, are the
+# same for any number of rows.
+INSERT_EVENTS = text("""
+    INSERT INTO usage_events (
+        id, tenant_id, api_key_id, base_model_id, adapter_id, adapter_version_id, version_digest,
+        price_version_id, endpoint, outcome, prompt_tokens, cached_tokens, completion_tokens,
+        cost_nano, engine_ns, started_at, finished_at, end_user_id, attempt_digest, is_retry
+    )
+    SELECT * FROM unnest(
+        CAST(:id AS uuid[]), CAST(:tenant_id AS uuid[]), CAST(:api_key_id AS uuid[]),
+        CAST(:base_model_id AS uuid[]), CAST(:adapter_id AS uuid[]),
+        CAST(:adapter_version_id AS uuid[]), CAST(:version_digest AS text[]),
+        CAST(:price_version_id AS uuid[]), CAST(:endpoint AS text[]), CAST(:outcome AS text[]),
+        CAST(:prompt_tokens AS bigint[]), CAST(:cached_tokens AS bigint[]),
+        CAST(:completion_tokens AS bigint[]), CAST(:cost_nano AS bigint[]),
+        CAST(:engine_ns AS bigint[]), CAST(:started_at AS timestamptz[]),
+        CAST(:finished_at AS timestamptz[]), CAST(:end_user_id AS uuid[]),
+        CAST(:attempt_digest AS bytea[]), CAST(:is_retry AS boolean[])
+    )
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id
+""")
+
+ADD_TO_ROLLUPS = text("""
+    INSERT INTO usage_rollups AS r (
+        id, tenant_id, day, base_model_id, adapter_id, api_key_id,
+        requests, prompt_tokens, cached_tokens, completion_tokens, cost_nano
+    )
+    SELECT * FROM unnest(
+        CAST(:id AS uuid[]), CAST(:tenant_id AS uuid[]), CAST(:day AS date[]),
+        CAST(:base_model_id AS uuid[]), CAST(:adapter_id AS uuid[]), CAST(:api_key_id AS uuid[]),
+        CAST(:requests AS bigint[]), CAST(:prompt_tokens AS bigint[]),
+        CAST(:cached_tokens AS bigint[]), CAST(:completion_tokens AS bigint[]),
+        CAST(:cost_nano AS bigint[])
+    )
+    ON CONFLICT (tenant_id, day, base_model_id, adapter_id, api_key_id) DO UPDATE SET
+        requests = r.requests + excluded.requests,
+        prompt_tokens = r.prompt_tokens + excluded.prompt_tokens,
+        cached_tokens = r.cached_tokens + excluded.cached_tokens,
+        completion_tokens = r.completion_tokens + excluded.completion_tokens,
+        cost_nano = r.cost_nano + excluded.cost_nano
+""")
+
+# One that was lost, with the database's last moments, is put back.
+SETTLE_HOLDS = text("""
+    INSERT INTO holds AS h (
+        id, tenant_id, api_key_id, base_model_id, adapter_id, adapter_version_id,
+        price_version_id, gateway_instance_id, endpoint, state, prompt_tokens,
+        funded_output_tokens, amount_nano, created_at, closed_at
+    )
+    SELECT id, tenant_id, api_key_id, base_model_id, adapter_id, adapter_version_id,
+           price_version_id, gateway_instance_id, endpoint, 'settled', prompt_tokens,
+           completion_tokens, cost_nano, started_at, finished_at
+    FROM unnest(
+        CAST(:id AS uuid[]), CAST(:tenant_id AS uuid[]), CAST(:api_key_id AS uuid[]),
+        CAST(:base_model_id AS uuid[]), CAST(:adapter_id AS uuid[]),
+        CAST(:adapter_version_id AS uuid[]), CAST(:price_version_id AS uuid[]),
+        CAST(:gateway_instance_id AS uuid[]), CAST(:endpoint AS text[]),
+        CAST(:prompt_tokens AS bigint[]), CAST(:completion_tokens AS bigint[]),
+        CAST(:cost_nano AS bigint[]), CAST(:started_at AS timestamptz[]),
+        CAST(:finished_at AS timestamptz[])
+    ) AS ended (
+        id, tenant_id, api_key_id, base_model_id, adapter_id, adapter_version_id,
+        price_version_id, gateway_instance_id, endpoint, prompt_tokens, completion_tokens,
+        cost_nano, started_at, finished_at
+    )
+    ON CONFLICT (id) DO UPDATE SET state = 'settled', closed_at = excluded.closed_at
+    WHERE h.state <> 'settled'
+""")
+
+RELEASE_HOLDS = text("""
+    UPDATE holds SET state = 'released', closed_at = now()
+    WHERE id = ANY (CAST(:ids AS uuid[])) AND state = 'open'
+""")
 
 _ROLLUP_KEY = ("tenant_id", "day", "base_model_id", "adapter_id", "api_key_id")
 _SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_nano")
@@ -97,13 +174,13 @@ async def _insert_events(session: AsyncSession, billed: Sequence[Settlement]) ->
     if not billed:
         return set()
     users = await _end_users(session, billed)
-    statement = (
-        insert(UsageEvent)
-        .values([_event(each, users) for each in billed])
-        .on_conflict_do_nothing(index_elements=[UsageEvent.id])
-        .returning(UsageEvent.id)
-    )
-    return set((await session.execute(statement)).scalars())
+    events = [_event(each, users) for each in billed]
+    return set((await session.execute(INSERT_EVENTS, _arrays(events))).scalars())
+
+
+def _arrays(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The columns of rows that all have the same."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 async def _end_users(
@@ -201,13 +278,7 @@ async def _add_to_rollups(session: AsyncSession, fresh: Iterable[Settlement]) ->
         # Always in one order, so that two settlers wait for each other instead of deadlocking.
         for key, totals in sorted(sums.items(), key=lambda item: str(item[0]))
     ]
-    statement = insert(UsageRollup).values(rows)
-    await session.execute(
-        statement.on_conflict_do_update(
-            index_elements=list(_ROLLUP_KEY),
-            set_={name: getattr(UsageRollup, name) + statement.excluded[name] for name in _SUMMED},
-        )
-    )
+    await session.execute(ADD_TO_ROLLUPS, _arrays(rows))
 
 
 def _rollup_key(settlement: Settlement) -> tuple[Any, ...]:
@@ -217,18 +288,8 @@ def _rollup_key(settlement: Settlement) -> tuple[Any, ...]:
 
 
 async def _settle_holds(session: AsyncSession, billed: Sequence[Settlement]) -> None:
-    """Move holds to settled; one that was lost, with the database's last moments, is put back."""
-    if not billed:
-        return
-    rows = [_settled_hold(each) for each in billed]
-    statement = insert(Hold).values(rows)
-    await session.execute(
-        statement.on_conflict_do_update(
-            index_elements=[Hold.id],
-            set_={"state": "settled", "closed_at": statement.excluded.closed_at},
-            where=Hold.state != "settled",
-        )
-    )
+    if billed:
+        await session.execute(SETTLE_HOLDS, _arrays([_settled_hold(each) for each in billed]))
 
 
 def _settled_hold(settlement: Settlement) -> dict[str, Any]:
@@ -244,23 +305,17 @@ def _settled_hold(settlement: Settlement) -> dict[str, Any]:
         "price_version_id": opened.price.id,
         "gateway_instance_id": opened.gateway_instance_id,
         "endpoint": opened.endpoint,
-        "state": "settled",
         "prompt_tokens": charged.prompt_tokens,
-        "funded_output_tokens": charged.completion_tokens,
-        "amount_nano": charged.cost_nano,
-        "created_at": opened.started_at,
-        "closed_at": settlement.finished_at,
+        "completion_tokens": charged.completion_tokens,
+        "cost_nano": charged.cost_nano,
+        "started_at": opened.started_at,
+        "finished_at": settlement.finished_at,
     }
 
 
 async def _release_holds(session: AsyncSession, request_ids: Sequence[uuid.UUID]) -> None:
     if request_ids:
-        await session.execute(
-            update(Hold)
-            .where(Hold.id.in_(request_ids), Hold.state == "open")
-            .values(state="released", closed_at=func.now())
-            .execution_options(synchronize_session=False)
-        )
+        await session.execute(RELEASE_HOLDS, {"ids": list(request_ids)})
 
 
 class Ledger:
@@ -415,9 +470,11 @@ class Ledger:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            next_at = time.monotonic() + SETTLE_INTERVAL_S
             try:
                 await self._flush()
                 backoff_s = 0.1
+                await asyncio.sleep(next_at - time.monotonic())
             except Exception:
                 logger.warning("settlement_failed", exc_info=True)
                 await asyncio.sleep(backoff_s)
@@ -425,9 +482,12 @@ class Ledger:
                 self._wake.set()
 
     async def _flush(self) -> None:
-        while self._queue:
-            await self._settle_batch(list(itertools.islice(self._queue.values(), MAX_BATCH)))
-        self._is_idle.set()
+        """Settle all that has ended by now."""
+        batch = list(self._queue.values())
+        for first in range(0, len(batch), MAX_BATCH):
+            await self._settle_batch(batch[first : first + MAX_BATCH])
+        if not self._queue:
+            self._is_idle.set()
 
     async def _settle_batch(self, batch: Sequence[Settlement]) -> None:
         try:

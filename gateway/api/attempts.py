@@ -49,18 +49,19 @@ class Answering:
         if claim is not None:
             self._answers.release(claim)
 
-    async def keep_stream(
+    def keep_stream(
         self, events: AsyncIterator[bytes], *, headers: dict[str, str]
     ) -> AsyncIterator[bytes]:
         """The events as they come, kept before the one that says that they were all."""
-        if not self.is_named:
-            async for chunk in events:
-                yield chunk
-            return
+        return self._kept(events, headers=headers) if self.is_named else events
+
+    async def _kept(
+        self, events: AsyncIterator[bytes], *, headers: dict[str, str]
+    ) -> AsyncIterator[bytes]:
         chunks = []
         async for chunk in events:
             chunks.append(chunk)
-            if chunk == DONE:
+            if chunk.endswith(DONE):
                 await self.keep(b"".join(chunks), media_type="text/event-stream", headers=headers)
             yield chunk
 

@@ -33,7 +33,7 @@ from gateway.api.fields import (
     refuse_unserved,
     stop_strings,
 )
-from gateway.api.sse import DONE, event, event_stream
+from gateway.api.sse import DONE, EventMould, event, event_stream
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
@@ -217,7 +217,9 @@ async def chat_completions(
 
     headers = answer_headers(generation)
     events = answering.keep_stream(_events(generation, data), headers=headers)
-    return await event_stream(request, events, headers=headers, leave=leave)
+    return await event_stream(
+        request, events, headers=headers, leave=leave, has_more=generation.has_next
+    )
 
 
 def _read(data: ChatCompletionRequest) -> GenerationRequest:
@@ -283,28 +285,23 @@ async def _whole(
 
 
 async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncIterator[bytes]:
-    def chunk(*choices: ChatChunkChoice, usage: Usage | None = None) -> bytes:
-        return event(
-            ChatCompletionChunk(
-                id=_id(generation),
-                created=int(generation.created.timestamp()),
-                model=data.model,
-                choices=list(choices),
-                usage=usage,
-            )
-        )
-
-    is_first = True
+    """The chunks of each delta, in one piece."""
+    bare = ChatCompletionChunk(
+        id=_id(generation),
+        created=int(generation.created.timestamp()),
+        model=data.model,
+        choices=[],
+    )
+    mould = EventMould(bare)
+    opening = mould.cast(ChatChunkChoice(ChatDelta(role="assistant", content="")))
     async for delta in generation.deltas():
-        if is_first:
-            is_first = False
-            yield chunk(ChatChunkChoice(ChatDelta(role="assistant", content="")))
+        chunks, opening = opening, b""
         if delta.text or delta.logprobs:
             logprobs = _logprobs(generation.codec, delta) if data.logprobs else None
-            yield chunk(ChatChunkChoice(ChatDelta(content=delta.text), logprobs=logprobs))
+            chunks += mould.cast(ChatChunkChoice(ChatDelta(content=delta.text), logprobs=logprobs))
         if delta.finish_reason:
             bill = generation.finish()
-            yield chunk(
+            chunks += mould.cast(
                 ChatChunkChoice(
                     ChatDelta(),
                     finish_reason=delta.finish_reason,
@@ -312,8 +309,9 @@ async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncI
                 )
             )
             if data.stream_options and data.stream_options.include_usage:
-                yield chunk(usage=Usage.of(bill))
-    yield DONE
+                chunks += event(msgspec.structs.replace(bare, usage=Usage.of(bill)))
+            chunks += DONE
+        yield chunks
 
 
 def _logprobs(codec: TextCodec, answer: Delta | WholeAnswer) -> ChatLogprobs:
