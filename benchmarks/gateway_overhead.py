@@ -86,6 +86,8 @@ RATES = Rates(
 # Innermost frame of ours that a stack has -> what is being done there. Of each line the first that
 # fits; a stack that fits nowhere is the event loop's own.
 AREAS: Sequence[tuple[str, str]] = (
+    ("/importlib/", "start"),
+    ("<frozen importlib", "start"),
     ("/gateway/auth.py", "auth"),
     ("/gateway/addresses.py", "auth"),
     ("/gateway/registry.py", "resolve"),
@@ -465,23 +467,31 @@ def say(name: str, found: Mapping[str, float]) -> None:
 
 
 def report_profile(path: Path) -> dict[str, Any]:
-    """Shares of the samples by area, and the functions that take the most by themselves."""
+    """Shares of the samples by area, and in each the functions that take the most themselves."""
     stacks = json.loads(path.read_text())
-    areas: Counter[str] = Counter()
-    inner: Counter[str] = Counter()
+    areas: dict[str, Counter[str]] = {}
     for stack, times in stacks.items():
         frames = stack.split(";")
-        areas[_area(frames)] += times
-        inner["/".join(frames[0].rsplit("/", 2)[-2:])] += times
-    total = areas.total()
+        innermost = "/".join(frames[0].rsplit("/", 2)[-2:])
+        areas.setdefault(_area(frames), Counter())[innermost] += times
+    total = sum(found.total() for found in areas.values())
     return {
         "samples": total,
-        "areas": {name: round(times / total, 4) for name, times in areas.most_common()},
-        "functions": {name: round(times / total, 4) for name, times in inner.most_common(60)},
+        "areas": {
+            name: {
+                "share": round(found.total() / total, 4),
+                "functions": {
+                    function: round(times / total, 4) for function, times in found.most_common(25)
+                },
+            }
+            for name, found in sorted(areas.items(), key=lambda each: -each[1].total())
+        },
     }
 
 
 def _area(frames: Sequence[str]) -> str:
+    if any("gateway/app.py:create_app" in frame for frame in frames):
+        return "start"
     for frame in frames:
         for part, name in AREAS:
             if part in frame:

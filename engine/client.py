@@ -56,6 +56,7 @@ _PROBE_S = 600.0
 _WARM_S = 120.0
 _SHORTEST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
+_FRAMES_PER_TURN = 32
 # Acknowledge after so many frames, or when the first of them is so old.
 _FRAMES_PER_ACKNOWLEDGEMENT = 32
 _ACKNOWLEDGEMENT_DELAY_S = 0.2
@@ -350,10 +351,12 @@ class EngineLink:
             self._connect()
             arriving = _FrameBuffer()
             async for chunk in response.aiter_raw():
-                for frame in arriving.feed(chunk):
+                for number, frame in enumerate(arriving.feed(chunk), start=1):
                     self._take(frame)
-                    # After a resume many come at once: the streams' readers get their turns.
-                    await asyncio.sleep(0)
+                    # After a resume many come at once: the streams' readers get their turns. What
+                    # they find there together they may pass on together.
+                    if number % _FRAMES_PER_TURN == 0:
+                        await asyncio.sleep(0)
 
     def _take(self, frame: Frame) -> None:
         if frame.number <= self._last_frame:

@@ -472,11 +472,16 @@ async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
     connection.state.principal = principal
 
 
-async def provide_principal(request: Request[Any, Any, Any]) -> Principal:
-    """The caller, for handlers: only of routes that need a key."""
+def caller_of(request: Request[Any, Any, Any]) -> Principal:
+    """Whom the guard let in: only on routes that need a key."""
     principal = request.state.principal
     assert isinstance(principal, Principal)
     return principal
+
+
+async def provide_principal(request: Request[Any, Any, Any]) -> Principal:
+    """The caller, for handlers: only of routes that need a key."""
+    return caller_of(request)
 
 
 def check_routes(app: Litestar) -> None:

@@ -207,9 +207,7 @@ class _Calls:
         self, statement: TextClause, parameters: Mapping[str, Any]
     ) -> Sequence[Mapping[str, Any]]:
         spelled, names = self._spelled.get(statement) or self._spell(statement)
-        if self._places.locked():
-            await asyncio.wait_for(self._places.acquire(), POOL_TIMEOUT_S)
-        else:
+        async with asyncio.timeout(POOL_TIMEOUT_S):
             await self._places.acquire()
         try:
             connection = self._find_idle() or await _connect(self._url, role=self._role)

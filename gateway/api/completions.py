@@ -10,7 +10,7 @@ from litestar.params import JSONBody
 from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer, answer_headers, collect
-from gateway.api.attempts import Answering, Attempts, finish_whole, replay
+from gateway.api.attempts import Answering, Desk, finish_whole, replay
 from gateway.api.fields import (
     LogitBias,
     MaxCost,
@@ -34,14 +34,13 @@ from gateway.api.fields import (
     stop_strings,
 )
 from gateway.api.sse import DONE, EventMould, event, event_stream
-from gateway.auth import Principal
+from gateway.auth import caller_of
 from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
 from gateway.inference import (
     Delta,
     Generation,
     GenerationRequest,
-    Inference,
     StoppedBy,
     TokenPrompt,
 )
@@ -125,17 +124,15 @@ class Completion(msgspec.Struct, frozen=True):
 async def completions(
     data: JSONBody[CompletionRequest],
     request: Request[Any, Any, Any],
-    principal: NamedDependency[Principal],
-    inference: NamedDependency[Inference],
-    attempts: NamedDependency[Attempts],
+    desk: NamedDependency[Desk],
 ) -> Response[Completion] | Stream:
     """Continue a prompt with a base model or one of the caller's adapters."""
-    asked = _read(data)
-    answering = await attempts.begin(request, principal, is_streamed=asked.is_streamed)
+    principal, asked = caller_of(request), _read(data)
+    answering = await desk.attempts.begin(request, principal, is_streamed=asked.is_streamed)
     if isinstance(answering, KeptAnswer):
         return replay(answering)
     try:
-        generation = await inference.start(principal, asked, answering.facts)
+        generation = await desk.inference.start(principal, asked, answering.facts)
         if not data.stream:
             return await _whole(generation, data, await collect(request, generation), answering)
     except BaseException:
