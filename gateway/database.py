@@ -207,8 +207,7 @@ class _Calls:
         self, statement: TextClause, parameters: Mapping[str, Any]
     ) -> Sequence[Mapping[str, Any]]:
         spelled, names = self._spelled.get(statement) or self._spell(statement)
-        async with asyncio.timeout(POOL_TIMEOUT_S):
-            await self._places.acquire()
+        await self._take_place()
         try:
             connection = self._find_idle() or await _connect(self._url, role=self._role)
             try:
@@ -226,6 +225,13 @@ class _Calls:
             return rows
         finally:
             self._places.release()
+
+    async def _take_place(self) -> None:
+        if not self._places.locked():
+            await self._places.acquire()
+            return
+        async with asyncio.timeout(POOL_TIMEOUT_S):
+            await self._places.acquire()
 
     def _find_idle(self) -> Any:
         while self._idle:
