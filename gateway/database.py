@@ -98,6 +98,7 @@ class Database:
         self._worker = _open_pool(worker_url, pool_size=pool_size, role=role)
         self._app_sessions = async_sessionmaker(self._app, expire_on_commit=False)
         self._app_calls = _Calls(app_url, pool_size=pool_size, role=role)
+        self._worker_calls = _Calls(worker_url, pool_size=pool_size, role=role)
         self._worker_sessions = async_sessionmaker(self._worker, expire_on_commit=False)
 
     @classmethod
@@ -134,6 +135,12 @@ class Database:
         DATABASE_TROUBLE.
         """
         return await self._app_calls.run(statement, parameters)
+
+    async def call_as_worker(
+        self, statement: TextClause, parameters: Mapping[str, Any]
+    ) -> Sequence[Mapping[str, Any]]:
+        """The same as the worker, across tenants."""
+        return await self._worker_calls.run(statement, parameters)
 
     @asynccontextmanager
     async def as_worker(self) -> AsyncIterator[AsyncSession]:
@@ -183,6 +190,7 @@ class Database:
 
     async def close(self) -> None:
         self._app_calls.close()
+        self._worker_calls.close()
         await self._app.dispose()
         await self._worker.dispose()
 

@@ -33,6 +33,7 @@ from gateway.errors import (
     GatewayError,
     InvalidRequest,
     JournalFailed,
+    LimitReached,
     Unavailable,
 )
 from gateway.journal import Journal, Meter, Opened
@@ -394,8 +395,7 @@ class Inference:
         place = self._rooms[link].enter(principal.tenant_id)
         request_id = new_id()
         try:
-            admission = await admit(
-                self._database,
+            admission = await self._admit(
                 principal,
                 target,
                 request_id=request_id,
@@ -450,6 +450,17 @@ class Inference:
             stops=request.stops,
             keeping=keeping,
         )
+
+    async def _admit(self, principal: Principal, target: Target, **asked: Any) -> Admission:
+        """What ended and is not settled yet stands in nobody's way: then it is asked again."""
+        try:
+            return await admit(self._database, principal, target, **asked)
+        except LimitReached as refusal:
+            is_helpless = (refusal.rule or {}).get("rule") == "requests_per_minute"
+            assert principal.tenant_id is not None, "only tenants are billed"
+            if is_helpless or not await self._ledger.settle_ended_of(principal.tenant_id):
+                raise
+        return await admit(self._database, principal, target, **asked)
 
     async def _keeping(self, principal: Principal, request: GenerationRequest) -> Keeping | None:
         assert principal.tenant_id is not None, "only tenants ask for answers"

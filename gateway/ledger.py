@@ -7,6 +7,7 @@ a bill is made when a request ends, and what its client was shown is what is set
 """
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import socket
@@ -36,7 +37,9 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 500
 # From the beginning of one batch to the next: what ends meanwhile is settled together, which costs
 # a fraction of settling each by itself. What ends after a pause is settled at once.
-SETTLE_INTERVAL_S = 0.025
+SETTLE_INTERVAL_S = 0.05
+# How long a request that is refused waits until what has ended is settled.
+HURRY_S = 1.0
 HEARTBEAT_S = 1.0
 SWEEP_S = 10.0
 # A gateway that has not been heard of for so long is gone, and so are its streams.
@@ -337,6 +340,9 @@ class Ledger:
         # What the database will not take as it is; kept in the journal and tried at each start.
         self._refused: set[uuid.UUID] = set()
         self._wake = asyncio.Event()
+        # Set by whoever waits for the next batch, and by that batch; there is a new one for each.
+        self._hurry = asyncio.Event()
+        self._batch_settled = asyncio.Event()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -382,6 +388,21 @@ class Ledger:
         settlement = self._journal.closed(request_id, outcome, sent=sent)
         self._enqueue([settlement])
         return settlement.bill or Bill()
+
+    async def settle_ended_of(self, tenant_id: uuid.UUID) -> bool:
+        """Settle now what a tenant's requests that have ended still hold; whether there was any.
+
+        What is refused for their sake alone may be asked again then.
+        """
+        ended = {key for key, each in self._queue.items() if each.opened.tenant_id == tenant_id}
+        if not ended:
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HURRY_S):
+                while not ended.isdisjoint(self._queue):
+                    self._hurry.set()
+                    await self._batch_settled.wait()
+        return ended.isdisjoint(self._queue)
 
     async def drain(self) -> None:
         """Wait until the database has everything that has ended."""
@@ -474,12 +495,19 @@ class Ledger:
             try:
                 await self._flush()
                 backoff_s = 0.1
-                await asyncio.sleep(next_at - time.monotonic())
+                await self._pause(next_at - time.monotonic())
             except Exception:
                 logger.warning("settlement_failed", exc_info=True)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
                 self._wake.set()
+
+    async def _pause(self, duration_s: float) -> None:
+        """Let more end, unless somebody waits for what has."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(duration_s):
+                await self._hurry.wait()
+        self._hurry.clear()
 
     async def _flush(self) -> None:
         """Settle all that has ended by now."""
@@ -501,15 +529,16 @@ class Ledger:
         self._journal.settled(request_ids)
         for request_id in request_ids:
             self._queue.pop(request_id, None)
+        self._batch_settled.set()
+        self._batch_settled = asyncio.Event()
 
     async def _give_back(self, batch: Sequence[Settlement]) -> None:
         """Correct the buckets in a transaction of its own: admissions must not wait for a disk."""
         try:
-            async with self._database.as_worker() as session:
-                await refund(
-                    session,
-                    [_refund(each) for each in batch if each.request_id not in self._recovered],
-                )
+            await refund(
+                self._database,
+                [_refund(each) for each in batch if each.request_id not in self._recovered],
+            )
         except DATABASE_TROUBLE as fault:
             # It drains away by itself.
             logger.warning("tokens_not_refunded", extra={"reason": str(fault)})

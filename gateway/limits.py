@@ -405,11 +405,11 @@ async def extend(
     return [Funding(row.id, row.funded_output_tokens, row.is_budgeted) for row in rows]
 
 
-async def refund(session: AsyncSession, refunds: Sequence[Refund]) -> None:
-    """Correct the token buckets by what requests really used, as the worker role."""
+async def refund(database: Database, refunds: Sequence[Refund]) -> None:
+    """Correct the token buckets by what requests really used. Raises what the database raises."""
     due = [each for each in refunds if each.tokens]
     if due:
-        await session.execute(
+        await database.call_as_worker(
             REFUND,
             {
                 "tenants": [each.tenant_id for each in due],

@@ -117,6 +117,13 @@ async def test_every_answer_tells_what_is_left(gateway: Gateway) -> None:
     assert error["rule"]["scope"] == "tenant"
 
 
+async def test_one_after_another_never_meets_a_limit_of_one_at_a_time(gateway: Gateway) -> None:
+    await gateway.limit(concurrent_requests=1)
+    for _ in range(20):
+        answer = await gateway.client.post("/v1/chat/completions", json=chat())
+        assert answer.status_code == httpx.codes.OK, answer.text
+
+
 async def test_without_limits_there_is_nothing_to_tell(gateway: Gateway) -> None:
     assert not SIX_HEADERS & set((await ask(gateway.client)).headers)
 
