@@ -10,7 +10,7 @@ import pytest
 
 from gateway.database import Database
 from tests.conftest import Home
-from tests.gateway.whole_gateway import MODEL, TOKEN_NANO, Gateway, whole_gateway
+from tests.gateway.whole_gateway import MODEL, TOKEN_NANO, Gateway, chat, whole_gateway
 
 PROMPT = "w1 w2 w3 w4"
 SIX_HEADERS = {
