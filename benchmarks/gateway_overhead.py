@@ -13,10 +13,12 @@ engine's server with an instant core (`instant_engine`), and a client that check
 
 They take turns; what is told is the median of the rounds and their range. Since all share the
 machine's cores, rates per gateway core are per CPU second of the gateway's processes, settlement
-of what was asked included. At the end usage events must say what the client counted, and the books
-are proven. With `--step-ms` the engine takes that long for each token of all streams, so that no
-two tokens of one stream are there at once. `--profile` says instead where the gateway's CPU time
-goes.
+of what was asked included. A CPU second does less while others use the same core: how much less is
+told by the yardstick, the CPU time of a fixed piece of Python right after each load.
+
+At the end usage events must say what the client counted, and the books are proven. With `--step-ms`
+the engine takes that long for each token of all streams, so that no two tokens of one stream are
+there at once. `--profile` says instead where the gateway's CPU time goes.
 """
 
 import argparse
@@ -404,6 +406,18 @@ class Bench:
         return told(outcome, self.instant.cpu().since(before))
 
 
+def yardstick_ms() -> float:
+    """CPU time of some dictionary and string work: median of seven."""
+    found = []
+    for _ in range(7):
+        began = time.process_time()
+        words = {}
+        for number in range(100_000):
+            words[number % 1000] = str(number)
+        found.append((time.process_time() - began) * 1e3)
+    return statistics.median(found)
+
+
 def told(outcome: Outcome, cpu: Cpu) -> dict[str, Any]:
     first = statistics.quantiles(outcome.first_ms, n=100, method="inclusive")
     total = statistics.quantiles(outcome.total_ms, n=100, method="inclusive")
@@ -416,6 +430,7 @@ def told(outcome: Outcome, cpu: Cpu) -> dict[str, Any]:
         "engine_ms_per_request": cpu.engine * 1e3 / outcome.requests,
         "database_ms_per_request": cpu.database * 1e3 / outcome.requests,
         "generator_ms_per_request": cpu.generator * 1e3 / outcome.requests,
+        "yardstick_ms": yardstick_ms(),
         "first_p50_ms": first[49],
         "first_p99_ms": first[98],
         "total_p50_ms": total[49],
@@ -461,7 +476,8 @@ def say(name: str, found: Mapping[str, float]) -> None:
         f"{name:>6}: {found['requests_per_s']:6.0f} requests/s;"
         f" per gateway core {found['requests_per_gateway_core_s']:6.0f} requests/s,"
         f" {found['chunks_per_gateway_core_s']:7.0f} chunks/s;"
-        f" p50 {found['total_p50_ms']:6.1f} ms, p99 {found['total_p99_ms']:6.1f} ms",
+        f" p50 {found['total_p50_ms']:6.1f} ms, p99 {found['total_p99_ms']:6.1f} ms;"
+        f" yardstick {found['yardstick_ms']:4.1f} ms",
         flush=True,
     )
 
