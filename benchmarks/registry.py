@@ -7,8 +7,8 @@ row-level security; the gateway's own `Registry`, in this process, over a Unix s
 is filled with rows, without files: half of the adapters have an alias `prod` with a canary, one in
 ten is shared with all tenants, one in ten with one. Every version has a digest of its own.
 
-A resolve is what a request pays: a connection from the pool, one transaction, the tenant's id, the
-one statement, the commit. Names are drawn at random, of all spellings, from all tenants alike; one
+A resolve is what a request pays: a connection from the pool, and one statement that is its own
+transaction. Names are drawn at random, of all spellings, from all tenants alike; one
 in ten is anybody's, so mostly one that the caller may not use. `list_models` is one tenant's
 `GET /v1/models`. Nothing is cached between calls but what PostgreSQL and its driver do. The plans
 of both statements are looked at too: a sequential scan of a table that grows with the registry is
@@ -217,6 +217,7 @@ async def plans(database: Database, town: Town) -> dict[str, Any]:
     caller = town.principals[0]
     assert caller.tenant_id is not None
     bare = {
+        "tenant": str(caller.tenant_id),
         "name": town.names[caller.tenant_id][0],
         "alias": None,
         "number": None,

@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 import httpx
 import msgspec
 
+from engine.courier import Courier
 from engine.errors import EngineLost, EngineRefused, EngineUnreachable, LinkError, SlowConsumer
 from engine.protocol import (
     FRAME_LENGTH,
@@ -56,8 +57,9 @@ _PROBE_S = 600.0
 _WARM_S = 120.0
 _SHORTEST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
+_FRAMES_PER_TURN = 32
 # Acknowledge after so many frames, or when the first of them is so old.
-_FRAMES_PER_ACKNOWLEDGEMENT = 32
+_FRAMES_PER_ACKNOWLEDGEMENT = 256
 _ACKNOWLEDGEMENT_DELAY_S = 0.2
 # Token ids of 5 bytes each stay well under the engine's limit of a body.
 _MAX_TOKENS_PER_BATCH = 2_000_000
@@ -88,6 +90,11 @@ class SequenceStream:
         self._news = asyncio.Event()
         self._error: LinkError | None = None
         self._is_over = False
+
+    @property
+    def next_event(self) -> SequenceEvent | None:
+        """What iterating gives next, where that is there already."""
+        return self._events[0] if self._events else None
 
     def abort(self) -> None:
         """End the sequence within a step; its final event still comes."""
@@ -151,6 +158,7 @@ class EngineLink:
         self._on_session = on_session
         self._max_queued_events = max_queued_events
         self._http = _http_client(address, secret)
+        self._courier = Courier(address, secret=secret)
         self._tasks = asyncio.TaskGroup()
         self._own: list[asyncio.Task[None]] = []
         self._streams: dict[int, SequenceStream] = {}
@@ -196,6 +204,7 @@ class EngineLink:
             )
         finally:
             self._lose()
+            self._courier.close()
             await self._http.aclose()
 
     @property
@@ -293,7 +302,7 @@ class EngineLink:
         except httpx.HTTPError as error:
             raise EngineUnreachable(f"The engine does not answer: {error!r}") from error
         if response.is_error:
-            raise _refusal(response)
+            raise _refusal(path, response.status_code, response.content)
         return response.content
 
     # Frames in.
@@ -336,19 +345,21 @@ class EngineLink:
         async with self._http.stream("GET", "/v1/frames", params=query) as response:
             if response.is_error:
                 await response.aread()
-                raise (
-                    _FramesGone if response.status_code == httpx.codes.GONE else _refusal(response)
-                )
+                if response.status_code == httpx.codes.GONE:
+                    raise _FramesGone
+                raise _refusal("/v1/frames", response.status_code, response.content)
             if resume and not self._can_resume:
                 # The window closed while the engine thought about it.
                 return
             self._connect()
             arriving = _FrameBuffer()
             async for chunk in response.aiter_raw():
-                for frame in arriving.feed(chunk):
+                for number, frame in enumerate(arriving.feed(chunk), start=1):
                     self._take(frame)
-                    # After a resume many come at once: the streams' readers get their turns.
-                    await asyncio.sleep(0)
+                    # After a resume many come at once: the streams' readers get their turns. What
+                    # they find there together they may pass on together.
+                    if number % _FRAMES_PER_TURN == 0:
+                        await asyncio.sleep(0)
 
     def _take(self, frame: Frame) -> None:
         if frame.number <= self._last_frame:
@@ -448,7 +459,7 @@ class EngineLink:
         self._is_acknowledgement_due = False
         batch = CommandBatch(self._worker_id, self._worker_epoch, last_frame, commands)
         try:
-            await self._call("POST", "/v1/commands", body=msgspec.msgpack.encode(batch))
+            await self._post_commands(batch)
         except EngineUnreachable:
             if times_lost == self._times_lost:
                 self._outgoing.extendleft(reversed(commands))
@@ -460,6 +471,18 @@ class EngineLink:
             return False
         self._acknowledged = max(self._acknowledged, last_frame)
         return True
+
+    async def _post_commands(self, batch: CommandBatch) -> None:
+        """Raises EngineUnreachable, EngineRefused."""
+        path = "/v1/commands"
+        try:
+            status_code, content = await self._courier.post(
+                path, msgspec.msgpack.encode(batch), timeout_s=_CALL_S
+            )
+        except OSError as error:
+            raise EngineUnreachable(f"The engine does not answer: {error!r}") from error
+        if status_code >= httpx.codes.BAD_REQUEST:
+            raise _refusal(path, status_code, content)
 
     def _next_commands(self) -> list[Command]:
         commands: list[Command] = []
@@ -510,7 +533,7 @@ class _FrameBuffer:
 
 
 def _http_client(address: str, secret: str | None) -> httpx.AsyncClient:
-    # One connection for the frames, one for commands, and a few for questions.
+    # One connection for the frames, and a few for questions.
     limits = httpx.Limits(max_connections=16, keepalive_expiry=30)
     transport = (
         httpx.AsyncHTTPTransport(uds=address.removeprefix(UNIX_PREFIX), limits=limits)
@@ -526,14 +549,14 @@ def _http_client(address: str, secret: str | None) -> httpx.AsyncClient:
     )
 
 
-def _refusal(response: httpx.Response) -> EngineRefused | EngineUnreachable:
+def _refusal(path: str, status_code: int, content: bytes) -> EngineRefused | EngineUnreachable:
     """What a status other than success means; calls that may succeed later are unreachable."""
     try:
-        problem = msgspec.msgpack.decode(response.content, type=EngineProblem)
+        problem = msgspec.msgpack.decode(content, type=EngineProblem)
     except msgspec.MsgspecError:
-        problem = EngineProblem("http", f"status {response.status_code}")
-    message = f"{response.request.url.path}: {problem.message}"
-    if response.status_code >= 500 or problem.code == "not_connected":
+        problem = EngineProblem("http", f"status {status_code}")
+    message = f"{path}: {problem.message}"
+    if status_code >= 500 or problem.code == "not_connected":
         return EngineUnreachable(message)
     return EngineRefused(message, code=problem.code)
 

@@ -26,7 +26,7 @@ class LinkLimits:
     # A connected worker that acknowledges nothing for so long counts as gone: its host may be.
     max_silence_s: float = 30.0
     # Some 5,000 steps of 64 sequences without log-probabilities; a worker acknowledges every few
-    # dozen steps.
+    # hundred steps.
     max_unacknowledged_bytes: int = 8 * 1024**2
 
 

@@ -1,6 +1,7 @@
 """One gateway worker: `python -m gateway`, with its settings in the environment."""
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -38,6 +39,9 @@ def main() -> int:
         proxy_headers=False,
         timeout_graceful_shutdown=10,
     )
+    # What is there now stays: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
     server = uvicorn.Server(config)
     server.run()
     return os.EX_OK if server.started else os.EX_UNAVAILABLE

@@ -47,7 +47,7 @@ from gateway.api import (
     tenant,
 )
 from gateway.api.admin import admin_router
-from gateway.api.attempts import Attempts
+from gateway.api.attempts import Attempts, Desk
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, check_routes, guard, provide_principal
 from gateway.blobs import Blobs
@@ -311,6 +311,7 @@ def create_app(settings: Settings) -> Litestar:
         guards=[guard],
         dependencies={
             "principal": Provide(provide_principal),
+            "desk": _provide(Desk(parts.inference, parts.attempts)),
             **{name: _provide(getattr(parts, name)) for name in _HANDED_OUT},
         },
         exception_handlers={
@@ -331,7 +332,7 @@ def create_app(settings: Settings) -> Litestar:
 _HANDED_OUT = (
     *("aliases", "authenticator", "database", "grants", "inference", "ledger", "registry"),
     *("outbox", "residency", "resumable_uploads", "retention", "router", "runtime_loras"),
-    *("attempts", "policies", "source_files", "uploads"),
+    *("policies", "source_files", "uploads"),
 )
 
 

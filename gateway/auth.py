@@ -25,7 +25,7 @@ from litestar import Litestar, Request
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 from litestar.routes import HTTPRoute
-from sqlalchemy import Row, select, text
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway.addresses import (
@@ -384,42 +384,43 @@ class Authenticator:
 
     async def _look_up(self, public_id: str, plain: str) -> "_Known":
         try:
-            async with self._database.as_app() as session:
-                query = await session.execute(FIND_KEY, {"public_id": public_id})
-                row = query.one_or_none()
-                known = self._judge(row, plain)
-                if row is not None and _is_long_unused(row.last_used_at):
-                    await session.execute(TOUCH_KEY, {"key_id": row.id})
+            rows = await self._database.call(FIND_KEY, {"public_id": public_id})
+            row = rows[0] if rows else None
+            known = self._judge(row, plain)
+            if row is not None and _is_long_unused(row["last_used_at"]):
+                await self._database.call(TOUCH_KEY, {"key_id": row["id"]})
         except DATABASE_TROUBLE as error:
             raise Unavailable("Keys cannot be checked now; try again shortly.") from error
         return known
 
-    def _judge(self, row: Row[Any] | None, plain: str) -> "_Known":
+    def _judge(self, row: Mapping[str, Any] | None, plain: str) -> "_Known":
         now = datetime.datetime.now(datetime.UTC)
         # An unknown key takes as long as a known one, and both of its secrets are always compared.
         is_current = self._is_secret(
-            plain, row and row.secret_hmac, pepper_version=row and row.pepper_version
+            plain, row and row["secret_hmac"], pepper_version=row and row["pepper_version"]
         )
         is_previous = self._is_secret(
             plain,
-            row and row.previous_secret_hmac,
-            pepper_version=row and row.previous_pepper_version,
+            row and row["previous_secret_hmac"],
+            pepper_version=row and row["previous_pepper_version"],
         )
         if row is None or not (is_current or is_previous):
             raise _invalid("The API key is not known here.")
-        ends_at = row.expires_at
+        ends_at = row["expires_at"]
         if not is_current:
-            if row.previous_expires_at <= now:
+            if row["previous_expires_at"] <= now:
                 raise _invalid("The API key was replaced by a newer one.")
-            ends_at = min(filter(None, (ends_at, row.previous_expires_at)))
-        if row.revoked_at is not None:
+            ends_at = min(filter(None, (ends_at, row["previous_expires_at"])))
+        if row["revoked_at"] is not None:
             raise _invalid("The API key was revoked.")
-        if row.expires_at is not None and row.expires_at <= now:
+        if row["expires_at"] is not None and row["expires_at"] <= now:
             raise _invalid("The API key has expired.")
-        if row.tenant_id is not None and row.tenant_status != "active":
-            raise NotAllowed(f"The tenant {row.tenant_slug!r} is {row.tenant_status}.")
+        if row["tenant_id"] is not None and row["tenant_status"] != "active":
+            raise NotAllowed(f"The tenant {row['tenant_slug']!r} is {row['tenant_status']}.")
         networks = (
-            None if row.ip_ranges is None else parse_networks(row.ip_ranges, param="ip_ranges")
+            None
+            if row["ip_ranges"] is None
+            else parse_networks(row["ip_ranges"], param="ip_ranges")
         )
         return _Known(_principal(row), networks, ends_at, time.monotonic() + CACHE_S)
 
@@ -474,11 +475,16 @@ async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
     connection.state.principal = principal
 
 
-async def provide_principal(request: Request[Any, Any, Any]) -> Principal:
-    """The caller, for handlers: only of routes that need a key."""
+def caller_of(request: Request[Any, Any, Any]) -> Principal:
+    """Whom the guard let in: only on routes that need a key."""
     principal = request.state.principal
     assert isinstance(principal, Principal)
     return principal
+
+
+async def provide_principal(request: Request[Any, Any, Any]) -> Principal:
+    """The caller, for handlers: only of routes that need a key."""
+    return caller_of(request)
 
 
 def check_routes(app: Litestar) -> None:
@@ -496,18 +502,18 @@ def check_routes(app: Litestar) -> None:
         raise AssertionError(f"routes that name no scope: {', '.join(silent)}")
 
 
-def _principal(row: Row[Any]) -> Principal:
+def _principal(row: Mapping[str, Any]) -> Principal:
     return Principal(
-        key_id=row.id,
-        key_name=row.name,
-        tenant_id=row.tenant_id,
-        tenant_slug=row.tenant_slug,
-        cache_salt=row.cache_salt or b"",
-        scopes=frozenset(row.scopes),
-        allowed_models=None if row.allowed_models is None else tuple(row.allowed_models),
-        ip_ranges=None if row.ip_ranges is None else tuple(row.ip_ranges),
-        expires_at=row.expires_at,
-        policy_id=row.policy_id,
+        key_id=row["id"],
+        key_name=row["name"],
+        tenant_id=row["tenant_id"],
+        tenant_slug=row["tenant_slug"],
+        cache_salt=row["cache_salt"] or b"",
+        scopes=frozenset(row["scopes"]),
+        allowed_models=None if row["allowed_models"] is None else tuple(row["allowed_models"]),
+        ip_ranges=None if row["ip_ranges"] is None else tuple(row["ip_ranges"]),
+        expires_at=row["expires_at"],
+        policy_id=row["policy_id"],
     )
 
 

@@ -21,7 +21,8 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, Row, TextClause, event, make_url, text
+from sqlalchemy import URL, Connection, TextClause, event, make_url, text
+from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
 from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.ext.asyncio import (
@@ -43,6 +44,8 @@ DATABASE_TROUBLE = (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.Int
 _NOT_NOW = ("08", "40", "53", "57", "58")
 
 LISTEN_RETRY_S = 1.0
+# How long anything waits for a connection to come free.
+POOL_TIMEOUT_S = 10.0
 
 # 15 brought NULLS NOT DISTINCT, which the rollups' key needs.
 OLDEST_SERVER_VERSION = 150000
@@ -92,8 +95,8 @@ class Database:
         self._app = _open_pool(app_url, pool_size=pool_size, role=role)
         self._worker = _open_pool(worker_url, pool_size=pool_size, role=role)
         self._app_sessions = async_sessionmaker(self._app, expire_on_commit=False)
-        # The same connections.
-        self._app_calls = self._app.execution_options(isolation_level="AUTOCOMMIT")
+        self._app_calls = _Calls(app_url, pool_size=pool_size, role=role)
+        self._worker_calls = _Calls(worker_url, pool_size=pool_size, role=role)
         self._worker_sessions = async_sessionmaker(self._worker, expire_on_commit=False)
 
     @classmethod
@@ -122,14 +125,20 @@ class Database:
 
     async def call(
         self, statement: TextClause, parameters: Mapping[str, Any]
-    ) -> Sequence[Row[Any]]:
+    ) -> Sequence[Mapping[str, Any]]:
         """One statement as the app, which is its own transaction: a single round trip.
 
         What it locks is free again when the server has run it, however busy this process is. Made
-        for functions of the schema that are given their tenant.
+        for the statements of every request, which are given their tenant. Raises what is in
+        DATABASE_TROUBLE.
         """
-        async with self._app_calls.connect() as connection:
-            return (await connection.execute(statement, parameters)).all()
+        return await self._app_calls.run(statement, parameters)
+
+    async def call_as_worker(
+        self, statement: TextClause, parameters: Mapping[str, Any]
+    ) -> Sequence[Mapping[str, Any]]:
+        """The same as the worker, across tenants."""
+        return await self._worker_calls.run(statement, parameters)
 
     @asynccontextmanager
     async def as_worker(self) -> AsyncIterator[AsyncSession]:
@@ -167,8 +176,7 @@ class Database:
             await asyncio.sleep(LISTEN_RETRY_S)
 
     async def _listen_once(self, channel: str, on_notice: Callable[[], None]) -> None:
-        _, options = self._app.dialect.create_connect_args(asyncpg_url(self.app_url))
-        connection = await asyncpg.connect(**options)
+        connection = await _connect(self.app_url)
         try:
             is_lost = asyncio.Event()
             connection.add_termination_listener(lambda _: is_lost.set())
@@ -179,11 +187,76 @@ class Database:
             connection.terminate()
 
     async def close(self) -> None:
+        self._app_calls.close()
+        self._worker_calls.close()
         await self._app.dispose()
         await self._worker.dispose()
 
 
-def is_away(error: Exception) -> bool:
+class _Calls:
+    """Mutable: connections for single statements, straight to the driver.
+
+    SQLAlchemy's way to a row takes several times as long, which every request would pay. A pool of
+    the driver's would be one more round trip for each statement, to reset what none of them sets.
+    """
+
+    def __init__(self, url: str, *, pool_size: int, role: str | None) -> None:
+        self._url = url
+        self._role = role
+        self._places = asyncio.Semaphore(pool_size)
+        # The one that was used last is used next.
+        self._idle: list[Any] = []
+        # Statement -> its text as the driver wants it, and its parameters in order.
+        self._spelled: dict[TextClause, tuple[str, Sequence[str]]] = {}
+
+    async def run(
+        self, statement: TextClause, parameters: Mapping[str, Any]
+    ) -> Sequence[Mapping[str, Any]]:
+        spelled, names = self._spelled.get(statement) or self._spell(statement)
+        await self._take_place()
+        try:
+            connection = self._find_idle() or await _connect(self._url, role=self._role)
+            try:
+                rows: Sequence[Mapping[str, Any]] = await connection.fetch(
+                    spelled, *(parameters[name] for name in names)
+                )
+            except asyncpg.PostgresError:
+                self._idle.append(connection)
+                raise
+            except BaseException:
+                # Whoever waited is gone, or the server is: nobody knows what it will say next.
+                connection.terminate()
+                raise
+            self._idle.append(connection)
+            return rows
+        finally:
+            self._places.release()
+
+    async def _take_place(self) -> None:
+        if not self._places.locked():
+            await self._places.acquire()
+            return
+        async with asyncio.timeout(POOL_TIMEOUT_S):
+            await self._places.acquire()
+
+    def _find_idle(self) -> Any:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        return None
+
+    def _spell(self, statement: TextClause) -> tuple[str, Sequence[str]]:
+        compiled = statement.compile(dialect=asyncpg_dialect())
+        self._spelled[statement] = compiled.string, compiled.positiontup or ()
+        return self._spelled[statement]
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().terminate()
+
+
+def is_away(error: BaseException) -> bool:
     """Whether the database does not answer now, so that the same may be asked again later.
 
     One that starts or stops does say something: only the state of its error tells it from a no.
@@ -192,7 +265,15 @@ def is_away(error: Exception) -> bool:
         # What the driver itself finds broken has no state.
         state: str | None = getattr(error.orig, "sqlstate", None)
         return error.connection_invalidated or state is None or state[:2] in _NOT_NOW
-    return isinstance(error, PoolExhausted | OSError)
+    if isinstance(error, asyncpg.PostgresError):
+        return str(error.sqlstate)[:2] in _NOT_NOW
+    return isinstance(error, PoolExhausted | OSError | asyncpg.InterfaceError)
+
+
+async def _connect(url: str, *, role: str | None = None) -> Any:
+    """A connection of the driver's own, set up as those of the pools are."""
+    _, options = asyncpg_dialect().create_connect_args(asyncpg_url(url))
+    return await asyncpg.connect(**options, server_settings=_server_settings(role))
 
 
 async def migrate(owner_url: str, *, app_password: str, worker_password: str) -> None:
@@ -257,20 +338,22 @@ def _open_pool(url: str, *, pool_size: int, role: str | None) -> AsyncEngine:
         asyncpg_url(url),
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=10,
-        connect_args={
-            "server_settings": {
-                "application_name": "manylora",
-                # Our queries are short; compiling them costs more than running them.
-                "jit": "off",
-                # A transaction that somebody forgot must not hold its locks for ever.
-                "idle_in_transaction_session_timeout": "60s",
-                **({} if role is None else {"role": role}),
-            },
-        },
+        pool_timeout=POOL_TIMEOUT_S,
+        connect_args={"server_settings": _server_settings(role)},
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed_connection)
     return engine
+
+
+def _server_settings(role: str | None) -> dict[str, str]:
+    return {
+        "application_name": "manylora",
+        # Our queries are short; compiling them costs more than running them.
+        "jit": "off",
+        # A transaction that somebody forgot must not hold its locks for ever.
+        "idle_in_transaction_session_timeout": "60s",
+        **({} if role is None else {"role": role}),
+    }
 
 
 def _refuse_closed_connection(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:

@@ -261,7 +261,11 @@ class Meter:
 
     def latest(self) -> Count:
         """What the events so far add up to, whether journalled or not."""
-        begun = [each for each in self._sequences.values() if each.billable]
+        sequences = self._sequences.values()
+        if len(sequences) == 1:
+            [only] = sequences
+            return self._latest_of_one(only)
+        begun = [each for each in sequences if each.billable]
         if not begun:
             return Count(self.opened.number, 0, 0, 0, 0)
         return Count(
@@ -271,7 +275,21 @@ class Meter:
             # the prompt was computed once and is billed as that one found it.
             min(self.opened.prompt_tokens, *(each.cached for each in begun)),
             self._payable(sum(each.billable for each in begun)),
-            sum(each.engine_ns for each in self._sequences.values()),
+            sum(each.engine_ns for each in sequences),
+        )
+
+    def _latest_of_one(self, sequence: _SequenceCount) -> Count:
+        """What almost every request has, on the way of every token."""
+        number, billable = self.opened.number, sequence.billable
+        if not billable:
+            return Count(number, 0, 0, 0, 0)
+        prompt = self.opened.prompt_tokens
+        return Count(
+            number,
+            prompt,
+            min(prompt, sequence.cached),
+            self._payable(billable),
+            sequence.engine_ns,
         )
 
     def _payable(self, num_tokens: int) -> int:
@@ -283,7 +301,12 @@ class Meter:
 
     def is_moved_by(self, count: Count) -> bool:
         """Whether money moves; engine time alone is not worth a record."""
-        return msgspec.structs.replace(count, engine_ns=self._count.engine_ns) != self._count
+        known = self._count
+        return (
+            count.completion_tokens != known.completion_tokens
+            or count.prompt_tokens != known.prompt_tokens
+            or count.cached_tokens != known.cached_tokens
+        )
 
 
 def _bill(opened: Opened, count: Count) -> Bill:

@@ -7,8 +7,8 @@ a bill is made when a request ends, and what its client was shown is what is set
 """
 
 import asyncio
+import contextlib
 import datetime
-import itertools
 import logging
 import socket
 import time
@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, func, select, text, tuple_, update
+from sqlalchemy import Row, func, select, text, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -29,12 +29,17 @@ from gateway.errors import Unavailable
 from gateway.journal import Journal, Meter, Opened, Settlement
 from gateway.limits import Funding, Refund, Stream, extend, refund, want
 from gateway.prices import Bill, Price, bill, ceiling
-from gateway.tables import EndUser, GatewayInstance, Hold, UsageEvent, UsageRollup, new_id
+from gateway.tables import EndUser, GatewayInstance, Hold, new_id
 
 logger = logging.getLogger(__name__)
 
-# 20 columns each: well below the 32,767 parameters that a statement may have.
+# A transaction of a few hundredths of a second.
 MAX_BATCH = 500
+# From the beginning of one batch to the next: what ends meanwhile is settled together, which costs
+# a fraction of settling each by itself. What ends after a pause is settled at once.
+SETTLE_INTERVAL_S = 0.05
+# How long a request that is refused waits until what has ended is settled.
+HURRY_S = 1.0
 HEARTBEAT_S = 1.0
 SWEEP_S = 10.0
 # A gateway that has not been heard of for so long is gone, and so are its streams.
@@ -45,6 +50,81 @@ ROUND_TRIP_S = 10.0
 MAX_BACKOFF_S = 5.0
 # The outcome of a request whose gateway's host never came back.
 LOST = "lost"
+
+# The rows of these three come as arrays, so that their texts, and with them their plans, are the
+# same for any number of rows.
+INSERT_EVENTS = text("""
+    INSERT INTO usage_events (
+        id, tenant_id, api_key_id, base_model_id, adapter_id, adapter_version_id, version_digest,
+        price_version_id, endpoint, outcome, prompt_tokens, cached_tokens, completion_tokens,
+        cost_nano, engine_ns, started_at, finished_at, end_user_id, attempt_digest, is_retry
+    )
+    SELECT * FROM unnest(
+        CAST(:id AS uuid[]), CAST(:tenant_id AS uuid[]), CAST(:api_key_id AS uuid[]),
+        CAST(:base_model_id AS uuid[]), CAST(:adapter_id AS uuid[]),
+        CAST(:adapter_version_id AS uuid[]), CAST(:version_digest AS text[]),
+        CAST(:price_version_id AS uuid[]), CAST(:endpoint AS text[]), CAST(:outcome AS text[]),
+        CAST(:prompt_tokens AS bigint[]), CAST(:cached_tokens AS bigint[]),
+        CAST(:completion_tokens AS bigint[]), CAST(:cost_nano AS bigint[]),
+        CAST(:engine_ns AS bigint[]), CAST(:started_at AS timestamptz[]),
+        CAST(:finished_at AS timestamptz[]), CAST(:end_user_id AS uuid[]),
+        CAST(:attempt_digest AS bytea[]), CAST(:is_retry AS boolean[])
+    )
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id
+""")
+
+ADD_TO_ROLLUPS = text("""
+    INSERT INTO usage_rollups AS r (
+        id, tenant_id, day, base_model_id, adapter_id, api_key_id,
+        requests, prompt_tokens, cached_tokens, completion_tokens, cost_nano
+    )
+    SELECT * FROM unnest(
+        CAST(:id AS uuid[]), CAST(:tenant_id AS uuid[]), CAST(:day AS date[]),
+        CAST(:base_model_id AS uuid[]), CAST(:adapter_id AS uuid[]), CAST(:api_key_id AS uuid[]),
+        CAST(:requests AS bigint[]), CAST(:prompt_tokens AS bigint[]),
+        CAST(:cached_tokens AS bigint[]), CAST(:completion_tokens AS bigint[]),
+        CAST(:cost_nano AS bigint[])
+    )
+    ON CONFLICT (tenant_id, day, base_model_id, adapter_id, api_key_id) DO UPDATE SET
+        requests = r.requests + excluded.requests,
+        prompt_tokens = r.prompt_tokens + excluded.prompt_tokens,
+        cached_tokens = r.cached_tokens + excluded.cached_tokens,
+        completion_tokens = r.completion_tokens + excluded.completion_tokens,
+        cost_nano = r.cost_nano + excluded.cost_nano
+""")
+
+# One that was lost, with the database's last moments, is put back.
+SETTLE_HOLDS = text("""
+    INSERT INTO holds AS h (
+        id, tenant_id, api_key_id, base_model_id, adapter_id, adapter_version_id,
+        price_version_id, gateway_instance_id, endpoint, state, prompt_tokens,
+        funded_output_tokens, amount_nano, created_at, closed_at
+    )
+    SELECT id, tenant_id, api_key_id, base_model_id, adapter_id, adapter_version_id,
+           price_version_id, gateway_instance_id, endpoint, 'settled', prompt_tokens,
+           funded_output_tokens, amount_nano, created_at, closed_at
+    FROM unnest(
+        CAST(:id AS uuid[]), CAST(:tenant_id AS uuid[]), CAST(:api_key_id AS uuid[]),
+        CAST(:base_model_id AS uuid[]), CAST(:adapter_id AS uuid[]),
+        CAST(:adapter_version_id AS uuid[]), CAST(:price_version_id AS uuid[]),
+        CAST(:gateway_instance_id AS uuid[]), CAST(:endpoint AS text[]),
+        CAST(:prompt_tokens AS bigint[]), CAST(:funded_output_tokens AS bigint[]),
+        CAST(:amount_nano AS bigint[]), CAST(:created_at AS timestamptz[]),
+        CAST(:closed_at AS timestamptz[])
+    ) AS ended (
+        id, tenant_id, api_key_id, base_model_id, adapter_id, adapter_version_id,
+        price_version_id, gateway_instance_id, endpoint, prompt_tokens, funded_output_tokens,
+        amount_nano, created_at, closed_at
+    )
+    ON CONFLICT (id) DO UPDATE SET state = 'settled', closed_at = excluded.closed_at
+    WHERE h.state <> 'settled'
+""")
+
+RELEASE_HOLDS = text("""
+    UPDATE holds SET state = 'released', closed_at = now()
+    WHERE id = ANY (CAST(:ids AS uuid[])) AND state = 'open'
+""")
 
 _ROLLUP_KEY = ("tenant_id", "day", "base_model_id", "adapter_id", "api_key_id")
 _SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_nano")
@@ -101,13 +181,13 @@ async def _insert_events(session: AsyncSession, billed: Sequence[Settlement]) ->
     if not billed:
         return set()
     users = await _end_users(session, billed)
-    statement = (
-        insert(UsageEvent)
-        .values([_event(each, users) for each in billed])
-        .on_conflict_do_nothing(index_elements=[UsageEvent.id])
-        .returning(UsageEvent.id)
-    )
-    return set((await session.execute(statement)).scalars())
+    events = [_event(each, users) for each in billed]
+    return set((await session.execute(INSERT_EVENTS, _arrays(events))).scalars())
+
+
+def _arrays(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The columns of rows that all have the same."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 async def _end_users(
@@ -205,13 +285,7 @@ async def _add_to_rollups(session: AsyncSession, fresh: Iterable[Settlement]) ->
         # Always in one order, so that two settlers wait for each other instead of deadlocking.
         for key, totals in sorted(sums.items(), key=lambda item: str(item[0]))
     ]
-    statement = insert(UsageRollup).values(rows)
-    await session.execute(
-        statement.on_conflict_do_update(
-            index_elements=list(_ROLLUP_KEY),
-            set_={name: getattr(UsageRollup, name) + statement.excluded[name] for name in _SUMMED},
-        )
-    )
+    await session.execute(ADD_TO_ROLLUPS, _arrays(rows))
 
 
 def _rollup_key(settlement: Settlement) -> tuple[Any, ...]:
@@ -221,25 +295,14 @@ def _rollup_key(settlement: Settlement) -> tuple[Any, ...]:
 
 
 async def _settle_holds(session: AsyncSession, billed: Sequence[Settlement]) -> None:
-    """Move holds to settled; one that was lost, with the database's last moments, is put back."""
-    if not billed:
-        return
-    rows = [_settled_hold(each) for each in billed]
-    statement = insert(Hold).values(rows)
-    await session.execute(
-        statement.on_conflict_do_update(
-            index_elements=[Hold.id],
-            set_={"state": "settled", "closed_at": statement.excluded.closed_at},
-            where=Hold.state != "settled",
-        )
-    )
+    if billed:
+        await session.execute(SETTLE_HOLDS, _arrays([_settled_hold(each) for each in billed]))
 
 
 def _settled_hold(settlement: Settlement) -> dict[str, Any]:
     charged = settlement.bill
     assert charged is not None
     return _hold(settlement.opened) | {
-        "state": "settled",
         "prompt_tokens": charged.prompt_tokens,
         "funded_output_tokens": charged.completion_tokens,
         "amount_nano": charged.cost_nano,
@@ -275,12 +338,7 @@ def _hold(opened: Opened) -> dict[str, Any]:
 
 async def _release_holds(session: AsyncSession, request_ids: Sequence[uuid.UUID]) -> None:
     if request_ids:
-        await session.execute(
-            update(Hold)
-            .where(Hold.id.in_(request_ids), Hold.state == "open")
-            .values(state="released", closed_at=func.now())
-            .execution_options(synchronize_session=False)
-        )
+        await session.execute(RELEASE_HOLDS, {"ids": list(request_ids)})
 
 
 class Ledger:
@@ -302,6 +360,9 @@ class Ledger:
         # What the database will not take as it is; kept in the journal and tried at each start.
         self._refused: set[uuid.UUID] = set()
         self._wake = asyncio.Event()
+        # Set by whoever waits for the next batch, and by that batch; there is a new one for each.
+        self._hurry = asyncio.Event()
+        self._batch_settled = asyncio.Event()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -347,6 +408,21 @@ class Ledger:
         settlement = self._journal.closed(request_id, outcome, sent=sent)
         self._enqueue([settlement])
         return settlement.bill or Bill()
+
+    async def settle_ended_of(self, tenant_id: uuid.UUID) -> bool:
+        """Settle now what a tenant's requests that have ended still hold; whether there was any.
+
+        What is refused for their sake alone may be asked again then.
+        """
+        ended = {key for key, each in self._queue.items() if each.opened.tenant_id == tenant_id}
+        if not ended:
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HURRY_S):
+                while not ended.isdisjoint(self._queue):
+                    self._hurry.set()
+                    await self._batch_settled.wait()
+        return ended.isdisjoint(self._queue)
 
     async def drain(self) -> None:
         """Wait until the database has everything that has ended."""
@@ -469,19 +545,31 @@ class Ledger:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            next_at = time.monotonic() + SETTLE_INTERVAL_S
             try:
                 await self._flush()
                 backoff_s = 0.1
+                await self._pause(next_at - time.monotonic())
             except Exception:
                 logger.warning("settlement_failed", exc_info=True)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
                 self._wake.set()
 
+    async def _pause(self, duration_s: float) -> None:
+        """Let more end, unless somebody waits for what has."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(duration_s):
+                await self._hurry.wait()
+        self._hurry.clear()
+
     async def _flush(self) -> None:
-        while self._queue:
-            await self._settle_batch(list(itertools.islice(self._queue.values(), MAX_BATCH)))
-        self._is_idle.set()
+        """Settle all that has ended by now."""
+        batch = list(self._queue.values())
+        for first in range(0, len(batch), MAX_BATCH):
+            await self._settle_batch(batch[first : first + MAX_BATCH])
+        if not self._queue:
+            self._is_idle.set()
 
     async def _settle_batch(self, batch: Sequence[Settlement]) -> None:
         try:
@@ -495,15 +583,16 @@ class Ledger:
         self._journal.settled(request_ids)
         for request_id in request_ids:
             self._queue.pop(request_id, None)
+        self._batch_settled.set()
+        self._batch_settled = asyncio.Event()
 
     async def _give_back(self, batch: Sequence[Settlement]) -> None:
         """Correct the buckets in a transaction of its own: admissions must not wait for a disk."""
         try:
-            async with self._database.as_worker() as session:
-                await refund(
-                    session,
-                    [_refund(each) for each in batch if each.request_id not in self._recovered],
-                )
+            await refund(
+                self._database,
+                [_refund(each) for each in batch if each.request_id not in self._recovered],
+            )
         except DATABASE_TROUBLE as fault:
             # It drains away by itself.
             logger.warning("tokens_not_refunded", extra={"reason": str(fault)})

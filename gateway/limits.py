@@ -14,13 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Row, text
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolExhausted
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway.auth import Principal
-from gateway.database import Database
+from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import BudgetSpent, InvalidRequest, LimitReached, Unavailable
 from gateway.prices import Price
 from gateway.registry import Target
@@ -259,30 +257,30 @@ async def _ask(
     }
     try:
         rows = await database.call(ADMIT, parameters)
-    except (DBAPIError, PoolExhausted, OSError) as fault:
+    except DATABASE_TROUBLE as fault:
         raise Unavailable("The ledger does not answer. Try again shortly.") from fault
     if not rows:
         raise Unavailable(f"The model {target.public_name} has no price yet.", retry_after_s=60)
     return _answer(rows[0])
 
 
-def _answer(row: Row[Any]) -> Answer:
+def _answer(row: Mapping[str, Any]) -> Answer:
     return Answer(
         price=Price(
-            row.price_id,
-            row.input_nano_per_million,
-            row.cached_input_nano_per_million,
-            row.output_nano_per_million,
+            row["price_id"],
+            row["input_nano_per_million"],
+            row["cached_input_nano_per_million"],
+            row["output_nano_per_million"],
         ),
-        funded_output_tokens=row.funded_output_tokens,
-        amount_nano=row.amount_nano,
-        max_output_tokens=row.max_output_tokens,
-        is_budgeted=row.is_budgeted,
-        queue_time_ms=row.queue_time_ms,
-        asked_at=row.admitted_at,
+        funded_output_tokens=row["funded_output_tokens"],
+        amount_nano=row["amount_nano"],
+        max_output_tokens=row["max_output_tokens"],
+        is_budgeted=row["is_budgeted"],
+        queue_time_ms=row["queue_time_ms"],
+        asked_at=row["admitted_at"],
         levels=Levels(
-            _level(row.requests_ceiling, row.requests_remaining, row.requests_reset_us),
-            _level(row.tokens_ceiling, row.tokens_remaining, row.tokens_reset_us),
+            _level(row["requests_ceiling"], row["requests_remaining"], row["requests_reset_us"]),
+            _level(row["tokens_ceiling"], row["tokens_remaining"], row["tokens_reset_us"]),
         ),
         refusal=_refusal(row),
     )
@@ -292,15 +290,15 @@ def _level(ceiling: int | None, remaining: int, resets_in_us: int) -> Level | No
     return None if ceiling is None else Level(ceiling, remaining, resets_in_us)
 
 
-def _refusal(row: Row[Any]) -> Refusal | None:
-    if row.refused_rule is None:
+def _refusal(row: Mapping[str, Any]) -> Refusal | None:
+    if row["refused_rule"] is None:
         return None
     return Refusal(
-        rule=row.refused_rule,
-        scope=row.refused_scope,
-        ceiling=row.refused_ceiling,
-        current=row.refused_current,
-        clears_in_us=row.refused_clears_us,
+        rule=row["refused_rule"],
+        scope=row["refused_scope"],
+        ceiling=row["refused_ceiling"],
+        current=row["refused_current"],
+        clears_in_us=row["refused_clears_us"],
     )
 
 
@@ -407,11 +405,11 @@ async def extend(
     return [Funding(row.id, row.funded_output_tokens, row.is_budgeted) for row in rows]
 
 
-async def refund(session: AsyncSession, refunds: Sequence[Refund]) -> None:
-    """Correct the token buckets by what requests really used, as the worker role."""
+async def refund(database: Database, refunds: Sequence[Refund]) -> None:
+    """Correct the token buckets by what requests really used. Raises what the database raises."""
     due = [each for each in refunds if each.tokens]
     if due:
-        await session.execute(
+        await database.call_as_worker(
             REFUND,
             {
                 "tenants": [each.tenant_id for each in due],

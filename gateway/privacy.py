@@ -12,7 +12,7 @@ import time
 import uuid
 
 import msgspec
-from sqlalchemy import ColumnElement, delete, func, select, update
+from sqlalchemy import ColumnElement, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -34,6 +34,16 @@ logger = logging.getLogger(__name__)
 # How long a changed wish may go unnoticed.
 POLICY_CACHE_S = 5.0
 ERASED = "erased"
+
+# One statement that sets the tenant itself, in the way of `registry.RESOLVE`.
+KEEP_DAYS = text("""
+    SELECT policy.keep_days FROM (
+        SELECT set_config('app.tenant', CAST(:tenant AS text), true) AS tenant OFFSET 0
+    ) AS caller
+    CROSS JOIN LATERAL (
+        SELECT keep_days FROM content_policies WHERE caller.tenant IS NOT NULL OFFSET 0
+    ) AS policy
+""")
 
 
 class Erased(msgspec.Struct, frozen=True):
@@ -57,8 +67,8 @@ class Contents:
         holds_until, days = self._policies.get(tenant_id, (0.0, None))
         if time.monotonic() < holds_until:
             return days
-        async with self._database.as_tenant(tenant_id) as session:
-            days = await session.scalar(select(ContentPolicy.keep_days))
+        rows = await self._database.call(KEEP_DAYS, {"tenant": str(tenant_id)})
+        days = rows[0]["keep_days"] if rows else None
         self._policies[tenant_id] = time.monotonic() + POLICY_CACHE_S, days
         return days
 

@@ -50,8 +50,14 @@ MAX_MODEL_NAME = 256
 # Which version of which adapter a name means. Row-level security hides what is neither the caller's
 # nor shared with it, and base models that are withheld from it, so such a name finds as little as
 # one that does not exist. A base model that no engine serves is not offered, and neither are its
-# adapters. Each lookup is an equality that row-level security lets an index answer.
+# adapters. Each lookup is an equality that row-level security lets an index answer. The tenant is
+# set in the statement itself, which spares three round trips: what is LATERAL to it runs after it,
+# and OFFSET 0 keeps the planner from taking the two apart.
 RESOLVE = text("""
+    SELECT meaning.* FROM (
+        SELECT set_config('app.tenant', CAST(:tenant AS text), true) AS tenant OFFSET 0
+    ) AS caller
+    CROSS JOIN LATERAL (
     SELECT n.name AS public_name, b.id AS base_model_id, b.name AS base_model,
            b.text_bundle_digest AS base_text_bundle_digest, b.context_length,
            a.id AS adapter_id, v.id AS adapter_version_id, v.number AS version_number,
@@ -76,6 +82,9 @@ RESOLVE = text("""
     WHERE n.name = :name
       AND (v.id IS NOT NULL OR (n.base_model_id IS NOT NULL AND NOT :is_versioned))
       AND EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
+      AND caller.tenant IS NOT NULL
+    OFFSET 0
+    ) AS meaning
 """)
 
 # Everything that the caller may name as a model: its own adapters, and those that are shared with
@@ -238,11 +247,11 @@ class Registry:
         if len(model) > MAX_MODEL_NAME or not model.isprintable():
             raise model_not_found(model)
         spelling = _spelling(model, caller=user or str(principal.key_id))
-        async with self._database.as_tenant(_tenant_of(principal, model)) as session:
-            row = (await session.execute(RESOLVE, spelling)).mappings().one_or_none()
-        if row is None:
+        tenant_id = _tenant_of(principal, model)
+        rows = await self._database.call(RESOLVE, {"tenant": str(tenant_id), **spelling})
+        if not rows:
             raise model_not_found(model)
-        fields = dict(row)
+        fields = dict(rows[0])
         if fields.pop("is_missing"):
             raise _missing(model)
         return Target(**fields)

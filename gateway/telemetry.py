@@ -1,10 +1,14 @@
 """Logs for the one on call: an event name and its fields, one line each, never anybody's text."""
 
 import logging
+import re
 import sys
 
 # What every log record carries by itself; anything else came in through `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+# What needs no quotes.
+_PLAIN = re.compile(r"""[^ \t\n"'=]+""")
 
 
 class EventFormatter(logging.Formatter):
@@ -18,7 +22,7 @@ class EventFormatter(logging.Formatter):
 
 def _spell(value: object) -> str:
     text = str(value)
-    return repr(text) if not text or any(c in text for c in " \t\n\"'=") else text
+    return text if _PLAIN.fullmatch(text) else repr(text)
 
 
 def configure_logging(*, level: int = logging.INFO) -> None:
@@ -26,5 +30,7 @@ def configure_logging(*, level: int = logging.INFO) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(EventFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    # Nothing of what a record could carry besides is shown, and each generation makes a record.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # One line per request to the engine says nothing that the engine does not say.
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -273,7 +273,10 @@ class TextCodecs:
         """
         key = (digest, digest != base)
         task = self._codecs.get(key)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+        if task is not None and task.done() and not task.cancelled() and not task.exception():
+            self._codecs.move_to_end(key)
+            return task.result()
+        if task is None or task.done():
             task = asyncio.create_task(self._load(digest, is_own=digest != base))
             self._codecs[key] = task
             self._forget(self._codecs.keys())

@@ -60,7 +60,7 @@ async def wait_unless_gone(
 
     Raises ClientGone when it hangs up; the work is cancelled then.
     """
-    gone = asyncio.ensure_future(_hang_up(request))
+    gone = asyncio.ensure_future(hang_up(request))
     try:
         await asyncio.wait({work, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if gone.done() and not work.done():
@@ -87,6 +87,7 @@ async def _put_together(generation: Generation) -> WholeAnswer:
     )
 
 
-async def _hang_up(request: Request[Any, Any, Any]) -> None:
+async def hang_up(request: Request[Any, Any, Any]) -> None:
+    """Wait until the client closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -5,6 +5,7 @@ answer in the moment before its last byte goes out, and lets go of the name wher
 """
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,7 +15,7 @@ from gateway.api.answer import answer_headers
 from gateway.api.sse import DONE
 from gateway.auth import Principal
 from gateway.idempotency import Answers, Claim, KeptAnswer, fingerprint
-from gateway.inference import Attempt, Generation
+from gateway.inference import Attempt, Generation, Inference
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -49,18 +50,19 @@ class Answering:
         if claim is not None:
             self._answers.release(claim)
 
-    async def keep_stream(
+    def keep_stream(
         self, events: AsyncIterator[bytes], *, headers: dict[str, str]
     ) -> AsyncIterator[bytes]:
         """The events as they come, kept before the one that says that they were all."""
-        if not self.is_named:
-            async for chunk in events:
-                yield chunk
-            return
+        return self._kept(events, headers=headers) if self.is_named else events
+
+    async def _kept(
+        self, events: AsyncIterator[bytes], *, headers: dict[str, str]
+    ) -> AsyncIterator[bytes]:
         chunks = []
         async for chunk in events:
             chunks.append(chunk)
-            if chunk == DONE:
+            if chunk.endswith(DONE):
                 await self.keep(b"".join(chunks), media_type="text/event-stream", headers=headers)
             yield chunk
 
@@ -91,6 +93,17 @@ class Attempts:
             claim, is_retry = found, is_retry or found.attempt > 1
         digest = fingerprint(secret, b"attempt", body) if is_compared else None
         return Answering(Attempt(digest, is_retry), self.answers, claim)
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the routes of generations work with.
+
+    One dependency, because the framework makes a task for each where there are several.
+    """
+
+    inference: Inference
+    attempts: Attempts
 
 
 async def finish_whole(

@@ -11,7 +11,7 @@ from litestar.params import JSONBody
 from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer, answer_headers, collect
-from gateway.api.attempts import Answering, Attempts, finish_whole, replay
+from gateway.api.attempts import Answering, Desk, finish_whole, replay
 from gateway.api.fields import (
     LogitBias,
     MaxCost,
@@ -35,8 +35,8 @@ from gateway.api.fields import (
     refuse_unserved,
     stop_strings,
 )
-from gateway.api.sse import DONE, event, event_stream
-from gateway.auth import Principal
+from gateway.api.sse import DONE, EventMould, event, event_stream
+from gateway.auth import caller_of
 from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
 from gateway.inference import (
@@ -44,7 +44,6 @@ from gateway.inference import (
     FinishReason,
     Generation,
     GenerationRequest,
-    Inference,
     StoppedBy,
 )
 from gateway.text import TextCodec
@@ -203,17 +202,15 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True):
 async def chat_completions(
     data: JSONBody[ChatCompletionRequest],
     request: Request[Any, Any, Any],
-    principal: NamedDependency[Principal],
-    inference: NamedDependency[Inference],
-    attempts: NamedDependency[Attempts],
+    desk: NamedDependency[Desk],
 ) -> Response[ChatCompletion] | Stream:
     """Answer a conversation with a base model or one of the caller's adapters."""
-    asked = _read(data)
-    answering = await attempts.begin(request, principal, is_streamed=asked.is_streamed)
+    principal, asked = caller_of(request), _read(data)
+    answering = await desk.attempts.begin(request, principal, is_streamed=asked.is_streamed)
     if isinstance(answering, KeptAnswer):
         return replay(answering)
     try:
-        generation = await inference.start(principal, asked, answering.facts)
+        generation = await desk.inference.start(principal, asked, answering.facts)
         if not data.stream:
             return await _whole(generation, data, await collect(request, generation), answering)
     except BaseException:
@@ -226,7 +223,9 @@ async def chat_completions(
 
     headers = answer_headers(generation)
     events = answering.keep_stream(_events(generation, data), headers=headers)
-    return await event_stream(request, events, headers=headers, leave=leave)
+    return await event_stream(
+        request, events, headers=headers, leave=leave, has_more=generation.has_next
+    )
 
 
 def _read(data: ChatCompletionRequest) -> GenerationRequest:
@@ -293,28 +292,23 @@ async def _whole(
 
 
 async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncIterator[bytes]:
-    def chunk(*choices: ChatChunkChoice, usage: Usage | None = None) -> bytes:
-        return event(
-            ChatCompletionChunk(
-                id=_id(generation),
-                created=int(generation.created.timestamp()),
-                model=data.model,
-                choices=list(choices),
-                usage=usage,
-            )
-        )
-
-    is_first = True
+    """The chunks of each delta, in one piece."""
+    bare = ChatCompletionChunk(
+        id=_id(generation),
+        created=int(generation.created.timestamp()),
+        model=data.model,
+        choices=[],
+    )
+    mould = EventMould(bare)
+    opening = mould.cast(ChatChunkChoice(ChatDelta(role="assistant", content="")))
     async for delta in generation.deltas():
-        if is_first:
-            is_first = False
-            yield chunk(ChatChunkChoice(ChatDelta(role="assistant", content="")))
+        chunks, opening = opening, b""
         if delta.text or delta.logprobs:
             logprobs = _logprobs(generation.codec, delta) if data.logprobs else None
-            yield chunk(ChatChunkChoice(ChatDelta(content=delta.text), logprobs=logprobs))
+            chunks += mould.cast(ChatChunkChoice(ChatDelta(content=delta.text), logprobs=logprobs))
         if delta.finish_reason:
             bill = generation.finish()
-            yield chunk(
+            chunks += mould.cast(
                 ChatChunkChoice(
                     ChatDelta(),
                     finish_reason=delta.finish_reason,
@@ -322,8 +316,9 @@ async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncI
                 )
             )
             if data.stream_options and data.stream_options.include_usage:
-                yield chunk(usage=Usage.of(bill))
-    yield DONE
+                chunks += event(msgspec.structs.replace(bare, usage=Usage.of(bill)))
+            chunks += DONE
+        yield chunks
 
 
 def _logprobs(codec: TextCodec, answer: Delta | WholeAnswer) -> ChatLogprobs:

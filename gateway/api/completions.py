@@ -11,7 +11,7 @@ from litestar.params import JSONBody
 from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer, answer_headers, collect
-from gateway.api.attempts import Answering, Attempts, finish_whole, replay
+from gateway.api.attempts import Answering, Desk, finish_whole, replay
 from gateway.api.fields import (
     LogitBias,
     MaxCost,
@@ -35,8 +35,8 @@ from gateway.api.fields import (
     refuse_unserved,
     stop_strings,
 )
-from gateway.api.sse import DONE, event, event_stream
-from gateway.auth import Principal
+from gateway.api.sse import DONE, EventMould, event, event_stream
+from gateway.auth import caller_of
 from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
 from gateway.inference import (
@@ -44,7 +44,6 @@ from gateway.inference import (
     FinishReason,
     Generation,
     GenerationRequest,
-    Inference,
     StoppedBy,
     TokenPrompt,
 )
@@ -128,17 +127,15 @@ class Completion(msgspec.Struct, frozen=True):
 async def completions(
     data: JSONBody[CompletionRequest],
     request: Request[Any, Any, Any],
-    principal: NamedDependency[Principal],
-    inference: NamedDependency[Inference],
-    attempts: NamedDependency[Attempts],
+    desk: NamedDependency[Desk],
 ) -> Response[Completion] | Stream:
     """Continue a prompt with a base model or one of the caller's adapters."""
-    asked = _read(data)
-    answering = await attempts.begin(request, principal, is_streamed=asked.is_streamed)
+    principal, asked = caller_of(request), _read(data)
+    answering = await desk.attempts.begin(request, principal, is_streamed=asked.is_streamed)
     if isinstance(answering, KeptAnswer):
         return replay(answering)
     try:
-        generation = await inference.start(principal, asked, answering.facts)
+        generation = await desk.inference.start(principal, asked, answering.facts)
         if not data.stream:
             return await _whole(generation, data, await collect(request, generation), answering)
     except BaseException:
@@ -151,7 +148,9 @@ async def completions(
 
     headers = answer_headers(generation)
     events = answering.keep_stream(_events(generation, data), headers=headers)
-    return await event_stream(request, events, headers=headers, leave=leave)
+    return await event_stream(
+        request, events, headers=headers, leave=leave, has_more=generation.has_next
+    )
 
 
 def _read(data: CompletionRequest) -> GenerationRequest:
@@ -217,23 +216,32 @@ async def _whole(
 
 
 async def _events(generation: Generation, data: CompletionRequest) -> AsyncIterator[bytes]:
+    """The chunks of each delta, in one piece."""
+    bare = _completion(generation, data)
+    mould = EventMould(bare)
     offset = 0
     async for delta in generation.deltas():
+        if not (delta.text or delta.finish_reason or delta.logprobs):
+            yield b""
+            continue
         bill = generation.finish() if delta.finish_reason else None
         logprobs = (
             None if data.logprobs is None else _logprobs(generation.codec, delta, offset=offset)
         )
         offset += len(delta.text)
-        choice = CompletionChoice(
-            delta.text,
-            delta.finish_reason,
-            logprobs,
-            stopped_by=generation.stopped_by or msgspec.UNSET,
+        chunks = mould.cast(
+            CompletionChoice(
+                delta.text,
+                delta.finish_reason,
+                logprobs,
+                stopped_by=generation.stopped_by or msgspec.UNSET,
+            )
         )
-        yield event(_completion(generation, data, choice))
-        if bill and data.stream_options and data.stream_options.include_usage:
-            yield event(_completion(generation, data, usage=Usage.of(bill)))
-    yield DONE
+        if bill:
+            if data.stream_options and data.stream_options.include_usage:
+                chunks += event(msgspec.structs.replace(bare, usage=Usage.of(bill)))
+            chunks += DONE
+        yield chunks
 
 
 def _logprobs(codec: TextCodec, answer: Delta | WholeAnswer, *, offset: int) -> CompletionLogprobs:

@@ -173,16 +173,15 @@ async def close(database: Database, shop: Shop, admission: Admission, completion
     settlement = Settlement(opened, "stop", admission.admitted_at, charged)
     async with database.as_worker() as session:
         await settle(session, [settlement])
-    async with database.as_worker() as session:
-        used = 11 + completion
-        given = Refund(
-            shop.tenant.id,
-            shop.key.id,
-            shop.adapter.id,
-            11 + admission.funded_output_tokens - used,
-            admission.admitted_at,
-        )
-        await refund(session, [given])
+    used = 11 + completion
+    given = Refund(
+        shop.tenant.id,
+        shop.key.id,
+        shop.adapter.id,
+        11 + admission.funded_output_tokens - used,
+        admission.admitted_at,
+    )
+    await refund(database, [given])
 
 
 HISTORY = st.lists(

@@ -13,7 +13,14 @@ from sqlalchemy import select
 from gateway.database import Database
 from gateway.tables import Hold
 from tests.conftest import Home
-from tests.gateway.whole_gateway import MODEL, PATIENCE_S, TOKEN_NANO, Gateway, whole_gateway
+from tests.gateway.whole_gateway import (
+    MODEL,
+    PATIENCE_S,
+    TOKEN_NANO,
+    Gateway,
+    chat,
+    whole_gateway,
+)
 
 PROMPT = "w1 w2 w3 w4"
 SIX_HEADERS = {
@@ -135,6 +142,13 @@ async def test_every_answer_tells_what_is_left(gateway: Gateway) -> None:
     assert error["code"] == "rate_limit_exceeded"
     assert error["rule"]["rule"] == "requests_per_minute"
     assert error["rule"]["scope"] == "tenant"
+
+
+async def test_one_after_another_never_meets_a_limit_of_one_at_a_time(gateway: Gateway) -> None:
+    await gateway.limit(concurrent_requests=1)
+    for _ in range(20):
+        answer = await gateway.client.post("/v1/chat/completions", json=chat())
+        assert answer.status_code == httpx.codes.OK, answer.text
 
 
 async def test_without_limits_there_is_nothing_to_tell(gateway: Gateway) -> None:
