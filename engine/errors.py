@@ -125,7 +125,7 @@ class InvalidLogits(SequenceError):
 
 
 class NoTokenLeft(SequenceError):
-    """Grammar, penalties, logit_bias and min_tokens together leave no token to choose: relax them."""
+    """Grammar, penalties, logit_bias and min_tokens leave no token to choose: relax them."""
 
     code = "no_token_left"
 

@@ -5,10 +5,11 @@ them), which is imported at their first use: the core runs without it. Imports n
 the gateway tries grammars here before it takes them. Knows nothing of batches, threads or HTTP.
 """
 
+import re
 import time
 from typing import TYPE_CHECKING
 
-from engine.errors import GrammarTooComplex, InvalidGrammar, InvalidSequence
+from engine.errors import GrammarTooComplex, InvalidGrammar
 from engine.protocol import GrammarKind
 
 if TYPE_CHECKING:
@@ -25,6 +26,16 @@ MAX_MASK_NS_PER_TOKEN = 1_000_000
 MAX_MASK_BURST_NS = 50_000_000
 # Of what the library says, which may go on for pages.
 MAX_REASON_CHARACTERS = 300
+_DETAILS = re.compile(r"\s*<(?:backtrace|state|non-verbose/?)>")
+# What it says of itself, and what that means to others.
+_MEANINGS = {
+    "panic": "it is too large",
+    "too big": "it is too large",
+    "too many expressions": "it is too large",
+    "NoExtensionBias": "no text satisfies it",
+    "coerce_one_of": "the alternatives of a oneOf may overlap: use anyOf, or give each a const",
+    "retrieving it failed": "a $ref leads out of the schema",
+}
 
 
 def limits() -> "LLParserLimits":
@@ -46,7 +57,9 @@ def limits() -> "LLParserLimits":
     )
 
 
-def tokenizer_of(tokenizer_json: bytes, *, vocab_size: int, eos_token_ids: list[int]) -> "LLTokenizer":
+def tokenizer_of(
+    tokenizer_json: bytes, *, vocab_size: int, eos_token_ids: list[int]
+) -> "LLTokenizer":
     """Raises InvalidGrammar where grammars can't be followed with this tokenizer."""
     from llguidance import LLTokenizer
 
@@ -105,11 +118,11 @@ def _spelled(kind: GrammarKind, text: str) -> str:
 
 
 def _short(reason: str) -> str:
-    reason = reason.partition("\n<backtrace>")[0].partition("\n<state>")[0].strip()
-    if reason.startswith("panic"):
-        return "it is too large"
-    if "coerce_one_of" in reason:
-        return "the alternatives of a oneOf may overlap: use anyOf, or tell them apart by a const"
+    """The library's reason without its own state, in one line."""
+    reason = " ".join(_DETAILS.split(reason)[0].split())
+    for sign, meaning in _MEANINGS.items():
+        if sign in reason:
+            return meaning
     return reason[:MAX_REASON_CHARACTERS]
 
 
@@ -130,12 +143,12 @@ class GrammarWalk:
     def catch_up(self, token_ids: list[int], *, first: int) -> None:
         """Take what was generated since the last time: `token_ids` from `first` on.
 
-        Raises InvalidSequence where it is not what the grammar allows.
+        Raises InvalidGrammar where it is not what the grammar allows.
         """
         new = token_ids[first + self._num_consumed :]
         self._num_consumed += len(new)
         if new and not self._matcher.consume_tokens(new):
-            raise InvalidSequence("The tokens that were generated before do not fit the grammar.")
+            raise InvalidGrammar("The tokens that were generated before do not fit it.")
 
     def write_mask(self, address: int) -> None:
         """Set `num_mask_bytes` there: the lowest bit of the first byte stands for token 0.

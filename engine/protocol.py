@@ -49,11 +49,11 @@ def bearer(secret: str) -> str:
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How the tokens of one sequence are chosen.
 
-    On the model's logits, in this order: the sequence's grammar, repetition_penalty, frequency_penalty and
-    presence_penalty, logit_bias, the ban on stop tokens before min_tokens; then temperature; then
-    top_k, top_p within what top_k leaves, and min_p. With temperature 0 the likeliest is taken, of
-    equals the lowest id. The noise of the token at position p depends on (seed, p) alone, so batch,
-    preemption and replica change nothing.
+    On the model's logits, in this order: the sequence's grammar; repetition_penalty,
+    frequency_penalty and presence_penalty, logit_bias, the ban on stop tokens before min_tokens;
+    then temperature; then top_k, top_p within what top_k leaves, and min_p. With temperature 0 the
+    likeliest is taken, of equals the lowest id. The noise of the token at position p depends on
+    (seed, p) alone, so batch, preemption and replica change nothing.
 
     EOS ids are in `stop_token_ids` unless the caller wants them ignored: leaving them out is
     ignoring them. Several answers to one prompt are as many submits, each with a seed of its own.

@@ -12,7 +12,6 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from engine.errors import SequenceError
 from engine.grammar import GrammarWalk
@@ -36,9 +35,7 @@ class Masks:
     """Of those of some sequences that have a grammar, while the rows stay the same. Mutable."""
 
     @classmethod
-    def of(
-        cls, sequences: list[Sequence], *, vocab_size: int, device: torch.device
-    ) -> Self | None:
+    def of(cls, sequences: list[Sequence], *, vocab_size: int, device: torch.device) -> Self | None:
         """None where no sequence has a grammar."""
         own = [(row, s, s.walk) for row, s in enumerate(sequences) if s.walk is not None]
         return cls(own, vocab_size=vocab_size, device=device) if own else None

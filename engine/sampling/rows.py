@@ -132,9 +132,7 @@ def _grouped(sequences: list[Sequence], vocab_size: int) -> dict[_Kind, list[int
         params = sequence.sampling
         is_drawn = params.temperature > 0
         num_sorted = draws.num_candidates(params, vocab_size) if is_drawn else 0
-        kind = _Kind(
-            is_drawn, num_sorted, adjustments.has_any(sequence), sequence.walk is not None
-        )
+        kind = _Kind(is_drawn, num_sorted, adjustments.has_any(sequence), sequence.walk is not None)
         groups[kind].append(row)
     return groups
 
