@@ -32,6 +32,7 @@ _MEANINGS = {
     "panic": "it is too large",
     "too big": "it is too large",
     "too many expressions": "it is too large",
+    "fuel exhausted": "it is too large",
     "NoExtensionBias": "no text satisfies it",
     "coerce_one_of": "the alternatives of a oneOf may overlap: use anyOf, or give each a const",
     "retrieving it failed": "a $ref leads out of the schema",

@@ -6,7 +6,6 @@ costs what its own group costs.
 Knows how a token is chosen. Knows nothing of schedules.
 """
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -175,7 +174,7 @@ class _Group:
             return
         own = logits.index_select(0, rows)
         if self._masks is not None:
-            own.masked_fill_(self._masks.banned.index_select(0, self._mask_places), -math.inf)
+            self._masks.apply_(own, self._mask_places)
         if self._adjustments is not None:
             self._adjustments.apply_(own, places)
         own_peaks = own.amax(dim=-1, keepdim=True)
