@@ -21,6 +21,7 @@ import torch
 from adapters.cache import DiskCache
 from adapters.errors import AdapterError
 from adapters.store import ArtifactStore
+from adapters.text_bundle import TextBundle
 from engine.config import (
     SECRET_VARIABLE,
     DtypeName,
@@ -65,7 +66,7 @@ def run(config: EngineConfig, server: ServerConfig) -> int:
         cache = DiskCache(store, server.cache_dir, max_bytes=server.cache_max_bytes)
         say(f"exporting the text bundle of {config.model}")
         bundle_digest = asyncio.run(store.put_bundle(text_bundle.export(config.model)))
-        core = load(config, cache)
+        core = load(config, cache, bundle_of=lambda digest: asyncio.run(store.get_bundle(digest)))
         engine = EngineServer(
             core,
             info=describe(core, config, text_bundle_digest=bundle_digest),
@@ -82,10 +83,12 @@ def run(config: EngineConfig, server: ServerConfig) -> int:
     return 0 if has_ended_well else 1
 
 
-def load(config: EngineConfig, source: AdapterSource) -> EngineCore:
+def load(
+    config: EngineConfig, source: AdapterSource, *, bundle_of: Callable[[str], TextBundle]
+) -> EngineCore:
     say(f"loading {config.model} on {config.device}")
     started_at_s = time.monotonic()
-    core = EngineCore(config, adapter_source=source)
+    core = EngineCore(config, adapter_source=source, bundle_of=bundle_of)
     say(f"loaded in {time.monotonic() - started_at_s:.1f} s, as {core.dtype} on {core.device}")
     return core
 

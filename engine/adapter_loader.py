@@ -110,11 +110,11 @@ class AdapterLoader(Generic[Adapter, Window]):
         self._pace = Pace(max_bytes_per_s)
         self._results: queue.SimpleQueue[ReadResult[Adapter] | CopyResult] = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(
-            NUM_READERS, thread_name_prefix="adapter-read", initializer=_step_aside
+            NUM_READERS, thread_name_prefix="adapter-read", initializer=step_aside
         )
         # One after another: two copies side by side would both be late.
         self._copier = ThreadPoolExecutor(
-            1, thread_name_prefix="adapter-copy", initializer=_step_aside
+            1, thread_name_prefix="adapter-copy", initializer=step_aside
         )
 
     def read(self, digest: str) -> None:
@@ -182,7 +182,7 @@ def unavailable(digest: str, error: Exception) -> AdapterUnavailable:
     return AdapterUnavailable(f"The adapter {digest} could not be loaded now.")
 
 
-def _step_aside() -> None:
+def step_aside() -> None:
     """Run on any core, after those who compute."""
     if sys.platform != "linux":
         return

@@ -31,6 +31,7 @@ from engine.protocol import (
     ForgetReport,
     ForgetRequest,
     Frame,
+    Grammar,
     PinRequest,
     ProbeReport,
     ProbeRequest,
@@ -223,6 +224,7 @@ class EngineLink:
         fairness_key: str = "",
         weight: float = 1.0,
         priority: int = 0,
+        grammar: Grammar | None = None,
     ) -> SequenceStream:
         """Queue a sequence for the POST of this tick. Its id is known at once."""
         self._last_sequence_id += 1
@@ -237,6 +239,7 @@ class EngineLink:
             fairness_key=fairness_key,
             weight=weight,
             priority=priority,
+            grammar=grammar,
         )
         stream = SequenceStream(self, command.sequence_id, max_events=self._max_queued_events)
         if self._can_resume:

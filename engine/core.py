@@ -18,11 +18,14 @@ import msgspec
 import numpy as np
 import torch
 
+from adapters.errors import ArtifactMissing
+from adapters.text_bundle import TextBundle
 from engine import batch as batches
 from engine import probe, runner
 from engine.adapter_loader import AdapterLoader, Pace, unavailable
 from engine.block_manager import BlockManager, Window
 from engine.breaker import Breaker
+from engine.compilation import Compiler
 from engine.config import EngineConfig
 from engine.errors import (
     AdapterCorrupted,
@@ -32,6 +35,7 @@ from engine.errors import (
     InvalidSequence,
     OutOfMemory,
     ProbeError,
+    SequenceError,
 )
 from engine.fingerprints import Fingerprints, fingerprint_of
 from engine.host_tier import HostTier
@@ -67,6 +71,11 @@ DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
 ANY_VOCABULARY = Vocabulary(2**31, 2**31)
 # How torch says that the host has no memory left; a device has an error of its own.
 NO_HOST_MEMORY = "can't allocate memory"
+
+
+def no_bundles(digest: str) -> TextBundle:
+    """Of an engine that has no store."""
+    raise ArtifactMissing(digest)
 
 
 class AdapterSource(Protocol):
@@ -106,8 +115,18 @@ class CoreStatus:
 class EngineCore:
     """Loads a model and runs sequences on it."""
 
-    def __init__(self, config: EngineConfig, *, adapter_source: AdapterSource) -> None:
-        """Raises ConfigurationError."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        adapter_source: AdapterSource,
+        bundle_of: Callable[[str], TextBundle] = no_bundles,
+    ) -> None:
+        """`bundle_of` reads a text bundle by its digest, in a thread, for sequences with a grammar;
+        raises AdapterError where it can't be had.
+
+        Raises ConfigurationError.
+        """
         torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         loaded = loader.load(config)
         num_blocks = config.num_blocks or _num_blocks(config, loaded)
@@ -167,6 +186,7 @@ class EngineCore:
             max_num_tokens=_step_tokens(config, loaded.device),
         )
         self._wishes = Wishes(self._slots)
+        self._compiler = Compiler(bundle_of, on_result=lambda: self.wake())
         # Those that name token ids which the base model does not know, and wait for their adapter.
         self._with_added_tokens: set[SequenceKey] = set()
         # A step found nothing to run, and nothing has changed since.
@@ -179,7 +199,7 @@ class EngineCore:
 
         Adapters that can't be loaded fail later, in an event.
         """
-        if sequence.key in self._scheduler:
+        if sequence.key in self._scheduler or sequence.key in self._compiler:
             raise InvalidSequence(f"There is a sequence {sequence.key} already.")
         if not 0 < sequence.weight < math.inf:
             raise InvalidSequence("weight must be above 0 and finite.")
@@ -201,13 +221,21 @@ class EngineCore:
         if sequence.adapter_digest is not None:
             self._certify(sequence.adapter_digest, sequence.adapter_fingerprint)
         self._breaker.admit(sequence.adapter_digest, sequence.key)
+        if sequence.grammar is None or sequence.ending().is_final:
+            self._enqueue(sequence)
+        else:
+            self._compiler.start(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
         self._scheduler.add(sequence)
-        if not is_vocabulary_known and sequence.key in self._scheduler:
+        if sequence.adapter_digest is not None and sequence.key in self._scheduler:
             self._note_added_tokens(sequence)
         self._is_stalled = False
 
     def abort(self, key: SequenceKey) -> None:
         """The sequence's last event comes with the next step. An unknown key is no error."""
+        if (sequence := self._compiler.give_up(key)) is not None:
+            self._scheduler.add(sequence)
         self._scheduler.abort(key)
         self._is_stalled = False
 
@@ -220,6 +248,8 @@ class EngineCore:
         """Whether a step could do something now."""
         if self._scheduler.has_events or self._adapter_loader.has_results():
             return True
+        if self._compiler.has_results():
+            return True
         return not self._is_stalled and bool(
             self._scheduler.num_running or self._scheduler.num_waiting or self._wishes.are_open
         )
@@ -228,6 +258,7 @@ class EngineCore:
         """Schedule, run, sample, commit. Empty when nothing could run or nothing was sampled."""
         started_ns = time.perf_counter_ns()
         self._take_loaded_adapters()
+        self._take_compiled_grammars()
         scheduled = self._scheduler.schedule()
         self._wishes.pursue()
         if self._with_added_tokens:
@@ -254,6 +285,15 @@ class EngineCore:
             scheduled, block_size=self._blocks.block_size, device=self._loaded.device
         )
         return self._sampler.sample(self._runner.run(batch), scheduled)
+
+    def _take_compiled_grammars(self) -> None:
+        for sequence, outcome in self._compiler.take_results():
+            if isinstance(outcome, SequenceError):
+                self._scheduler.add(sequence)
+                self._scheduler.fail(sequence.key, outcome)
+            else:
+                sequence.walk = outcome
+                self._enqueue(sequence)
 
     def _retreat(self, scheduled: list[ScheduledSequence]) -> None:
         """Nothing of the step counts: do less in the next one."""
@@ -292,7 +332,7 @@ class EngineCore:
     def status(self) -> CoreStatus:
         return CoreStatus(
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + self._compiler.num_waiting,
             num_blocks=self._blocks.num_blocks,
             num_free_blocks=self._blocks.num_free_blocks,
             num_adapter_blocks=self._blocks.num_window_blocks,
@@ -367,7 +407,8 @@ class EngineCore:
         self._scheduler.check_integrity()
 
     def close(self) -> None:
-        """Wait for the load threads."""
+        """Wait for the threads."""
+        self._compiler.close()
         self._adapter_loader.close()
 
     # Adapters

@@ -6,6 +6,9 @@ EngineError
 ├── SequenceError              one sequence cannot run, or run on; the others never notice
 │   ├── InvalidSequence
 │   ├── ContextLengthExceeded
+│   ├── InvalidGrammar
+│   ├── GrammarTooComplex      known only once it is used
+│   ├── GrammarUnavailable     the tokenizer that it needs cannot be had now
 │   ├── AdapterUnavailable     may come back
 │   ├── AdapterMissing         will not come back by itself
 │   ├── AdapterCorrupted       is not what its probe found; is read anew later
@@ -70,6 +73,25 @@ class ContextLengthExceeded(SequenceError):
     code = "context_length_exceeded"
 
 
+class InvalidGrammar(SequenceError):
+    """The grammar cannot be used."""
+
+    code = "invalid_grammar"
+
+
+class GrammarTooComplex(SequenceError):
+    """The grammar takes too long to follow: simplify it."""
+
+    code = "grammar_too_complex"
+
+
+class GrammarUnavailable(SequenceError):
+    """The tokenizer that the grammar needs could not be loaded now."""
+
+    code = "grammar_unavailable"
+    is_retryable = True
+
+
 class AdapterUnavailable(SequenceError):
     """The adapter could not be loaded now."""
 
@@ -103,7 +125,7 @@ class InvalidLogits(SequenceError):
 
 
 class NoTokenLeft(SequenceError):
-    """Penalties, logit_bias and min_tokens together leave no token to choose: relax them."""
+    """Grammar, penalties, logit_bias and min_tokens leave no token to choose: relax them."""
 
     code = "no_token_left"
 

@@ -28,7 +28,7 @@ import msgspec
 
 from adapters.validate import BaseShape
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 FRAME_LENGTH = struct.Struct("<I")
 MSGPACK = "application/msgpack"
 # Largest body that an engine reads: a batch of a few million token ids.
@@ -49,11 +49,11 @@ def bearer(secret: str) -> str:
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How the tokens of one sequence are chosen.
 
-    On the model's logits, in this order: repetition_penalty, frequency_penalty and
-    presence_penalty, logit_bias, the ban on stop tokens before min_tokens; then temperature; then
-    top_k, top_p within what top_k leaves, and min_p. With temperature 0 the likeliest is taken, of
-    equals the lowest id. The noise of the token at position p depends on (seed, p) alone, so batch,
-    preemption and replica change nothing.
+    On the model's logits, in this order: the sequence's grammar; repetition_penalty,
+    frequency_penalty and presence_penalty, logit_bias, the ban on stop tokens before min_tokens;
+    then temperature; then top_k, top_p within what top_k leaves, and min_p. With temperature 0 the
+    likeliest is taken, of equals the lowest id. The noise of the token at position p depends on
+    (seed, p) alone, so batch, preemption and replica change nothing.
 
     EOS ids are in `stop_token_ids` unless the caller wants them ignored: leaving them out is
     ignoring them. Several answers to one prompt are as many submits, each with a seed of its own.
@@ -88,6 +88,24 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     prompt_logprobs: int | None = None
 
 
+GrammarKind = Literal["json_schema", "regex", "lark"]
+
+
+class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an answer has to look like: no token is chosen after which it no longer could.
+
+    An end-of-text token may come once the answer is whole, and must come once nothing else may:
+    this goes before `min_tokens`. Whoever submits it has tried it within bounded time, for some
+    that are short take minutes.
+    """
+
+    kind: GrammarKind
+    # A JSON schema; a regular expression in Rust's syntax; a grammar in Lark's.
+    text: str
+    # Of the tokenizer that turns the tokens into text: the adapter's own, or the base model's.
+    text_bundle_digest: str
+
+
 class Submit(
     msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, tag="submit"
 ):
@@ -112,6 +130,8 @@ class Submit(
     # Of what waits, the least goes first, as in vLLM and in Unix: -1 is more urgent than 0. Strict,
     # so what is less urgent may wait for as long as more urgent work keeps coming.
     priority: int = 0
+    # None leaves the answer free.
+    grammar: Grammar | None = None
 
 
 class Abort(
@@ -165,7 +185,7 @@ class SequenceFault(msgspec.Struct, frozen=True, array_like=True):
     """Why a sequence ended with `FAILED`."""
 
     # e.g. "adapter_unavailable", "adapter_corrupted", "adapter_quarantined", "nan_logits",
-    # "context_length_exceeded", "engine_out_of_memory"
+    # "context_length_exceeded", "engine_out_of_memory", "invalid_grammar", "grammar_too_complex"
     code: str
     message: str
     # Whether the same submit may succeed later or elsewhere.

@@ -7,7 +7,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Self
 
+from engine.grammar import GrammarWalk
 from engine.protocol import (
+    Grammar,
     SamplingParams,
     SequenceFault,
     SequenceState,
@@ -38,6 +40,10 @@ class Sequence:
     priority: int = 0
     # What the adapter's probe found; None where none told.
     adapter_fingerprint: str | None = None
+    # What the answer has to look like; None where it is free.
+    grammar: Grammar | None = None
+    # How far the answer has come in its grammar. Filled by the core once that is compiled.
+    walk: GrammarWalk | None = None
     # How many of token_ids have their keys and values in the cache.
     num_computed_tokens: int = 0
     # Prompt tokens that were found in the prefix cache. Filled by the scheduler at first admission.
@@ -75,6 +81,7 @@ class Sequence:
             fairness_key=submit.fairness_key,
             weight=submit.weight,
             priority=submit.priority,
+            grammar=submit.grammar,
             num_prompt_tokens=len(submit.prompt_token_ids),
             token_ids=[*submit.prompt_token_ids, *submit.generated_token_ids],
             # Whoever has generated tokens was told of the prompt together with the first of them.

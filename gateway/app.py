@@ -55,6 +55,7 @@ from gateway.bookkeeping import Bookkeeper
 from gateway.database import Database
 from gateway.errors import GatewayError, JournalFailed
 from gateway.examples import ExampleRunner
+from gateway.grammars import Grammars
 from gateway.grants import Grants
 from gateway.idempotency import Answers
 from gateway.inference import Inference
@@ -102,6 +103,7 @@ class Parts:
     uploads: Uploads
     resumable_uploads: ResumableUploads
     templates: Templates
+    grammars: Grammars
     journal: Journal
     ledger: Ledger
     outbox: Outbox
@@ -126,6 +128,7 @@ def build(settings: Settings) -> Parts:
     registry = Registry(database, quotas)
     staging = Staging(settings.data_dir / "staging", max_upload_bytes=settings.max_upload_bytes)
     templates = Templates()
+    grammars = Grammars()
     journal = Journal.open(settings.data_dir / "journal")
     ledger = Ledger(database, journal, max_retry_credit_nano=settings.max_retry_credit_nano)
     router = Router()
@@ -179,6 +182,7 @@ def build(settings: Settings) -> Parts:
             database, registry, store, staging=staging, uploads=uploads
         ),
         templates=templates,
+        grammars=grammars,
         uploads=uploads,
         journal=journal,
         ledger=ledger,
@@ -202,6 +206,7 @@ def build(settings: Settings) -> Parts:
             ledger=ledger,
             contents=contents,
             policies=policies,
+            grammars=grammars,
         ),
         contents=contents,
         policies=policies,
@@ -235,6 +240,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await parts.database.prepare()
         await stack.enter_async_context(parts.authenticator)
         stack.push_async_callback(parts.templates.close)
+        stack.push_async_callback(parts.grammars.close)
         await parts.ledger.start()
         stack.push_async_callback(parts.ledger.stop)
         await stack.enter_async_context(parts.retention)

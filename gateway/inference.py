@@ -19,6 +19,7 @@ import msgspec
 from engine.client import EngineLink, SequenceStream
 from engine.errors import LinkError
 from engine.protocol import (
+    Grammar,
     SamplingParams,
     SequenceEvent,
     SequenceFault,
@@ -37,6 +38,7 @@ from gateway.errors import (
     PolicyViolation,
     Unavailable,
 )
+from gateway.grammars import AskedGrammar, Grammars, InvalidGrammar
 from gateway.journal import Journal, Meter, Opened
 from gateway.ledger import Ledger
 from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
@@ -109,6 +111,8 @@ class GenerationRequest:
     max_cost_nano: int | None = None
     # Names the fields that the client gave, where a policy asks.
     fields: Callable[[], frozenset[str]] = frozenset
+    # None leaves the answer free.
+    grammar: AskedGrammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,9 +404,11 @@ class Inference:
         ledger: Ledger,
         contents: Contents,
         policies: Policies,
+        grammars: Grammars,
     ) -> None:
         self._contents = contents
         self._policies = policies
+        self._grammars = grammars
         self._database = database
         self._registry = registry
         self._texts = texts
@@ -417,8 +423,8 @@ class Inference:
     ) -> Generation:
         """Admit a request and hand it to an engine.
 
-        Raises ModelNotFound, TemplateFault, InvalidRequest, PolicyViolation, LimitReached or
-        Unavailable; nothing is held or billed then.
+        Raises ModelNotFound, TemplateFault, InvalidRequest, InvalidGrammar, PolicyViolation,
+        LimitReached or Unavailable; nothing is held or billed then.
         """
         target = await self.resolve(principal, request.model, user=request.user)
         codec = await self._texts.get(
@@ -436,6 +442,7 @@ class Inference:
                 _asked(request.prompt, codec, prompt_ids, request.fields(), max_tokens=max_tokens)
             )
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
+        grammar = await self._grammar(principal, request.grammar, target, codec)
         keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
@@ -463,6 +470,7 @@ class Inference:
             adapter_fingerprint=target.fingerprint,
             cache_salt=principal.cache_salt,
             fairness_key=str(principal.tenant_id),
+            grammar=grammar,
         )
         try:
             meter = self._journal.opened(
@@ -513,6 +521,19 @@ class Inference:
             if is_helpless or not await self._ledger.settle_ended_of(principal.tenant_id):
                 raise
         return await admit(self._database, principal, target, **asked)
+
+    async def _grammar(
+        self, principal: Principal, asked: AskedGrammar | None, target: Target, codec: TextCodec
+    ) -> Grammar | None:
+        if asked is None:
+            return None
+        if not codec.eos_token_ids:
+            raise InvalidGrammar(
+                "This model has no token that ends an answer, so none can be held to a form.",
+                param=asked.param,
+            )
+        found = await self._grammars.examine(asked, caller=str(principal.tenant_id))
+        return Grammar(found.kind, found.text, target.text_bundle_digest)
 
     async def _keeping(self, principal: Principal, request: GenerationRequest) -> Keeping | None:
         assert principal.tenant_id is not None, "only tenants ask for answers"
@@ -713,6 +734,8 @@ def _translate(fault: SequenceFault | None) -> GatewayError:
         return Unavailable(f"The answer was cut off; ask again: {reason}")
     if fault.code == ContextLengthExceeded.code:
         return ContextLengthExceeded(fault.message)
+    if fault.code in ("invalid_grammar", "grammar_too_complex"):
+        return InvalidGrammar(f"The form of the answer cannot be followed: {fault.message}")
     if fault.code == "no_token_left":
         return InvalidRequest(fault.message)
     if fault.code == "invalid_sequence":

@@ -1,8 +1,8 @@
-"""A process that runs what strangers wrote: chat templates, and tokenizers that are uploaded.
+"""A process that runs what strangers wrote: chat templates, uploaded tokenizers, and grammars.
 
-Started by `gateway.templates` and told one job at a time over its standard input; answers over its
-standard output. It has no environment, no files, no user's rights, little memory, and a clock that
-ends it: whoever asks must be ready for the answer not to come.
+Started by `gateway.templates` or `gateway.grammars`, and told one job at a time over its standard
+input; answers over its standard output. It has no environment, no files, no user's rights, little
+memory, and a clock that ends it: whoever asks must be ready for the answer not to come.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from gateway import chat_template
 
 MIB = 1 << 20
 # Rendering takes some 30; a bundle of 262,000 tokens beside its base's was built in 800.
-MAX_MEMORY_BYTES = {"render": 384 * MIB, "build": 2048 * MIB}
+# Grammars that take more than some 50 take too long as well.
+MAX_MEMORY_BYTES = {"render": 384 * MIB, "build": 2048 * MIB, "grammar": 768 * MIB}
 # Of a processor, to read, build and try a tokenizer; that bundle took 5.
 BUILD_CPU_S = 20.0
 TRIAL_CPU_S = 0.5
@@ -39,6 +40,11 @@ WHERE = "chat template"
 # Said once, before the first job is read.
 READY = b"!"
 _LENGTH = struct.Struct("!I")
+
+
+# "ebnf" is Lark's notation, or that of llama.cpp.
+GrammarForm = Literal["json_schema", "regex", "ebnf"]
+GrammarKind = Literal["json_schema", "regex", "lark"]
 
 
 class Render(msgspec.Struct, tag=True):
@@ -64,6 +70,14 @@ class Build(msgspec.Struct, tag=True):
     # Encoded.
     base: bytes
     num_added_tokens: int
+
+
+class Examine(msgspec.Struct, tag=True):
+    """Read a grammar and compile it. Answered by Examined."""
+
+    kind: GrammarForm
+    text: str
+    max_cpu_s: float
 
 
 class Text(msgspec.Struct, tag=True):
@@ -92,9 +106,17 @@ class Built(msgspec.Struct, tag=True):
     special_tokens: dict[str, str]
 
 
-Job = Render | Try | Build
-Answer = Text | Fault | Findings | Built
-Mode = Literal["render", "build"]
+class Examined(msgspec.Struct, tag=True):
+    # As the engine takes it; means nothing where there is a fault.
+    kind: GrammarKind
+    text: str
+    # What is wrong with it, in words.
+    fault: str | None = None
+
+
+Job = Render | Try | Build | Examine
+Answer = Text | Fault | Findings | Built | Examined
+Mode = Literal["render", "build", "grammar"]
 
 _decode_job = msgspec.msgpack.Decoder(Job).decode
 _encode = msgspec.msgpack.Encoder().encode
@@ -104,6 +126,8 @@ def main(mode: Mode) -> None:
     if mode == "build":
         # Brings a shared library, which can be opened only now.
         importlib.import_module("adapters.tokenizer_files")
+    if mode == "grammar":
+        _examine(Examine("regex", "a", max_cpu_s=0))
     _warm_up()
     _seal(MAX_MEMORY_BYTES[mode])
     sys.stdout.buffer.write(READY)
@@ -163,6 +187,8 @@ def _run(job: Job) -> Answer:
             return Findings(_try(job))
         case Build():
             return _build(job)
+        case Examine():
+            return _examine(job)
 
 
 @functools.lru_cache(maxsize=NUM_TEMPLATES)
@@ -243,5 +269,19 @@ def _build(job: Build) -> Built:
     return Built(encoded, findings, template=template, special_tokens=special_tokens)
 
 
+def _examine(job: Examine) -> Examined:
+    from gateway import grammar_forms
+
+    _limit(job.max_cpu_s)
+    try:
+        kind, text = grammar_forms.read(job.kind, job.text)
+        return Examined(kind, text, fault=grammar_forms.fault_of(kind, text))
+    except grammar_forms.Refused as refusal:
+        return Examined("regex", "", fault=str(refusal))
+    except (MemoryError, RecursionError):
+        return Examined("regex", "", fault="it is too large, or too deeply nested")
+
+
 if __name__ == "__main__":
-    main("build" if sys.argv[1:] == ["build"] else "render")
+    (wanted,) = sys.argv[1:]
+    main(wanted)  # type: ignore[arg-type]  # `gateway.templates` passes a mode

@@ -61,7 +61,7 @@ class TemplateFault(InvalidRequest):
     code = "invalid_messages"
 
 
-class _Lost(Exception):
+class Lost(Exception):
     """A worker ended instead of answering; the message says why, as part of a sentence."""
 
 
@@ -78,8 +78,8 @@ class OwnTemplate:
 
 
 @dataclass(slots=True, eq=False)
-class _History:
-    """What one caller's use of one template has come to. Changed by `Templates` alone."""
+class History:
+    """What one caller's use of one thing, a template say, has come to. Its owner changes it."""
 
     stops: deque[float] = field(default_factory=deque)
     slow_until: float = float("inf")
@@ -108,7 +108,7 @@ class _History:
 class _Waiting:
     job: Render
     caller: str
-    history: _History
+    history: History
     answer: asyncio.Future[str]
 
 
@@ -119,13 +119,13 @@ class Templates:
         self._max_cpu_s = max_cpu_s
         # Lanes that what is slow may use; with a single worker there is but one.
         self._max_slow = max(1, num_workers - 1)
-        self._idle = [_Worker("render") for _ in range(num_workers)]
+        self._idle = [Worker("render") for _ in range(num_workers)]
         self._workers = tuple(self._idle)
         # The caller whose turn is next comes first.
         self._waiting: OrderedDict[str, deque[_Waiting]] = OrderedDict()
         self._running: dict[str, _Waiting] = {}
         self._num_slow = 0
-        self._histories: OrderedDict[tuple[str, str], _History] = OrderedDict()
+        self._histories: OrderedDict[tuple[str, str], History] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._building = asyncio.Semaphore(1)
         self._is_closed = False
@@ -197,9 +197,9 @@ class Templates:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(worker.stop() for worker in self._workers))
 
-    def _history(self, caller: str, template: OwnTemplate) -> _History:
+    def _history(self, caller: str, template: OwnTemplate) -> History:
         key = (caller, template.digest)
-        history = self._histories.setdefault(key, _History())
+        history = self._histories.setdefault(key, History())
         self._histories.move_to_end(key)
         if len(self._histories) > MAX_HISTORIES:
             self._histories.popitem(last=False)
@@ -230,7 +230,7 @@ class Templates:
                 return queue.popleft()
         return None
 
-    async def _serve(self, worker: "_Worker", waiting: _Waiting, *, is_quick: bool) -> None:
+    async def _serve(self, worker: "Worker", waiting: _Waiting, *, is_quick: bool) -> None:
         try:
             await self._ask(worker, waiting)
         finally:
@@ -240,14 +240,14 @@ class Templates:
             self._idle.append(worker)
             self._start_next()
 
-    async def _ask(self, worker: "_Worker", waiting: _Waiting) -> None:
+    async def _ask(self, worker: "Worker", waiting: _Waiting) -> None:
         history, answer = waiting.history, waiting.answer
         try:
             reply = await worker.ask(waiting.job, patience_s=RENDER_PATIENCE_S)
         except (TypeError, ValueError, OverflowError) as error:
             # What JSON can say and msgpack cannot, such as integers beyond 64 bits.
             return _fail(waiting, _fault(f"The messages cannot be rendered: {error}"))
-        except _Lost as lost:
+        except Lost as lost:
             history.stopped(time.monotonic())
             logger.warning("template_stopped", extra={"caller": waiting.caller, "why": str(lost)})
             return _fail(waiting, _fault(f"The chat template was stopped: it {lost}."))
@@ -290,7 +290,7 @@ async def _build(job: Build) -> Built:
     try:
         async with _one_shot("build") as worker:
             reply = await worker.ask(job, patience_s=BUILD_PATIENCE_S)
-    except _Lost as lost:
+    except Lost as lost:
         finding = Finding(
             code="tokenizer_bomb",
             where=tokenizer_files.TOKENIZER_FILE,
@@ -308,14 +308,14 @@ async def _try(template: str, special_tokens: dict[str, str]) -> list[Finding]:
             reply = await worker.ask(
                 template_worker.Try(template, special_tokens), patience_s=RENDER_PATIENCE_S
             )
-    except _Lost as lost:
+    except Lost as lost:
         problem = f"was stopped on a short conversation: it {lost}"
         return [template_worker.finding("template_bomb", problem)]
     assert isinstance(reply, Findings)
     return reply.findings
 
 
-class _Worker:
+class Worker:
     """One process of `gateway.template_worker`; started when it is first asked."""
 
     def __init__(self, mode: Mode) -> None:
@@ -323,7 +323,7 @@ class _Worker:
         self._process: asyncio.subprocess.Process | None = None
 
     async def ask(self, job: Job, *, patience_s: float) -> Answer:
-        """Raises _Lost where the process ended at this job, OSError where none can be started."""
+        """Raises Lost where the process ended at this job, OSError where none can be started."""
         data = _encode_job(job)
         process = self._process = self._process or await _start(self._mode)
         is_whole = False
@@ -332,9 +332,9 @@ class _Worker:
                 answer = await _exchange(process, data)
             is_whole = True
         except TimeoutError:
-            raise _Lost(f"gave no answer for {patience_s:.0f} s") from None
+            raise Lost(f"gave no answer for {patience_s:.0f} s") from None
         except (EOFError, ConnectionError):
-            raise _Lost(_why(await process.wait())) from None
+            raise Lost(_why(await process.wait())) from None
         finally:
             if not is_whole:
                 # Whatever it may still say is no answer to the next job.
@@ -348,8 +348,8 @@ class _Worker:
 
 
 @contextlib.asynccontextmanager
-async def _one_shot(mode: Mode) -> AsyncIterator["_Worker"]:
-    worker = _Worker(mode)
+async def _one_shot(mode: Mode) -> AsyncIterator["Worker"]:
+    worker = Worker(mode)
     try:
         yield worker
     finally:

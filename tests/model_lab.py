@@ -3,10 +3,11 @@
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import peft
@@ -17,11 +18,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from adapters import manifest
 from adapters.base_shape import BaseShape
+from adapters.errors import ArtifactMissing
+from adapters.text_bundle import TextBundle
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.model.loader import LoadedModel
 from engine.model.prepared import PreparedAdapter, prepare
-from engine.protocol import SamplingParams, SequenceState, Submit, TokenLogprob
+from engine.protocol import (
+    Grammar,
+    SamplingParams,
+    SequenceState,
+    Submit,
+    TokenLogprob,
+)
 from engine.sequence import Sequence, SequenceKey, StepEvent
 
 WORKER = "worker"
@@ -204,7 +213,15 @@ class Answer:
 class Lab:
     """An engine, and the answers that came out of it so far."""
 
-    def __init__(self, model: str, source: FolderSource, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        source: FolderSource,
+        *,
+        bundles: Mapping[str, TextBundle] = MappingProxyType({}),
+        **settings: Any,
+    ) -> None:
+        """`bundles`: text bundles by their digests, for sequences with a grammar."""
         sizes: dict[str, Any] = {
             "block_size": 4,
             "num_blocks": 160,
@@ -212,7 +229,9 @@ class Lab:
             "max_lora_rank": 9,
         }
         config = EngineConfig(model=model, served_name="base", **(sizes | settings))
-        self.core = EngineCore(config, adapter_source=source)
+        self.core = EngineCore(
+            config, adapter_source=source, bundle_of=lambda digest: _bundle(bundles, digest)
+        )
         self.answers: dict[SequenceKey, Answer] = {}
         self._num_submitted = 0
         self._has_news = threading.Event()
@@ -230,6 +249,7 @@ class Lab:
         weight: float = 1.0,
         priority: int = 0,
         salt: bytes = b"",
+        grammar: Grammar | None = None,
         **sampling: Any,
     ) -> SequenceKey:
         self._num_submitted += 1
@@ -245,6 +265,7 @@ class Lab:
             weight=weight,
             priority=priority,
             cache_salt=salt,
+            grammar=grammar,
         )
         sequence = Sequence.from_submit(submit, worker_id=owner, worker_epoch=1)
         self.core.submit(sequence)
@@ -285,6 +306,12 @@ class Lab:
         assert (status.num_running, status.num_waiting) == (0, 0)
         assert status.num_free_blocks + status.num_adapter_blocks == status.num_blocks
         self.core.check_integrity()
+
+
+def _bundle(bundles: Mapping[str, TextBundle], digest: str) -> TextBundle:
+    if digest not in bundles:
+        raise ArtifactMissing(digest)
+    return bundles[digest]
 
 
 class WatchedLab(Lab):

@@ -25,7 +25,7 @@ def has_any(sequence: Sequence) -> bool:
         _has_repetition_penalty(sequence.sampling)
         or _has_count_penalty(sequence.sampling)
         or sequence.sampling.logit_bias
-        or sequence.num_generated_tokens < sequence.sampling.min_tokens
+        or _is_banned_from_ending(sequence)
     )
 
 
@@ -135,12 +135,18 @@ def _biases(row: int, sequence: Sequence) -> list[_Entry]:
 
 
 def _bans(row: int, sequence: Sequence, vocab_size: int) -> list[_Entry]:
-    if sequence.num_generated_tokens >= sequence.sampling.min_tokens:
+    if not _is_banned_from_ending(sequence):
         return []
     end = sequence.num_prompt_tokens + sequence.sampling.min_tokens
     # What the model can't say needs no ban, and has no logit.
     banned = [i for i in sequence.sampling.stop_token_ids if 0 <= i < vocab_size]
     return [(row, i, -math.inf, end) for i in banned]
+
+
+def _is_banned_from_ending(sequence: Sequence) -> bool:
+    """A grammar's own masks see to that, for they know when nothing else may come."""
+    is_early = sequence.num_generated_tokens < sequence.sampling.min_tokens
+    return is_early and sequence.walk is None
 
 
 def _has_repetition_penalty(params: SamplingParams) -> bool:

@@ -1,12 +1,14 @@
 """The sampled rows of a step, their parameters as tensors for as long as they stay the same.
 
 Rows that are treated alike form a group: greedy ones as they are, greedy ones after adjustments,
-draws from the whole vocabulary and draws within limits. A row costs what its own group costs.
+draws from the whole vocabulary and draws within limits, those with a grammar by themselves. A row
+costs what its own group costs.
 Knows how a token is chosen. Knows nothing of schedules.
 """
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from engine.protocol import SamplingParams, TokenLogprob
 from engine.sampling import adjustments, draws, logprobs
 from engine.sampling.adjustments import Adjustments
 from engine.sampling.draws import Limits, Scaling
+from engine.sampling.masks import Masks
 from engine.sampling.noise import mixed_seeds, streams
 from engine.scheduler import SampledToken
 from engine.sequence import Sequence
@@ -38,14 +41,23 @@ class Rows:
         self._sequences = sequences
         self._positions = positions
         self._vocab_size = logits.shape[1]
+        # None where no row has a grammar.
+        self._masks = Masks.of(sequences, vocab_size=logits.shape[1], device=logits.device)
         kinds = _grouped(sequences, logits.shape[1])
         self._groups = [
-            _Group(sequences, rows, is_adjusted=is_adjusted, is_drawn=is_drawn, logits=logits)
-            for (is_drawn, _, is_adjusted), rows in kinds.items()
-            if is_drawn or is_adjusted
+            _Group(
+                sequences,
+                rows,
+                is_adjusted=kind.is_adjusted,
+                is_drawn=kind.is_drawn,
+                masks=self._masks if kind.is_masked else None,
+                logits=logits,
+            )
+            for kind, rows in kinds.items()
+            if kind != _PLAIN
         ]
         # Whether a row's likeliest token is taken as it is.
-        self._has_plain = (False, 0, False) in kinds
+        self._has_plain = _PLAIN in kinds
         self._asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         self._nums_top = [sequences[row].sampling.logprobs or 0 for row in self._asking]
         self._asking_index = torch.tensor(self._asking, dtype=torch.int64, device=logits.device)
@@ -58,10 +70,14 @@ class Rows:
 
     def sample(self, logits: Tensor) -> list[SampledToken]:
         """One token for each row of `logits` [num_rows, vocab_size] float32."""
+        faults_of_masks = self._masks.fill() if self._masks is not None else []
         chosen, faults = self._choose(logits)
         self._positions = self._positions + 1
         tokens, codes = torch.stack([chosen, faults]).tolist()
-        return list(map(SampledToken, tokens, _errors(codes), self._logprobs(logits, chosen)))
+        errors = _errors(codes)
+        for row, error in faults_of_masks:
+            errors[row] = error
+        return list(map(SampledToken, tokens, errors, self._logprobs(logits, chosen)))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids and faults, both [num_rows] int64."""
@@ -94,8 +110,18 @@ def _errors(codes: list[int]) -> list[SequenceError | None]:
     ]
 
 
-# Whether tokens are drawn, how many candidates are sorted for it, whether logits are adjusted.
-_Kind = tuple[bool, int, bool]
+class _Kind(NamedTuple):
+    """How a row is treated."""
+
+    is_drawn: bool
+    # How many candidates are sorted for the draw.
+    num_sorted: int
+    is_adjusted: bool
+    # Whether it has a grammar.
+    is_masked: bool
+
+
+_PLAIN = _Kind(is_drawn=False, num_sorted=0, is_adjusted=False, is_masked=False)
 
 
 def _grouped(sequences: list[Sequence], vocab_size: int) -> dict[_Kind, list[int]]:
@@ -105,7 +131,8 @@ def _grouped(sequences: list[Sequence], vocab_size: int) -> dict[_Kind, list[int
         params = sequence.sampling
         is_drawn = params.temperature > 0
         num_sorted = draws.num_candidates(params, vocab_size) if is_drawn else 0
-        groups[is_drawn, num_sorted, adjustments.has_any(sequence)].append(row)
+        kind = _Kind(is_drawn, num_sorted, adjustments.has_any(sequence), sequence.walk is not None)
+        groups[kind].append(row)
     return groups
 
 
@@ -119,6 +146,7 @@ class _Group:
         *,
         is_adjusted: bool,
         is_drawn: bool,
+        masks: Masks | None,
         logits: Tensor,
     ) -> None:
         own, vocab_size, device = [sequences[row] for row in rows], logits.shape[1], logits.device
@@ -126,6 +154,11 @@ class _Group:
         self._order = torch.arange(len(rows), device=device)
         self._adjustments = (
             Adjustments(own, vocab_size=vocab_size, device=device) if is_adjusted else None
+        )
+        # Those of the rows of this group are at `_mask_places`.
+        self._masks = masks
+        self._mask_places = torch.tensor(
+            [masks.places[row] for row in rows] if masks else [], dtype=torch.int64, device=device
         )
         params = [s.sampling for s in own]
         self._draw = _Draw.of(params, vocab_size=vocab_size, device=device) if is_drawn else None
@@ -135,12 +168,15 @@ class _Group:
     ) -> None:
         """Set this group's rows of `chosen` and, where nothing is left, of `faults`."""
         rows, places = self._rows, positions[self._rows]
-        if self._adjustments is None:
+        if self._adjustments is None and self._masks is None:
             assert self._draw is not None, "rows that are taken as they are have no group"
             chosen[rows] = self._draw.choose(logits, rows, peaks=peaks[rows], positions=places)
             return
         own = logits.index_select(0, rows)
-        self._adjustments.apply_(own, places)
+        if self._masks is not None:
+            self._masks.apply_(own, self._mask_places)
+        if self._adjustments is not None:
+            self._adjustments.apply_(own, places)
         own_peaks = own.amax(dim=-1, keepdim=True)
         is_empty = ~torch.isfinite(own_peaks[:, 0]) & (faults[rows] == _FINE)
         faults[rows] = faults[rows].masked_fill(is_empty, _NOTHING_LEFT)
@@ -148,7 +184,8 @@ class _Group:
             tokens = own.argmax(dim=-1)
         else:
             tokens = self._draw.choose(own, self._order, peaks=own_peaks, positions=places)
-        self._adjustments.count(tokens)
+        if self._adjustments is not None:
+            self._adjustments.count(tokens)
         chosen[rows] = tokens
 
 

@@ -36,6 +36,13 @@ from gateway.api.fields import (
     stop_strings,
 )
 from gateway.api.sse import DONE, EventMould, event, event_stream
+from gateway.api.structured import (
+    Choices,
+    Json,
+    ResponseFormat,
+    StructuredOutputs,
+    asked_grammar,
+)
 from gateway.auth import caller_of
 from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
@@ -98,6 +105,13 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # What the answer has to look like; at most one of these. It goes before `min_tokens`.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Json | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
     # Ours: the most that the answer may cost, in nano-USD.
     max_cost: MaxCost | None = None
     # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.
@@ -115,7 +129,6 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     parallel_tool_calls: bool | None = None
     prediction: Any | None = None
     reasoning_effort: str | None = None
-    response_format: Any | None = None
     service_tier: str | None = None
     store: bool | None = None
     tool_choice: Any | None = None
@@ -259,6 +272,7 @@ def _read(data: ChatCompletionRequest) -> GenerationRequest:
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
         max_cost_nano=data.max_cost,
         fields=partial(given_fields, data),
+        grammar=asked_grammar(data),
     )
 
 

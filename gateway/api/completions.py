@@ -36,6 +36,13 @@ from gateway.api.fields import (
     stop_strings,
 )
 from gateway.api.sse import DONE, EventMould, event, event_stream
+from gateway.api.structured import (
+    Choices,
+    Json,
+    ResponseFormat,
+    StructuredOutputs,
+    asked_grammar,
+)
 from gateway.auth import caller_of
 from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
@@ -75,6 +82,13 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # What the answer has to look like; at most one of these. It goes before `min_tokens`.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Json | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
     # Ours: the most that the answer may cost, in nano-USD.
     max_cost: MaxCost | None = None
     # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.
@@ -182,6 +196,7 @@ def _read(data: CompletionRequest) -> GenerationRequest:
         logprobs=data.logprobs,
         max_cost_nano=data.max_cost,
         fields=partial(given_fields, data),
+        grammar=asked_grammar(data),
     )
 
 

@@ -42,7 +42,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (None, True),
     "prediction": (None,),
     "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None,),

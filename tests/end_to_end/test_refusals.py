@@ -117,7 +117,7 @@ def test_a_huge_body_is_413(server):
         ({"extra_body": {"frobnicate": 1}}, "frobnicate"),
         ({"n": 2}, "n"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format.type"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"presence_penalty": -2.5}, "presence_penalty"),
         ({"logit_bias": {"7": 101}}, "logit_bias"),

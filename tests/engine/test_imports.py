@@ -2,7 +2,16 @@ import subprocess
 import sys
 
 # What is missing on a bare machine with an accelerator.
-ABSENT = ("litestar", "obstore", "sqlalchemy", "uvicorn", "asyncpg", "multipart", "re2")
+ABSENT = (
+    "litestar",
+    "obstore",
+    "sqlalchemy",
+    "uvicorn",
+    "asyncpg",
+    "multipart",
+    "re2",
+    "llguidance",
+)
 PROGRAM = """
 import sys
 
