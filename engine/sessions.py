@@ -67,8 +67,8 @@ class Session:
             self.away_since_s = time.monotonic()
         self.notify()
 
-    def reads(self, reader: "FrameReader") -> bool:
-        return self._reader is reader and not self.is_closed
+    def is_read_by(self, reader: "FrameReader") -> bool:
+        return self._reader is reader
 
     def notify(self) -> None:
         self._news.set()
@@ -103,11 +103,14 @@ class FrameReader:
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         outbox = self._session.outbox
-        while self._session.reads(self):
+        while self._session.is_read_by(self):
+            # First of all, so that what was sampled before the end is not lost with it.
             if self._position < outbox.last_number:
                 packets = outbox.packets_after(self._position)
                 self._position = outbox.last_number
                 yield packets
+            elif self._session.is_closed:
+                return
             elif not await self._session.wait(self._heartbeat_s):
                 yield outbox.heartbeat(self._position)
 
