@@ -335,6 +335,18 @@ async def test_no_file_of_the_server_is_in_its_documentation(intruder: Intruder)
         assert answer.status_code == httpx.codes.NOT_FOUND, path
 
 
+@pytest.mark.parametrize("path", ["keys", "models", "budgets", "statements", "usage"])
+async def test_what_the_other_tenant_itself_is_told_would_be_noticed(town: Town, path: str) -> None:
+    [case] = [case for case in cases("tenant") if case.name == f"GET /v1/{path}"]
+    everything = await rows_by_owner(town.home.superuser_url)
+    secrets = frozenset(secrets_of(town.victim.tenant_id, everything))
+    async with httpx.AsyncClient(base_url=town.gateway.url, trust_env=False) as client:
+        with pytest.raises(AssertionError, match="told"):
+            await Intruder(client, town.victim, secrets).send(
+                case, case.honest_ask(town.victim.names), key=town.victim.keys["owner"]
+            )
+
+
 async def test_the_same_questions_are_answered_to_whom_they_are_open(
     town: Town, subtests: pytest.Subtests
 ) -> None:
