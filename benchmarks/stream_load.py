@@ -161,7 +161,9 @@ class Generator:
         )
 
     async def _ask_on_and_on(self) -> None:
+        """Once at least."""
         until = self._begun_at + self._load.duration_s
+        await self._ask(time.perf_counter())
         while time.perf_counter() < until:
             await self._ask(time.perf_counter())
 
@@ -180,8 +182,9 @@ class Generator:
             raw = await connection.ask(self._request(seed))
             self._ended_at = connection.last_at
             self._check(raw, seed)
-        except Wrong as fault:
+        except (Wrong, msgspec.MsgspecError) as fault:
             self._faults[str(fault)] = self._faults.get(str(fault), 0) + 1
+            connection.close()
             return
         self._idle.append(connection)
         self._requests += 1

@@ -396,13 +396,14 @@ class Authenticator:
     def _judge(self, row: Mapping[str, Any] | None, plain: str) -> "_Known":
         now = datetime.datetime.now(datetime.UTC)
         # An unknown key takes as long as a known one, and both of its secrets are always compared.
+        facts: Mapping[str, Any] = {} if row is None else row
         is_current = self._is_secret(
-            plain, row and row["secret_hmac"], pepper_version=row and row["pepper_version"]
+            plain, facts.get("secret_hmac"), pepper_version=facts.get("pepper_version")
         )
         is_previous = self._is_secret(
             plain,
-            row and row["previous_secret_hmac"],
-            pepper_version=row and row["previous_pepper_version"],
+            facts.get("previous_secret_hmac"),
+            pepper_version=facts.get("previous_pepper_version"),
         )
         if row is None or not (is_current or is_previous):
             raise _invalid("The API key is not known here.")

@@ -22,7 +22,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, TextClause, event, make_url, text
-from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
+from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.ext.asyncio import (
@@ -95,8 +95,9 @@ class Database:
         self._app = _open_pool(app_url, pool_size=pool_size, role=role)
         self._worker = _open_pool(worker_url, pool_size=pool_size, role=role)
         self._app_sessions = async_sessionmaker(self._app, expire_on_commit=False)
-        self._app_calls = _Calls(app_url, pool_size=pool_size, role=role)
-        self._worker_calls = _Calls(worker_url, pool_size=pool_size, role=role)
+        self._dialect = self._app.dialect
+        self._app_calls = _Calls(app_url, self._dialect, pool_size=pool_size, role=role)
+        self._worker_calls = _Calls(worker_url, self._dialect, pool_size=pool_size, role=role)
         self._worker_sessions = async_sessionmaker(self._worker, expire_on_commit=False)
 
     @classmethod
@@ -176,7 +177,7 @@ class Database:
             await asyncio.sleep(LISTEN_RETRY_S)
 
     async def _listen_once(self, channel: str, on_notice: Callable[[], None]) -> None:
-        connection = await _connect(self.app_url)
+        connection = await _connect(self.app_url, self._dialect, role=None)
         try:
             is_lost = asyncio.Event()
             connection.add_termination_listener(lambda _: is_lost.set())
@@ -200,8 +201,9 @@ class _Calls:
     the driver's would be one more round trip for each statement, to reset what none of them sets.
     """
 
-    def __init__(self, url: str, *, pool_size: int, role: str | None) -> None:
+    def __init__(self, url: str, dialect: Dialect, *, pool_size: int, role: str | None) -> None:
         self._url = url
+        self._dialect = dialect
         self._role = role
         self._places = asyncio.Semaphore(pool_size)
         # The one that was used last is used next.
@@ -215,7 +217,7 @@ class _Calls:
         spelled, names = self._spelled.get(statement) or self._spell(statement)
         await self._take_place()
         try:
-            connection = self._find_idle() or await _connect(self._url, role=self._role)
+            connection = self._find_idle() or await self._connect()
             try:
                 rows: Sequence[Mapping[str, Any]] = await connection.fetch(
                     spelled, *(parameters[name] for name in names)
@@ -246,8 +248,11 @@ class _Calls:
                 return connection
         return None
 
+    async def _connect(self) -> Any:
+        return await _connect(self._url, self._dialect, role=self._role)
+
     def _spell(self, statement: TextClause) -> tuple[str, Sequence[str]]:
-        compiled = statement.compile(dialect=asyncpg_dialect())
+        compiled = statement.compile(dialect=self._dialect)
         self._spelled[statement] = compiled.string, compiled.positiontup or ()
         return self._spelled[statement]
 
@@ -270,9 +275,9 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, PoolExhausted | OSError | asyncpg.InterfaceError)
 
 
-async def _connect(url: str, *, role: str | None = None) -> Any:
+async def _connect(url: str, dialect: Dialect, *, role: str | None) -> Any:
     """A connection of the driver's own, set up as those of the pools are."""
-    _, options = asyncpg_dialect().create_connect_args(asyncpg_url(url))
+    _, options = dialect.create_connect_args(asyncpg_url(url))
     return await asyncpg.connect(**options, server_settings=_server_settings(role))
 
 

@@ -74,7 +74,9 @@ class EventStream(Stream):
         self._gone = gone
         self._leave = leave
 
-    def to_asgi_response(self, app: Any, request: Request[Any, Any, Any], **_: Any) -> ASGIApp:
+    def to_asgi_response(  # type: ignore[override]  # any ASGI application does
+        self, app: Any, request: Request[Any, Any, Any], **_: Any
+    ) -> ASGIApp:
         return self._answer
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
