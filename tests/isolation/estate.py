@@ -241,7 +241,7 @@ class _Builder:
         return answer.json()
 
     async def set_rules(self, keys: dict[str, Any]) -> None:
-        """Prices, ceilings, budgets, alerts, who pays, and that texts are kept."""
+        """Prices, ceilings, budgets, alerts, who pays, what is denied, and that texts are kept."""
         odd = int(self.mark[:8], 16)
         for whose in ({"tenant": self.slug}, {"adapter": f"{self.slug}-{self.adapter}"}):
             price = {"input_nano_per_million": 10**9 + odd, "output_nano_per_million": 10**9}
@@ -260,9 +260,11 @@ class _Builder:
         account = {"bill_to": f"{self.mark} Street", "stripe_customer_id": f"cus_{self.mark}"}
         await self.call("PUT", "/billing-account", account)
         await self.call("PUT", "/retention", {"keep_days": 30})
+        rule = {"name": f"rule-{self.mark}", "pattern": f"denied-{self.mark}"}
+        await self.call("PUT", "/policy", {"deny_input": [rule]})
 
     async def use_it(self, keys: dict[str, Any]) -> str:
-        """Two requests with all that a request can leave behind; return the first one's id."""
+        """Requests with all that a request can leave behind; return the first one's id."""
         user = f"user-{self.mark}"
         mine = chat(f"w7 w8 {self.mark}", model=f"{self.slug}-{self.adapter}", user=user)
         named = {"idempotency-key": f"attempt-{self.mark}"}
@@ -271,6 +273,10 @@ class _Builder:
                 await client.post("/v1/chat/completions", json=mine),
                 await client.post("/v1/chat/completions", json=chat(user=user), headers=named),
             ]
+            denied = await client.post("/v1/chat/completions", json=chat(f"denied-{self.mark}"))
+        assert denied.json()["error"]["code"] == "content_policy", denied.text
+        # Asking for them writes them down.
+        await self.call("GET", "/policy/decisions")
         for answer in answers:
             assert answer.is_success, answer.text
             async with asyncio.timeout(PATIENCE_S):

@@ -209,6 +209,7 @@ CASES = [
     Case("POST", "/v1/keys/{key_id}/rotate", "tenant", body(lambda _: {"overlap_s": 0})),
     Case("GET", "/v1/limits", "tenant", own=smuggled),
     Case("GET", "/v1/budgets", "tenant", own=smuggled),
+    Case("GET", "/v1/policy", "tenant", own=smuggled),
     Case("GET", "/v1/models", "tenant", own=smuggled),
     Case(
         "GET",
@@ -232,6 +233,8 @@ CASES = [
     admin("GET", TENANT + "/budgets"),
     admin("GET", TENANT + "/retention"),
     admin("GET", TENANT + "/billing-account"),
+    admin("GET", TENANT + "/policy"),
+    admin("GET", TENANT + "/policy/decisions"),
     admin("GET", "/webhooks"),
     admin("GET", "/webhooks/{webhook_id}/deliveries"),
     admin("GET", TENANT + "/adapters", query(lambda _: {"deleted": "true"})),
@@ -273,6 +276,7 @@ CASES = [
     admin("POST", TENANT + "/budgets", body(lambda _: {"cap_nano": 0, "period": "day"})),
     admin("PATCH", TENANT + "/budgets/{budget_id}", body(lambda _: {"cap_nano": 0})),
     admin("PUT", TENANT + "/retention", body(lambda _: {"keep_days": 1})),
+    admin("PUT", TENANT + "/policy", body(lambda _: {"max_output_tokens": 1})),
     admin("PUT", TENANT + "/billing-account", body(lambda _: {"bill_to": "Somebody"})),
     admin("POST", "/webhooks", body(lambda n: {"url": "http://127.0.0.1:9/", "tenant": n.tenant})),
     admin(
@@ -318,6 +322,7 @@ CASES = [
     admin("DELETE", ADAPTER + "/grants/{grantee}"),
     admin("DELETE", ALIAS),
     admin("DELETE", "/webhooks/{webhook_id}"),
+    admin("DELETE", TENANT + "/policy"),
     admin("DELETE", TENANT + "/budgets/{budget_id}"),
     admin("DELETE", TENANT + "/keys/{key_id}"),
     Case("DELETE", "/v1/keys/{key_id}", "tenant", lambda _: [Ask()]),
