@@ -188,7 +188,7 @@ class Crowd:
             async with _patience_of(ask):
                 async for said in (_stream if ask.is_streamed else _whole)(http, request, attempt):
                     attempt.read(said)
-                    self.num_shown += 1
+                    self.num_shown += "choices" in said
         except TimeoutError:
             attempt.has_left = True
         except httpx.TimeoutException:

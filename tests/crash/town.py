@@ -33,7 +33,7 @@ from tests.engine.echo_engine import short_folder
 
 PEPPER = b"\x06" * 32
 SECRET = "between-gateway-and-engine"
-START_S = 120
+START_S = 240
 # What retries may give back in a day.
 MAX_RETRY_CREDIT_NANO = 10**9
 NUM_GATEWAYS = 2
