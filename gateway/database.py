@@ -97,7 +97,7 @@ class Database:
         self._app_sessions = async_sessionmaker(self._app, expire_on_commit=False)
         self._dialect = self._app.dialect
         self._app_calls = _Calls(app_url, self._dialect, pool_size=pool_size, role=role)
-        self._worker_calls = _Calls(worker_url, self._dialect, pool_size=pool_size, role=role)
+        self._worker_calls = _Calls(worker_url, self._dialect, pool_size=2, role=role)
         self._worker_sessions = async_sessionmaker(self._worker, expire_on_commit=False)
 
     @classmethod
