@@ -191,12 +191,16 @@ async def suffer(place: Town, crowd: Crowd, plan: Plan, *, dice: random.Random) 
     Mostly once answers come again, in their middle; now and then while things are still coming up.
     """
     crowding = asyncio.create_task(crowd.run(clients_per_tenant=plan.clients_per_tenant))
+    deck: list[str] = []
     while place.kills.total() < plan.num_kills:
         if dice.random() < WAITS:
             await _more_is_shown(crowd)
         await asyncio.sleep(dice.uniform(0, plan.max_peace_s))
-        [whom] = dice.choices(list(VICTIMS), list(VICTIMS.values()))
-        place.kill(whom, dice)
+        # Dealt out, so that nobody is spared for long.
+        deck = deck or dice.sample(
+            list(VICTIMS), sum(VICTIMS.values()), counts=list(VICTIMS.values())
+        )
+        place.kill(deck.pop(), dice)
         if crowding.done():
             break
     crowd.is_over = True
