@@ -247,6 +247,8 @@ async def attacked(shop: Shop) -> AsyncIterator[dict[str, int]]:
 
 def attack(url: str) -> None:
     """Upload one bomb after the other until standard input ends; print what was answered."""
+    # It would be on another machine: what it takes to make a bomb is not what is measured.
+    os.nice(19)
     key = sys.stdin.readline().strip()
     is_over = threading.Event()
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import signal
 import struct
 import sys
@@ -32,6 +33,7 @@ from gateway.template_worker import Answer, Build, Built, Fault, Findings, Job, 
 logger = logging.getLogger(__name__)
 
 NUM_WORKERS = 2
+NICENESS = 10
 # A published template renders a hundred messages in some 5 ms.
 MAX_CPU_S = 0.5
 # What took longer is slow for a minute, and shares one lane with all that is slow.
@@ -371,6 +373,9 @@ async def _start(mode: Mode) -> asyncio.subprocess.Process:
         # A terminal's Ctrl-C is for the gateway, which may still have answers to finish.
         start_new_session=True,
     )
+    # Strangers' work, and the start of who does it, comes after everybody's answers.
+    with contextlib.suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
     assert process.stdout is not None
     is_ready = False
     try:
