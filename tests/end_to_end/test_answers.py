@@ -114,11 +114,14 @@ class Reference:
         return token_ids, (best[:, 0] - best[:, 1]).tolist()
 
 
+@pytest.mark.parametrize("num_questions", [15, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.public_name)
-async def test_a_demo_adapter_behaves_through_the_api_as_it_does_with_peft(server, task):
+async def test_a_demo_adapter_behaves_through_the_api_as_it_does_with_peft(
+    server, task, num_questions
+):
     scores = json.loads((task.folder.parent / "scores.json").read_text())[task.name]
-    through_api = await _score(server, task, model=task.public_name, num_questions=100)
-    base = await _score(server, task, model=server.facts["base_model"], num_questions=20)
+    through_api = await _score(server, task, model=task.public_name, num_questions=num_questions)
+    base = await _score(server, task, model=server.facts["base_model"], num_questions=5)
     print(f"{task.public_name}: {through_api} %, PEFT {scores['adapter']} %, base {base} %")
     assert abs(through_api - scores["adapter"]) <= 2
     assert base <= through_api - 50
@@ -155,7 +158,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+@pytest.mark.parametrize("endpoint", ["chat", pytest.param("completions", marks=pytest.mark.slow)])
 async def test_each_sampling_parameter_changes_the_answer_and_a_seed_repeats_it(server, endpoint):
     model = server.facts["base_model"]
     bodies = [BODY, BODY | {"ignore_eos": False}, *(BODY | change for change in CHANGES)]

@@ -35,7 +35,8 @@ def json_schema(schema: Schema) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
-async def test_a_hundred_schemas_are_followed_at_temperature_one(server):
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+async def test_a_hundred_schemas_are_followed_at_temperature_one(server, every):
     gate, started_s = asyncio.Semaphore(CONCURRENCY), time.monotonic()
     # A busy machine may take minutes for the longest.
     clients = {
@@ -55,14 +56,15 @@ async def test_a_hundred_schemas_are_followed_at_temperature_one(server):
         assert_valid(answer.choices[0].message.content, schema)
         return answer.usage.completion_tokens
 
-    pairs = zip(SCHEMAS.values(), itertools.cycle(models(server)), strict=False)
+    schemas = list(SCHEMAS.values())[::every]
+    pairs = zip(schemas, itertools.cycle(models(server)), strict=False)
     counts = await asyncio.gather(*(ask(schema, *where) for schema, where in pairs))
     for client in clients.values():
         await client.close()
     print(
         f"{len(counts)} valid answers, {sum(counts)} tokens, {time.monotonic() - started_s:.1f} s"
     )
-    assert len(counts) >= 100
+    assert len(counts) * every >= 100
 
 
 async def test_a_stream_of_json_comes_piece_by_piece_and_ends_with_stop(server):
