@@ -20,7 +20,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -35,6 +34,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.provenance import commit
 from benchmarks.roofline import Machine, StepWork, floor_s, measure
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -707,13 +707,6 @@ def main() -> None:
 def portable(arguments: list[str]) -> list[str]:
     """As they would be written on any machine."""
     return [argument.replace(str(Path.home()), "~") for argument in arguments]
-
-
-def commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip() or "unknown"
 
 
 def parse() -> argparse.Namespace:

@@ -55,7 +55,7 @@ from adapters.demo.base_model import default_folder
 from adapters.store import ArtifactStore
 from adapters.text_bundle import TextBundle
 from benchmarks.instant_engine import Job
-from benchmarks.registry import commit
+from benchmarks.provenance import commit
 from benchmarks.stream_load import Caller, Load, Outcome
 from engine.model.text_bundle import export
 from engine.protocol import PROTOCOL_VERSION, BaseShape, EngineInfo

@@ -24,7 +24,6 @@ import platform
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -39,6 +38,7 @@ import httpx
 import msgspec
 
 from adapters.store import ArtifactStore
+from benchmarks.provenance import commit
 from engine.sequence import StepEvent
 from gateway.auth import create_key
 from gateway.database import Database, migrate, role_urls
@@ -311,13 +311,6 @@ def show(measured: dict[str, Any]) -> None:
     print(f"{'':10}{'quiet':>12}{'with bombs':>12}   bombs: {measured['bombs']}", file=sys.stderr)
     for name in quiet:
         print(f"{name:10}{quiet[name]:>12}{beside[name]:>12}", file=sys.stderr)
-
-
-def commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def parse() -> argparse.Namespace:

@@ -30,13 +30,13 @@ import itertools
 import json
 import random
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import commit
 from engine.block_manager import BlockManager
 from engine.host_tier import HostTier
 from engine.protocol import SamplingParams, Submit
@@ -339,13 +339,6 @@ def main() -> None:
             "rows": [asdict(row) for row in rows],
         }
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip() or "unknown"
 
 
 def parse() -> argparse.Namespace:

@@ -24,7 +24,6 @@ import platform
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from typing import Any
 import asyncpg
 from sqlalchemy import insert, text
 
+from benchmarks.provenance import commit
 from engine.protocol import PROTOCOL_VERSION, BaseShape, EngineInfo
 from gateway.auth import Principal
 from gateway.database import Database, migrate, role_urls
@@ -315,13 +315,6 @@ async def analyze(owner_url: str) -> None:
         await connection.execute("ANALYZE")
     finally:
         await connection.close()
-
-
-def commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip() or "unknown"
 
 
 def parse() -> argparse.Namespace:

@@ -16,7 +16,6 @@ import json
 import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ import torch
 
 from adapters.demo.base_model import default_folder
 from adapters.text_bundle import TextBundle
+from benchmarks.provenance import commit
 from engine import grammar
 from engine.grammar import GrammarWalk
 from engine.model import text_bundle
@@ -174,11 +174,6 @@ def _cpu_ms(work: Callable[[], object]) -> float:
     return statistics.median(times_ns) / 1e6
 
 
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, help="write the results there, as JSON")
@@ -200,7 +195,7 @@ def main() -> None:
         "num_threads": torch.get_num_threads(),
         "model": default_folder().name,
         "library": get_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "tokenizer_ms": round(bench.tokenizer_ms, 1),
         "schemas": [asdict(cost) for cost in costs],
         "step_ms_by_rows": steps,
