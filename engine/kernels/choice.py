@@ -61,12 +61,23 @@ DENSE = Kernels(DenseAttention, _dense_lora)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return on_gpu(device)
     if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
         return DENSE
     # Not at the top: a GPU's machine needs no compiler for CPUs.
     from engine.kernels import cpu
 
     return Kernels(cpu.CompiledAttention, cpu.CompiledLora)
+
+
+def on_gpu(device: torch.device) -> Kernels:
+    """Triton's kernels; on a CPU they run where Triton interprets them."""
+    # Not at the top: a CPU's machine needs no compiler for GPUs.
+    from engine.kernels.gpu_attention import GpuAttention
+    from engine.kernels.gpu_lora import GpuLora
+
+    return Kernels(GpuAttention, GpuLora(device).plan)
 
 
 def _can_compile() -> bool:
