@@ -76,9 +76,7 @@ def lora_cases() -> Iterator[Case]:
                 yield Case(name, lora_work(rows, features, rank), lora(rows, features, rank))
 
 
-def lora_work(
-    rows: list[tuple[int, int]], features: list[tuple[int, int]], rank: int
-) -> StepWork:
+def lora_work(rows: list[tuple[int, int]], features: list[tuple[int, int]], rank: int) -> StepWork:
     num_rows, num_adapters = sum(n for _, n in rows), len({slot for slot, _ in rows})
     num_weights = sum(rank * (i + o) for i, o in features)
     # The input once, each output read and written.

@@ -20,7 +20,6 @@ from sqlalchemy import make_url
 from gateway.database import Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
 
-
 # Read when Triton is imported: kernels for GPUs are interpreted here, on a CPU's tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

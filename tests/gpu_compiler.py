@@ -3,7 +3,8 @@
     TRITON_INTERPRET=0 python -m tests.gpu_compiler [--arch 90] [--dtype bfloat16] [NAME ...]
 
 NAME: parts of names of configurations in `tests/gpu_lab.py`; "8B" are shapes of Llama-3.1-8B. One
-JSON line for each kernel that a configuration launches. Nothing runs: CPU tensors stand for a GPU's.
+JSON line for each kernel that a configuration launches. Nothing runs: a CPU's tensors stand for a
+GPU's.
 """
 
 import argparse
@@ -73,9 +74,7 @@ def watch(arch: int) -> list[Any]:
 
 
 def launch_lora(case: LoraCase, dtype: torch.dtype) -> None:
-    adapters = adapters_of(
-        case.ranks, case.affine, features=case.features, device=CPU, dtype=dtype
-    )
+    adapters = adapters_of(case.ranks, case.affine, features=case.features, device=CPU, dtype=dtype)
     shape = tuple((0, number) for _, number in case.rows)
     batch = batch_of(shape, slots=[slot for slot, _ in case.rows])
     x, out = (torch.randn(batch.num_tokens, size).to(dtype) for size in case.features)
@@ -102,7 +101,9 @@ def described(case: str, kernel: Any) -> dict[str, Any]:
         (int(vector or 1) * int(bits) // 8)
         for vector, bits in re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bu](\d+)", ptx)
     ]
-    copies = [int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\d+)", ptx)]
+    copies = [
+        int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\d+)", ptx)
+    ]
     return {
         "case": case,
         "kernel": kernel.name,

@@ -46,11 +46,17 @@ class LoraPlan(Protocol):
         """
 
 
+def _is_warm(weights: SlotWeights, dtype: torch.dtype) -> None:
+    """Nothing is compiled ahead."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     plan_attention: Callable[[Batch], AttentionPlan]
     # For batches with at least one adapter.
     plan_lora: Callable[[Batch, SlotWeights], LoraPlan]
+    # Before any slot is in use: what is left to be done for LoRA, so that no step waits for it.
+    warm_up_lora: Callable[[SlotWeights, torch.dtype], None] = _is_warm
 
 
 def _dense_lora(batch: Batch, weights: SlotWeights) -> LoraPlan:
@@ -77,7 +83,8 @@ def on_gpu(device: torch.device) -> Kernels:
     from engine.kernels.gpu_attention import GpuAttention
     from engine.kernels.gpu_lora import GpuLora
 
-    return Kernels(GpuAttention, GpuLora(device).plan)
+    lora = GpuLora(device)
+    return Kernels(GpuAttention, lora.plan, lora.warm_up)
 
 
 def _can_compile() -> bool:

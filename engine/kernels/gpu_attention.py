@@ -37,7 +37,7 @@ WHOLE = -1
 # Kernels
 
 
-@kernel(changing=("table_width", "window"))
+@kernel(changing=("block_size", "table_width", "window"))
 def _attend(
     query: Any,
     key_cache: Any,
@@ -51,11 +51,11 @@ def _attend(
     query_row: Any,
     query_head: Any,
     block_stride: Any,
+    block_size: Any,
     table_width: Any,
     window: Any,
     scaling: Any,
     softcap: Any,
-    BLOCK_SIZE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -104,9 +104,9 @@ def _attend(
         positions = start + tl.arange(0, POSITIONS)
         is_there = positions < end
         blocks = tl.load(
-            block_tables + seq * table_width + positions // BLOCK_SIZE, mask=is_there, other=0
+            block_tables + seq * table_width + positions // block_size, mask=is_there, other=0
         )
-        places = positions % BLOCK_SIZE * NUM_KV_HEADS + kv_head
+        places = positions % block_size * NUM_KV_HEADS + kv_head
         keys = tl.load(
             key_cache + (blocks * block_stride + places * KEY_DIM)[None, :] + key_columns[:, None],
             mask=is_there[None, :] & (key_columns < KEY_DIM)[:, None],
@@ -356,11 +356,11 @@ def _launch(
         query.stride(0),
         query.stride(1),
         key_cache.stride(0),
+        key_cache.shape[1],
         block_tables.shape[1],
         window or 0,
         scaling,
         softcap or 0.0,
-        BLOCK_SIZE=key_cache.shape[1],
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         KEY_DIM=key_dim,

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.kernels.gpu import kernel, power_of_two
 
 
-@kernel()
+@kernel(changing=("block_size",))
 def _write(
     key: Any,
     value: Any,
@@ -23,7 +23,7 @@ def _write(
     value_row: Any,
     value_head: Any,
     block_stride: Any,
-    BLOCK_SIZE: tl.constexpr,
+    block_size: Any,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     KEY_ELEMENTS: tl.constexpr,
@@ -34,8 +34,8 @@ def _write(
     """cache[cache_rows[t]] = new[t]; one program for each token, all its heads."""
     token = tl.program_id(0).to(tl.int64)
     cache_row = tl.load(cache_rows + token)
-    block = (cache_row // BLOCK_SIZE) * block_stride
-    place = cache_row % BLOCK_SIZE
+    block = (cache_row // block_size) * block_stride
+    place = cache_row % block_size
     columns = tl.arange(0, KEY_COLUMNS)
     source = token * key_row + (columns // KEY_DIM) * key_head + columns % KEY_DIM
     new = tl.load(key + source, mask=columns < KEY_ELEMENTS)
@@ -69,7 +69,7 @@ def write_kv(
         value.stride(0),
         value.stride(1),
         key_cache.stride(0),
-        BLOCK_SIZE=key_cache.shape[1],
+        key_cache.shape[1],
         KEY_DIM=key.shape[2],
         VALUE_DIM=value.shape[2],
         KEY_ELEMENTS=key_elements,

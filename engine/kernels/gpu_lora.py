@@ -36,6 +36,8 @@ SPLIT_COLUMNS = 1024
 MANY_PROGRAMS = 256
 SHRINK_COLUMNS = {1: 256, SMALL_TILE: 128, LARGE_TILE: 64}
 EXPAND_COLUMNS = {1: 256, SMALL_TILE: 128, LARGE_TILE: 128}
+# All that `list_work` chooses from: rows of a tile, ranks of a piece.
+KINDS = ((1, 16), (SMALL_TILE, 16), (LARGE_TILE, 16), (LARGE_TILE, 32), (LARGE_TILE, 64))
 # Of each module and slot: addresses of lora_A and lora_B, rank, addresses of gain and shift.
 _ENTRY: tl.constexpr = tl.constexpr(5)
 
@@ -165,11 +167,12 @@ def _expand(
     factors = tl.full([COLUMNS], 1.0, dtype=tl.float32)
     shifts = tl.zeros([COLUMNS], dtype=tl.float32)
     if IS_AFFINE:
-        if gain != 0:
-            gains = gain.to(tl.pointer_type(out.dtype.element_ty)) + columns
-            factors = tl.load(gains, mask=is_column, other=1.0).to(tl.float32)
-            shift = tl.load(entry + 4).to(tl.pointer_type(out.dtype.element_ty))
-            shifts = tl.load(shift + columns, mask=is_column, other=0.0).to(tl.float32)
+        is_scaled = is_column & (gain != 0)
+        gains = tl.multiple_of(gain.to(tl.pointer_type(out.dtype.element_ty)), 16)
+        factors = tl.load(gains + columns, mask=is_scaled, other=1.0).to(tl.float32)
+        own_shifts = tl.load(entry + 4).to(tl.pointer_type(out.dtype.element_ty))
+        own_shifts = tl.multiple_of(own_shifts, 16)
+        shifts = tl.load(own_shifts + columns, mask=is_scaled, other=0.0).to(tl.float32)
     if TILE == 1:
         row = tl.load(rows + first).to(tl.int64)
         splits = tl.arange(0, SPLITS)
@@ -221,16 +224,19 @@ def _expand(
 
 
 class SlotTables:
-    """The tables of `SlotWeights` on the device. Mutable; one thread."""
+    """The tables of `SlotWeights` on the device, and what is known of modules. One thread."""
 
     def __init__(self, weights: SlotWeights, device: torch.device) -> None:
-        self.weights = weights
+        self.weights, self.device = weights, device
         num_modules, num_slots, _ = weights.table.shape
         # [num_modules, num_slots, 5] int64; right for the slots that `refresh` was given last
         self.entries = torch.zeros(num_modules, num_slots, 5, dtype=torch.int64, device=device)
         # [num_slots]: the largest rank of any module
         self.ranks = np.zeros(num_slots, dtype=np.int64)
         self._versions = np.full(num_slots, -1, dtype=np.int64)
+        # Of a module: itself and those that were seen to read the same input after it
+        self._readers: dict[int, list[int]] = {}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def refresh(self, slots: Ints) -> None:
         """Bring over what the slots, each named once, hold by now."""
@@ -241,10 +247,26 @@ class SlotTables:
         entries = np.concatenate([table, affine], axis=2)
         addresses = entries[:, :, [0, 1, 3, 4]]
         assert not (addresses % ALIGNMENT_BYTES).any(), "parts of adapters begin with a line"
-        device = self.entries.device
-        self.entries[:, torch.from_numpy(stale).to(device)] = torch.from_numpy(entries).to(device)
+        places = torch.from_numpy(stale).to(self.device)
+        self.entries[:, places] = torch.from_numpy(entries).to(self.device)
         self.ranks[stale] = table[:, :, RANK].max(axis=0, initial=0)
         self._versions[stale] = self.weights.versions[stale]
+
+    def readers(self, module: int) -> list[int]:
+        """The modules that shrink this one's input together with it, itself among them."""
+        return self._readers.get(module, [module])
+
+    def learn(self, module: int, *, first_reader: int) -> None:
+        """`module` was seen to read what `first_reader` had read before."""
+        readers = self._readers.setdefault(first_reader, [first_reader])
+        if module not in readers:
+            readers.append(module)
+
+    def indices(self, modules: tuple[int, ...]) -> Tensor:
+        """[num_modules] int32 on the device."""
+        if modules not in self._indices:
+            self._indices[modules] = torch.tensor(modules, dtype=torch.int32, device=self.device)
+        return self._indices[modules]
 
 
 # What a step has to do
@@ -312,6 +334,85 @@ def _piece_ranks(tile_rows: int, max_rank: int) -> int:
     return min(max(power_of_two(max_rank), MIN_RANKS), MAX_RANKS)
 
 
+# Launches
+
+
+def _launch_shrink(
+    x: Tensor, work: WorkList, tables: SlotTables, modules: tuple[int, ...]
+) -> Tensor:
+    """[num_modules, num_splits, num_places, max_rank] float32, for `_launch_expand`."""
+    in_features, num_places, num_pieces = x.shape[1], len(work.rows), len(work.pieces)
+    split_columns = _split_columns(work, in_features, num_modules=len(modules))
+    num_splits = triton.cdiv(in_features, split_columns)
+    shrunk = x.new_empty(len(modules), num_splits, num_places, work.max_rank, dtype=torch.float32)
+    _shrink[(num_pieces, num_splits, len(modules))](
+        x,
+        work.rows,
+        work.tiles,
+        work.pieces,
+        tables.indices(modules),
+        tables.entries,
+        shrunk,
+        x.stride(0),
+        tables.entries.shape[1],
+        in_features,
+        split_columns,
+        num_places,
+        num_splits,
+        work.max_rank,
+        TILE=work.tile_rows,
+        RANKS=work.piece_ranks,
+        COLUMNS=SHRINK_COLUMNS[work.tile_rows],
+        num_warps=4,
+        num_stages=3,
+    )
+    return shrunk
+
+
+def _split_columns(work: WorkList, in_features: int, *, num_modules: int) -> int:
+    """A multiple of all `SHRINK_COLUMNS`."""
+    if work.tile_rows == LARGE_TILE and len(work.pieces) * num_modules >= MANY_PROGRAMS:
+        whole: int = triton.cdiv(in_features, SPLIT_COLUMNS) * SPLIT_COLUMNS
+        return whole
+    return SPLIT_COLUMNS
+
+
+def _launch_expand(
+    out: Tensor,
+    work: WorkList,
+    tables: SlotTables,
+    shrunk: Tensor,
+    module: int,
+    *,
+    is_affine: bool,
+) -> None:
+    """shrunk: [num_splits, num_places, max_rank]"""
+    out_features, columns = out.shape[1], EXPAND_COLUMNS[work.tile_rows]
+    num_splits, num_places, _ = shrunk.shape
+    _expand[(len(work.tiles), triton.cdiv(out_features, columns))](
+        out,
+        work.rows,
+        work.tiles,
+        tables.entries,
+        shrunk,
+        module,
+        tables.entries.shape[1],
+        out_features,
+        out.stride(0),
+        num_places,
+        num_splits,
+        work.max_rank,
+        IS_AFFINE=is_affine,
+        TILE=work.tile_rows,
+        RANKS=work.piece_ranks,
+        COLUMNS=columns,
+        # Single rows take their sums in one piece.
+        SPLITS=power_of_two(num_splits) if work.tile_rows == 1 else 1,
+        num_warps=4,
+        num_stages=3,
+    )
+
+
 # Plans
 
 
@@ -319,11 +420,8 @@ class GpuLora:
     """Makes the plans of all steps. Mutable; one thread."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self._device = device
         self._tables: SlotTables | None = None
-        # Of a module: itself and those that were seen to read the same input after it
-        self._readers: dict[int, list[int]] = {}
-        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def plan(self, batch: Batch, weights: SlotWeights) -> "DenseLora | MixedLora":
         """For a batch with at least one adapter."""
@@ -332,28 +430,33 @@ class GpuLora:
             return DenseLora(runs, weights)
         tables, slots = self._tables_of(weights), np.unique(runs[:, 2])
         tables.refresh(slots)
-        work = list_work(runs, tables.ranks, device=self.device)
-        return MixedLora(self, work, tables, slots)
+        return MixedLora(list_work(runs, tables.ranks, device=self._device), tables, slots)
 
-    def readers(self, module: int) -> list[int]:
-        """The modules that shall shrink this one's input with it, itself among them."""
-        return self._readers.get(module, [module])
-
-    def learn(self, module: int, *, first_reader: int) -> None:
-        """`module` was seen to read what `first_reader` had read before."""
-        readers = self._readers.setdefault(first_reader, [first_reader])
-        if module not in readers:
-            readers.append(module)
-
-    def indices(self, modules: tuple[int, ...]) -> Tensor:
-        """[num_modules] int32 on the device."""
-        if modules not in self._indices:
-            self._indices[modules] = torch.tensor(modules, dtype=torch.int32, device=self.device)
-        return self._indices[modules]
+    def warm_up(self, weights: SlotWeights, dtype: torch.dtype) -> None:
+        """Compile what steps will launch, so that no step waits for it. No slot is in use yet."""
+        tables = self._tables_of(weights)
+        for tile_rows, piece_ranks in KINDS:
+            # One row of an adapter of rank 0: each program is over as it begins.
+            work = WorkList(
+                *upload(
+                    [np.zeros(1, int), np.array([[0, 1, 0]]), np.zeros((1, 2), int)], self._device
+                ),
+                tile_rows=tile_rows,
+                piece_ranks=piece_ranks,
+                max_rank=piece_ranks,
+            )
+            for in_features, out_features in sorted(set(weights.features)):
+                x, out = (
+                    torch.zeros(1, size, dtype=dtype, device=self._device)
+                    for size in (in_features, out_features)
+                )
+                shrunk = _launch_shrink(x, work, tables, (0,))[0]
+                for is_affine in (False, True):
+                    _launch_expand(out, work, tables, shrunk, 0, is_affine=is_affine)
 
     def _tables_of(self, weights: SlotWeights) -> SlotTables:
         if self._tables is None or self._tables.weights is not weights:
-            self._tables = SlotTables(weights, self.device)
+            self._tables = SlotTables(weights, self._device)
         return self._tables
 
 
@@ -365,7 +468,7 @@ class _Shrunk:
     x: Tensor
     first_reader: int
     modules: tuple[int, ...]
-    # [len(modules), num_splits, num_places, max_rank] float32
+    # [num_modules, num_splits, num_places, max_rank] float32
     values: Tensor
 
     def is_of(self, x: Tensor) -> bool:
@@ -381,9 +484,9 @@ class _Shrunk:
 class MixedLora:
     """One step of several adapters, or of few rows."""
 
-    def __init__(self, lora: GpuLora, work: WorkList, tables: SlotTables, slots: Ints) -> None:
+    def __init__(self, work: WorkList, tables: SlotTables, slots: Ints) -> None:
         """`slots`: those of the step, each once."""
-        self._lora, self._work, self._tables = lora, work, tables
+        self._work, self._tables = work, tables
         weights = tables.weights
         has_lora = weights.table[:, slots, RANK].any(axis=1)
         self._with_lora = frozenset(np.flatnonzero(has_lora).tolist())
@@ -392,89 +495,29 @@ class MixedLora:
 
     def apply(self, out: Tensor, x: Tensor, *, module: int) -> None:
         """As `LoraPlan.apply`."""
-        assert out.stride(1) == 1
+        is_affine = module in self._affine
         if module in self._with_lora:
-            shrunk = self._shrunk_of(x, module)
-            self._expand(out, shrunk.values[shrunk.modules.index(module)], module)
-        elif module in self._affine:
-            self._expand(out, self._nothing(), module)
+            known = self._shrunk_of(x, module)
+            shrunk = known.values[known.modules.index(module)]
+        elif is_affine:
+            shrunk = x.new_empty(1, len(self._work.rows), 0, dtype=torch.float32)
+        else:
+            return
+        assert out.stride(1) == 1
+        _launch_expand(out, self._work, self._tables, shrunk, module, is_affine=is_affine)
 
     def _shrunk_of(self, x: Tensor, module: int) -> _Shrunk:
         known = self._shrunk
         if known is None or not known.is_of(x):
-            readers = tuple(m for m in self._lora.readers(module) if m in self._with_lora)
+            readers = tuple(m for m in self._tables.readers(module) if m in self._with_lora)
             known = self._shrink(x, readers, first_reader=module)
         elif module not in known.modules:
-            self._lora.learn(module, first_reader=known.first_reader)
+            self._tables.learn(module, first_reader=known.first_reader)
             known = self._shrink(x, (module,), first_reader=known.first_reader)
         self._shrunk = known
         return known
 
     def _shrink(self, x: Tensor, modules: tuple[int, ...], *, first_reader: int) -> _Shrunk:
         assert x.stride(1) == 1
-        work, in_features = self._work, x.shape[1]
-        split_columns = self._split_columns(in_features, num_modules=len(modules))
-        num_splits = triton.cdiv(in_features, split_columns)
-        num_places, num_pieces = len(work.rows), len(work.pieces)
-        values = x.new_empty(
-            len(modules), num_splits, num_places, work.max_rank, dtype=torch.float32
-        )
-        _shrink[(num_pieces, num_splits, len(modules))](
-            x,
-            work.rows,
-            work.tiles,
-            work.pieces,
-            self._lora.indices(modules),
-            self._tables.entries,
-            values,
-            x.stride(0),
-            self._tables.entries.shape[1],
-            in_features,
-            split_columns,
-            num_places,
-            num_splits,
-            work.max_rank,
-            TILE=work.tile_rows,
-            RANKS=work.piece_ranks,
-            COLUMNS=SHRINK_COLUMNS[work.tile_rows],
-            num_warps=4,
-            num_stages=3,
-        )
+        values = _launch_shrink(x, self._work, self._tables, modules)
         return _Shrunk(x, first_reader, modules, values)
-
-    def _split_columns(self, in_features: int, *, num_modules: int) -> int:
-        """A multiple of all `SHRINK_COLUMNS`."""
-        has_many = len(self._work.pieces) * num_modules >= MANY_PROGRAMS
-        if self._work.tile_rows == LARGE_TILE and has_many:
-            return triton.cdiv(in_features, SPLIT_COLUMNS) * SPLIT_COLUMNS
-        return SPLIT_COLUMNS
-
-    def _nothing(self) -> Tensor:
-        """For modules that are scaled and shifted alone."""
-        return self._tables.entries.new_empty(1, len(self._work.rows), 0, dtype=torch.float32)
-
-    def _expand(self, out: Tensor, shrunk: Tensor, module: int) -> None:
-        """shrunk: [num_splits, num_places, max_rank]"""
-        work, out_features = self._work, out.shape[1]
-        columns = EXPAND_COLUMNS[work.tile_rows]
-        _expand[(len(work.tiles), triton.cdiv(out_features, columns))](
-            out,
-            work.rows,
-            work.tiles,
-            self._tables.entries,
-            shrunk,
-            module,
-            self._tables.entries.shape[1],
-            out_features,
-            out.stride(0),
-            shrunk.shape[1],
-            shrunk.shape[0],
-            work.max_rank,
-            IS_AFFINE=module in self._affine,
-            TILE=work.tile_rows,
-            RANKS=MIN_RANKS if work.tile_rows == 1 else work.piece_ranks,
-            COLUMNS=columns,
-            SPLITS=power_of_two(shrunk.shape[0]),
-            num_warps=4,
-            num_stages=3,
-        )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.kernels.choice import on_gpu
 from engine.kernels.dense import DenseLora
-from engine.kernels.gpu_lora import GpuLora, MixedLora, list_work
+from engine.kernels.gpu_lora import KINDS, GpuLora, MixedLora, list_work
 from engine.sequence import NO_ADAPTER
 from tests.gpu_lab import (
     ATTENTION_CASES,
@@ -129,14 +129,14 @@ def test_every_adapted_row_is_in_one_tile_and_every_rank_in_one_piece(
     ends = np.cumsum([number for _, number in rows])
     runs = np.array([(e - n, e, slot) for (slot, n), e in zip(rows, ends, strict=True)])
     work = list_work(runs, np.array(ranks), device=CPU)
-    found, covered = {}, {tile: 0 for tile in range(len(work.tiles))}
+    found, covered = {}, dict.fromkeys(range(len(work.tiles)), 0)
     for tile, first_rank in work.pieces.tolist():
         assert first_rank == covered[tile]
         covered[tile] += work.piece_ranks
     for tile, (first, end, slot) in enumerate(work.tiles.tolist()):
         assert 0 < end - first <= work.tile_rows
         assert ranks[slot] <= covered[tile] < ranks[slot] + work.piece_ranks
-        found |= {row: slot for row in work.rows[first:end].tolist()}
+        found |= dict.fromkeys(work.rows[first:end].tolist(), slot)
     assert found == {row: slot for first, end, slot in runs.tolist() for row in range(first, end)}
     assert sorted(work.rows.tolist()) == list(range(int(ends[-1])))
 
@@ -168,13 +168,15 @@ def test_modules_that_read_one_input_shrink_it_together_from_the_second_time_on(
         expected_lora(adapters, own, x, torch.tensor([0, 1, 0]))
         for adapters, own in zip(reversed(both), out, strict=True)
     ]
-    answers = []
+    answers, readers = [], []
     for _ in range(3):
         plan, own = lora.plan(batch, weights), out.clone()
+        assert isinstance(plan, MixedLora)
         for module in range(2):
             plan.apply(own[module], x, module=module)
         answers.append(own)
-    assert lora.readers(0) == [0, 1]
+        readers.append(plan._shrunk.modules)
+    assert readers == [(1,), (0, 1), (0, 1)]
     assert relative_error(answers[0], torch.stack(expected)) < BOUNDS[FULL]
     assert all(torch.equal(answers[0], each) for each in answers[1:])
 
@@ -206,6 +208,20 @@ def test_a_slot_that_gets_another_adapter_serves_that_one_from_the_next_step_on(
     before = out.clone()
     lora.plan(batch, adapters.weights).apply(out, x, module=1)
     assert torch.equal(out[0], before[0])
+
+
+def test_warming_up_launches_all_kinds_and_changes_nothing() -> None:
+    adapters = adapters_of({}, frozenset({0}), features=(24, 40), device=CPU, dtype=FULL)
+    adapters.weights.clear(0)
+    lora = GpuLora(CPU)
+    lora.warm_up(adapters.weights, FULL)
+    assert not lora._tables.entries.any()
+    sizes = [(1, 3), (9, 3), (70, 3), (70, 20), (70, 256)]
+    works = [
+        list_work(np.array([[0, rows, 0], [rows, 2 * rows, 1]]), np.array([rank, 1]), device=CPU)
+        for rows, rank in sizes
+    ]
+    assert {(work.tile_rows, work.piece_ranks) for work in works} == set(KINDS)
 
 
 def test_an_overflow_in_one_row_stays_in_that_row() -> None:

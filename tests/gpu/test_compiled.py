@@ -31,11 +31,11 @@ pytestmark = pytest.mark.skipif(not IS_COMPILED, reason="needs a GPU: see benchm
 GPU = torch.device("cuda")
 every_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 LARGE_LORAS = {
-    "64 adapters decode": LoraCase(
-        tuple((slot % 8, 1) for slot in range(64)), {s: 16 for s in range(8)}, (4096, 4096)
+    "64 rows of 8 adapters": LoraCase(
+        tuple((slot % 8, 1) for slot in range(64)), dict.fromkeys(range(8), 16), (4096, 4096)
     ),
     "down of 8 distinct": LoraCase(
-        tuple((slot, 1) for slot in range(8)), {s: 16 for s in range(8)}, (14336, 4096)
+        tuple((slot, 1) for slot in range(8)), dict.fromkeys(range(8), 16), (14336, 4096)
     ),
     "prompts of four adapters": LoraCase(
         tuple((slot, 200) for slot in range(4)), {0: 8, 1: 16, 2: 64, 3: 128}, (4096, 1024)
