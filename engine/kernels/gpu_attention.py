@@ -372,7 +372,7 @@ def _launch(
         ROWS=num_rows,
         POSITIONS=POSITIONS_OF_WIDE_HEADS if is_wide else POSITIONS,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
     )
     if tiles.num_parts:
         _merge[(num_kv_heads, len(tiles.merges))](
