@@ -102,7 +102,8 @@ def described(case: str, kernel: Any) -> dict[str, Any]:
         for vector, bits in re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bu](\d+)", ptx)
     ]
     copies = [
-        int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x([0-9a-f]+)", ptx)
+        int(size, 16)
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x([0-9a-f]+)", ptx)
     ]
     return {
         "case": case,

@@ -47,20 +47,20 @@ _ENTRY: tl.constexpr = tl.constexpr(5)
 
 @kernel(changing=("num_slots", "num_places", "num_splits"))
 def _shrink(
-    x: Any,
-    rows: Any,
-    tiles: Any,
-    pieces: Any,
-    modules: Any,
-    table: Any,
-    shrunk: Any,
-    x_stride: Any,
-    num_slots: Any,
-    in_features: Any,
-    split_columns: Any,
-    num_places: Any,
-    num_splits: Any,
-    max_rank: Any,
+    x: "Any",
+    rows: "Any",
+    tiles: "Any",
+    pieces: "Any",
+    modules: "Any",
+    table: "Any",
+    shrunk: "Any",
+    x_stride: "Any",
+    num_slots: "Any",
+    in_features: "Any",
+    split_columns: "Any",
+    num_places: "Any",
+    num_splits: "Any",
+    max_rank: "Any",
     TILE: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -129,18 +129,18 @@ def _shrink(
 
 @kernel(changing=("module", "num_slots", "num_places", "num_splits"))
 def _expand(
-    out: Any,
-    rows: Any,
-    tiles: Any,
-    table: Any,
-    shrunk: Any,
-    module: Any,
-    num_slots: Any,
-    out_features: Any,
-    out_stride: Any,
-    num_places: Any,
-    num_splits: Any,
-    max_rank: Any,
+    out: "Any",
+    rows: "Any",
+    tiles: "Any",
+    table: "Any",
+    shrunk: "Any",
+    module: "Any",
+    num_slots: "Any",
+    out_features: "Any",
+    out_stride: "Any",
+    num_places: "Any",
+    num_splits: "Any",
+    max_rank: "Any",
     IS_AFFINE: tl.constexpr,
     TILE: tl.constexpr,
     RANKS: tl.constexpr,
@@ -167,7 +167,8 @@ def _expand(
     factors = tl.full([COLUMNS], 1.0, dtype=tl.float32)
     shifts = tl.zeros([COLUMNS], dtype=tl.float32)
     if IS_AFFINE:
-        is_scaled = is_column & (gain != 0)
+        # Compared after it is spread out: the interpreter cannot spread a truth.
+        is_scaled = is_column & (tl.zeros([COLUMNS], dtype=tl.int64) + gain != 0)
         gains = tl.multiple_of(gain.to(tl.pointer_type(out.dtype.element_ty)), 16)
         factors = tl.load(gains + columns, mask=is_scaled, other=1.0).to(tl.float32)
         own_shifts = tl.load(entry + 4).to(tl.pointer_type(out.dtype.element_ty))
