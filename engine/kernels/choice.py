@@ -17,6 +17,10 @@ from engine.kernels.dense import DenseAttention, DenseLora
 from engine.kernels.slot_weights import SlotWeights
 
 
+# What tensor cores take; float32 has no advantage of kernels that are tiled for them.
+HALF = (torch.float16, torch.bfloat16)
+
+
 class AttentionPlan(Protocol):
     """Which positions each new token of a step sees."""
 
@@ -67,7 +71,7 @@ DENSE = Kernels(DenseAttention, _dense_lora)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and dtype in HALF and importlib.util.find_spec("triton") is not None:
         return on_gpu(device)
     if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
         return DENSE

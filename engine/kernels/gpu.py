@@ -36,5 +36,8 @@ def upload(arrays: Arrays, device: torch.device) -> list[Tensor]:
     """int32 copies on the device, all in one transfer."""
     flat = np.concatenate([array.ravel() for array in arrays]).astype(np.int32)
     whole = torch.from_numpy(flat).to(device, non_blocking=True)
-    parts = whole.split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    ends = np.cumsum([array.size for array in arrays]).tolist()
+    return [
+        whole[end - array.size : end].view(array.shape)
+        for end, array in zip(ends, arrays, strict=True)
+    ]

@@ -273,9 +273,8 @@ def _in_parts(whole: Ints, *, num_rows: int, device: torch.device) -> TileList:
     divided = np.flatnonzero(counts > 1)
     first_parts = np.cumsum(counts[divided]) - counts[divided]
     merges = np.column_stack([whole[divided, 1:3], first_parts, counts[divided]])
-    return TileList(
-        *upload([tiles, merges], device), num_rows=num_rows, num_parts=int(is_part.sum())
-    )
+    on_device = upload([tiles, merges], device)
+    return TileList(on_device[0], on_device[1], num_rows=num_rows, num_parts=int(is_part.sum()))
 
 
 # The plan

@@ -21,6 +21,7 @@ from engine.batch import Batch, Ints
 from engine.kernels.dense import DenseLora
 from engine.kernels.gpu import ALIGNMENT_BYTES, kernel, power_of_two, upload
 from engine.kernels.slot_weights import RANK, SlotWeights
+from engine.kernels.slot_weights import Ints as SlotList
 
 # One adapter with so many rows is worth GEMMs of its own.
 MIN_ROWS_OF_GEMM = 32
@@ -306,8 +307,11 @@ def list_work(runs: Ints, ranks: Ints, *, device: torch.device) -> WorkList:
     num_pieces = -(-ranks[slots[owners]] // piece_ranks)
     owners, nth = _spread(num_pieces)
     pieces = np.stack([owners, piece_ranks * nth], axis=1)
+    on_device = upload([rows, tiles, pieces], device)
     return WorkList(
-        *upload([rows, tiles, pieces], device),
+        rows=on_device[0],
+        tiles=on_device[1],
+        pieces=on_device[2],
         tile_rows=tile_rows,
         piece_ranks=piece_ranks,
         max_rank=piece_ranks * int(num_pieces.max()),
@@ -438,10 +442,13 @@ class GpuLora:
         tables = self._tables_of(weights)
         for tile_rows, piece_ranks in KINDS:
             # One row of an adapter of rank 0: each program is over as it begins.
+            rows, tiles, pieces = upload(
+                [np.array([0]), np.array([[0, 1, 0]]), np.array([[0, 0]])], self._device
+            )
             work = WorkList(
-                *upload(
-                    [np.zeros(1, int), np.array([[0, 1, 0]]), np.zeros((1, 2), int)], self._device
-                ),
+                rows=rows,
+                tiles=tiles,
+                pieces=pieces,
                 tile_rows=tile_rows,
                 piece_ranks=piece_ranks,
                 max_rank=piece_ranks,
@@ -485,7 +492,7 @@ class _Shrunk:
 class MixedLora:
     """One step of several adapters, or of few rows."""
 
-    def __init__(self, work: WorkList, tables: SlotTables, slots: Ints) -> None:
+    def __init__(self, work: WorkList, tables: SlotTables, slots: SlotList) -> None:
         """`slots`: those of the step, each once."""
         self._work, self._tables = work, tables
         weights = tables.weights

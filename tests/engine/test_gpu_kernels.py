@@ -33,7 +33,7 @@ FULL = torch.float32
 HALF = torch.float16
 every_dtype = pytest.mark.parametrize("dtype", [FULL, HALF], ids=["float32", "float16"])
 at_random = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 for_long = settings(at_random, max_examples=400, derandomize=False)
 

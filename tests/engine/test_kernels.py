@@ -290,6 +290,7 @@ def test_an_overflow_in_one_row_stays_in_that_row(kernels: Kernels) -> None:
 def test_each_device_gets_the_kernels_that_are_made_for_it() -> None:
     assert COMPILED.plan_lora is CompiledLora
     assert choose(torch.device("cpu"), torch.bfloat16) is DENSE
+    assert choose(torch.device("cuda"), torch.float32) is DENSE
     assert choose(torch.device("cuda"), torch.bfloat16).plan_attention is GpuAttention
 
 
