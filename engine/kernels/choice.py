@@ -16,7 +16,6 @@ from engine.kernels import threads
 from engine.kernels.dense import DenseAttention, DenseLora
 from engine.kernels.slot_weights import SlotWeights
 
-
 # What tensor cores take; float32 has no advantage of kernels that are tiled for them.
 HALF = (torch.float16, torch.bfloat16)
 
