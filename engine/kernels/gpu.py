@@ -34,10 +34,12 @@ def power_of_two(number: int) -> int:
 
 def upload(arrays: Arrays, device: torch.device) -> list[Tensor]:
     """int32 copies on the device, all in one transfer."""
-    flat = np.concatenate([array.ravel() for array in arrays]).astype(np.int32)
+    # Each begins with a line: where one begins at any place, a kernel is compiled once more.
+    line = ALIGNMENT_BYTES // 4
+    ends = np.cumsum([-(-array.size // line) * line for array in arrays]).tolist()
+    flat = np.zeros(ends[-1], dtype=np.int32)
+    places = [slice(end, end + array.size) for end, array in zip([0, *ends], arrays, strict=False)]
+    for place, array in zip(places, arrays, strict=True):
+        flat[place] = array.ravel()
     whole = torch.from_numpy(flat).to(device, non_blocking=True)
-    ends = np.cumsum([array.size for array in arrays]).tolist()
-    return [
-        whole[end - array.size : end].view(array.shape)
-        for end, array in zip(ends, arrays, strict=True)
-    ]
+    return [whole[place].view(array.shape) for place, array in zip(places, arrays, strict=True)]
