@@ -258,8 +258,10 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
         self.arguments = arguments
         self.dice = random.Random(arguments.seed)
-        self.model = arguments.model or save_shape(arguments.shape, scratch / "model")
         self.device = torch.device(arguments.device)
+        self.model = arguments.model or save_shape(
+            arguments.shape, scratch / "model", device=self.device
+        )
         self._scratch = scratch
         self.machine: Machine | None = None
         self.source: MadeUpAdapters | None = None
@@ -330,11 +332,12 @@ class _Later:
         return 0
 
 
-def save_shape(name: str, folder: Path) -> Path:
-    """Random weights: no time depends on them."""
+def save_shape(name: str, folder: Path, *, device: torch.device) -> Path:
+    """Random weights, drawn on the device: no time depends on them."""
     config = LlamaConfig(**SHAPES[name])
     torch.set_default_dtype(torch.bfloat16)
-    model = AutoModelForCausalLM.from_config(config)
+    with device:
+        model = AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)

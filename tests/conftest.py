@@ -8,6 +8,7 @@ database   the same, opened as `gateway.database.Database`
 
 import asyncio
 import itertools
+import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from sqlalchemy import make_url
 
 from gateway.database import Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
+
+# Read when Triton is imported: kernels for GPUs are interpreted here, on a CPU's tensors.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.kernels import reference
-from engine.kernels.choice import DENSE, Kernels, choose
+from engine.kernels.choice import DENSE, Kernels, choose, on_gpu
 from engine.kernels.slot_weights import SlotWeights
 from engine.sequence import NO_ADAPTER
 
-__all__ = ["COMPILED", "DEFINED", "DENSE"]
+__all__ = ["COMPILED", "DEFINED", "DENSE", "INTERPRETED"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +69,5 @@ class DefinedLora:
 
 COMPILED = choose(torch.device("cpu"), torch.float32)
 DEFINED = Kernels(DefinedAttention, DefinedLora)
+# Those of GPUs, line by line.
+INTERPRETED = on_gpu(torch.device("cpu"))

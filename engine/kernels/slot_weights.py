@@ -51,6 +51,8 @@ class SlotWeights:
         # [num_modules, num_slots, 2] int64: addresses of gain and shift, 0 for none
         self.affine_table = np.zeros((len(features), num_slots, 2), dtype=np.int64)
         self._affine_address = self.affine_table.ctypes.data
+        # [num_slots] int64: another number whenever something else lies in a slot, or elsewhere
+        self.versions = np.zeros(num_slots, dtype=np.int64)
         self._memory: dict[int, Tensor] = {}
         self._layouts: dict[int, AdapterLayout] = {}
         # Of each slot: which entry of its layout is a module's
@@ -81,6 +83,7 @@ class SlotWeights:
         self.put(slot, memory, self._layouts[slot])
 
     def clear(self, slot: int) -> None:
+        self.versions[slot] += 1
         self.table[:, slot] = 0
         self.affine_table[:, slot] = 0
         for kept in (self._memory, self._layouts, self._entries):

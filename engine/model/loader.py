@@ -83,6 +83,8 @@ def load(config: EngineConfig) -> LoadedModel:
             _check_windows(layers, _record_layers(model, prompts[0], text_config), text_config)
             found = _run_paged(model, layers, prompts, kernels)
     _compare(found, expected, bound=LOGIT_BOUNDS[model.dtype])
+    if config.max_loras:
+        kernels.warm_up_lora(bank.weights, model.dtype)
     return LoadedModel(
         model=model,
         bank=bank,

@@ -11,6 +11,7 @@ from engine.batch import Batch, build
 from engine.kernels import reference
 from engine.kernels.choice import DENSE, Kernels, choose
 from engine.kernels.cpu import MIN_ROWS_OF_GEMM, CompiledLora
+from engine.kernels.gpu_attention import GpuAttention
 from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
 from engine.model.memory import DeviceMemory, LayerShape
 from engine.scheduler import ScheduledSequence
@@ -286,10 +287,11 @@ def test_an_overflow_in_one_row_stays_in_that_row(kernels: Kernels) -> None:
     assert torch.isfinite(out).all(dim=-1).tolist() == [False, True, True]
 
 
-def test_a_cpu_compiles_its_loops_and_other_devices_take_the_dense_way() -> None:
+def test_each_device_gets_the_kernels_that_are_made_for_it() -> None:
     assert COMPILED.plan_lora is CompiledLora
     assert choose(torch.device("cpu"), torch.bfloat16) is DENSE
     assert choose(torch.device("cuda"), torch.float32) is DENSE
+    assert choose(torch.device("cuda"), torch.bfloat16).plan_attention is GpuAttention
 
 
 def test_a_batch_of_the_base_model_alone_has_no_adapted_rows() -> None:

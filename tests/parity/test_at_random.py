@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from engine.kernels.choice import Kernels
 from engine.protocol import SequenceState
 from tests.engine.conftest import ADAPTERS
-from tests.kernel_lab import COMPILED, DEFINED, DENSE
+from tests.kernel_lab import COMPILED, DEFINED, DENSE, INTERPRETED
 from tests.model_lab import (
     Alone,
     Answer,
@@ -159,6 +159,7 @@ def alone(model: str, adapters: FolderSource) -> dict[str | None, Alone]:
         pytest.param(DENSE, range(6), id="dense"),
         # Row by row in Python.
         pytest.param(DEFINED, range(2), id="defined"),
+        pytest.param(INTERPRETED, range(2), id="interpreted", marks=pytest.mark.slow),
     ],
 )
 def test_each_gets_what_its_adapter_says_alone(

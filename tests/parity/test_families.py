@@ -23,7 +23,7 @@ from engine.kernels.choice import Kernels
 from engine.model.loader import LoadedModel, load
 from engine.protocol import SequenceState
 from engine.runner import block_bytes
-from tests.kernel_lab import COMPILED, DEFINED, DENSE
+from tests.kernel_lab import COMPILED, DEFINED, DENSE, INTERPRETED
 from tests.model_lab import (
     ATOL,
     Alone,
@@ -342,7 +342,13 @@ def ask(lab: WatchedLab) -> list[tuple[str | None, list[int], Any]]:
 
 
 @pytest.mark.parametrize(
-    "kernels", [COMPILED, DENSE, DEFINED], ids=["compiled", "dense", "defined"]
+    "kernels",
+    [
+        pytest.param(COMPILED, id="compiled"),
+        pytest.param(DENSE, id="dense"),
+        pytest.param(DEFINED, id="defined"),
+        pytest.param(INTERPRETED, id="interpreted", marks=pytest.mark.slow),
+    ],
 )
 def test_a_family_answers_with_the_tokens_of_transformers_and_peft(
     case: Case, kernels: Kernels, request: pytest.FixtureRequest

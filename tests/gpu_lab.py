@@ -1,0 +1,312 @@
+"""Configurations of the kernels for GPUs, and what each must give, on any device.
+
+The tests that interpret the kernels on a CPU and those that run them compiled on a GPU go through
+the same ones. Needs no more than torch, triton, numpy and msgspec.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import Batch, build
+from engine.kernels import reference
+from engine.kernels.choice import Kernels, on_gpu
+from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
+from engine.model.memory import DeviceMemory, LayerShape
+from engine.scheduler import ScheduledSequence
+from engine.sequence import NO_ADAPTER, Sequence
+
+CPU = torch.device("cpu")
+# ‖found - expected‖ / ‖expected‖, the reference in float32 over the same rounded numbers. Eight and
+# eleven bits of a 16-bit number's fraction, and the sums of tensor cores in float32.
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraCase:
+    # Slot and number of rows of each sequence, single rows first
+    rows: tuple[tuple[int, int], ...]
+    # By slot
+    ranks: dict[int, int]
+    features: tuple[int, int] = (48, 80)
+    # Slots that scale and shift
+    affine: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCase:
+    # Computed and new tokens of each sequence, single new ones first
+    shape: tuple[tuple[int, int], ...]
+    num_kv_heads: int = 2
+    group: int = 3
+    key_dim: int = 16
+    value_dim: int = 16
+    block_size: int = 4
+    sliding_window: int | None = None
+    softcap: float | None = None
+
+
+DISTINCT = tuple((slot, 1) for slot in range(5))
+# Names say what is particular; those with "small" finish in seconds under a memory checker.
+LORA_CASES = {
+    "small: one row": LoraCase(((1, 1),), {1: 8}),
+    "small: rows of their own": LoraCase(
+        (*DISTINCT, (NO_ADAPTER, 1), (0, 1)), {0: 3, 1: 8, 2: 1, 3: 16, 4: 40}
+    ),
+    "small: rows of their own, scaled and shifted": LoraCase(
+        (*DISTINCT, (NO_ADAPTER, 1)), {0: 3, 1: 8, 3: 16}, affine=frozenset({0, 4})
+    ),
+    "small: a slot without this module": LoraCase(((7, 1), (0, 1), (1, 1)), {0: 4, 1: 5}),
+    "small: ragged features": LoraCase(((0, 1), (1, 1), (2, 3)), {0: 4, 1: 5, 2: 9}, (33, 71)),
+    "small: small tiles": LoraCase(
+        ((0, 1), (1, 1), (0, 1), (0, 1), (1, 17), (2, 9), (NO_ADAPTER, 5)), {0: 3, 1: 20, 2: 70}
+    ),
+    "small: small tiles, scaled and shifted": LoraCase(
+        ((0, 1), (1, 20), (2, 9)), {0: 3, 1: 20}, affine=frozenset({1, 2})
+    ),
+    "small: large tiles of rank 16": LoraCase(((0, 1), (1, 66), (2, 70)), {0: 16, 1: 8, 2: 5}),
+    "large tiles of rank 32": LoraCase(((0, 1), (1, 130), (2, 70)), {0: 3, 1: 32, 2: 17}),
+    "large tiles of rank 64": LoraCase(((0, 1), (1, 66), (2, 64)), {0: 3, 1: 64, 2: 1}),
+    "large tiles of rank 256": LoraCase(((0, 65), (1, 66)), {0: 256, 1: 100}),
+    "large tiles, scaled and shifted": LoraCase(
+        ((0, 65), (1, 66)), {0: 10}, affine=frozenset({0, 1})
+    ),
+    "rows of rank 256": LoraCase(((0, 1), (1, 1), (2, 1)), {0: 256, 1: 255, 2: 1}, (256, 256)),
+    "inputs in several sums, rows": LoraCase(((0, 1), (1, 1)), {0: 8, 1: 16}, (2080, 96)),
+    "inputs in several sums, small tiles": LoraCase(((0, 4), (1, 9)), {0: 8, 1: 24}, (2080, 96)),
+    "inputs in several sums, large tiles": LoraCase(((0, 64), (1, 80)), {0: 8, 1: 24}, (2080, 96)),
+}
+MIXED = ((0, 1), (60, 1), (3, 1), (4, 1), (0, 9), (5, 6), (16, 2))
+ATTENTION_CASES = {
+    "small: one token": AttentionCase(((0, 1),)),
+    "small: one prompt": AttentionCase(((0, 5),)),
+    "small: everything": AttentionCase(MIXED),
+    "small: window of 1": AttentionCase(MIXED, sliding_window=1),
+    "small: window of 5": AttentionCase(MIXED, sliding_window=5),
+    "small: window that nothing reaches": AttentionCase(MIXED, sliding_window=1000),
+    "small: capped": AttentionCase(MIXED, softcap=2.0),
+    "small: capped, with a window": AttentionCase(MIXED, softcap=2.0, sliding_window=7),
+    "no groups": AttentionCase(MIXED, group=1),
+    "one key head": AttentionCase(MIXED, num_kv_heads=1, group=20),
+    "head of 12": AttentionCase(MIXED, key_dim=12, value_dim=12),
+    "keys wider than values": AttentionCase(MIXED, key_dim=24, value_dim=8),
+    "heads of 64, blocks of 16": AttentionCase(
+        MIXED, group=4, key_dim=64, value_dim=64, block_size=16
+    ),
+    "heads of 128, blocks of 16": AttentionCase(
+        ((70, 1), (20, 70)), group=4, key_dim=128, value_dim=128, block_size=16
+    ),
+    "heads of 256": AttentionCase(((70, 1), (0, 40)), group=2, key_dim=256, value_dim=256),
+    "a context in parts": AttentionCase(((1100, 1), (511, 1), (512, 1), (900, 7))),
+    "a context in parts, with a window": AttentionCase(
+        ((1100, 1), (600, 1), (900, 7)), sliding_window=40, block_size=16
+    ),
+    "a prompt in many tiles": AttentionCase(((30, 1), (13, 130)), block_size=16),
+}
+
+
+def batch_of(
+    shape: tuple[tuple[int, int], ...],
+    *,
+    slots: list[int] | None = None,
+    block_size: int = 4,
+    device: torch.device = CPU,
+) -> Batch:
+    """`shape`: computed and new tokens of each sequence; their blocks lie scattered."""
+    counts = [-(-(old + new) // block_size) for old, new in shape]
+    free = [1 + block for block in torch.randperm(sum(counts)).tolist()]
+    scheduled = []
+    for index, ((old, new), count) in enumerate(zip(shape, counts, strict=True)):
+        table = [free.pop() for _ in range(count)]
+        sequence = Sequence.unowned(list(range(old + new)), block_table=table)
+        sequence.num_computed_tokens = old
+        sequence.slot = NO_ADAPTER if slots is None else slots[index]
+        scheduled.append(ScheduledSequence(sequence, new, is_sampled=True))
+    return build(scheduled, block_size=block_size, device=device)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.cpu().float(), expected.cpu().float()
+    assert bool(torch.isfinite(found).all()), "something was not written, or is not a number"
+    size = float(expected.norm())
+    return float((found - expected).norm()) / size if size else float(found.norm())
+
+
+# LoRA
+
+Pairs = dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(slots=True)
+class Adapters:
+    """All slots of one module in one memory, each part where a line begins."""
+
+    lora: Pairs
+    affine: Pairs
+    features: tuple[int, int]
+    weights: SlotWeights = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weights = SlotWeights([(1, 1), self.features], num_slots=8)
+
+    def put(self, slot: int) -> None:
+        in_features, out_features = self.features
+        none = torch.empty(0, in_features), torch.empty(out_features, 0)
+        lora_A, lora_B = self.lora.get(slot, none)
+        parts = [lora_A, lora_B.T, *self.affine.get(slot, ())]
+        starts = np.cumsum([64, *(-(-part.numel() // 64) * 64 for part in parts)])
+        a_tensor = next(iter((*self.lora.values(), *self.affine.values())))[0]
+        memory = torch.full((int(starts[-1]) + 64,), float("nan")).to(a_tensor)
+        for start, part in zip(starts[:-1], parts, strict=True):
+            memory[start : start + part.numel()] = part.flatten()
+        is_affine = slot in self.affine
+        layout = AdapterLayout(
+            modules=np.array([1]),
+            ranks=np.array([lora_A.shape[0]]),
+            out_features=np.array([out_features]),
+            starts_of_A=starts[:1],
+            starts_of_B=starts[1:2],
+            starts_of_gain=starts[2:3] if is_affine else np.array([NOWHERE]),
+            starts_of_shift=starts[3:4] if is_affine else np.array([NOWHERE]),
+        )
+        self.weights.put(slot, memory, layout)
+
+
+def adapters_of(
+    ranks: dict[int, int],
+    affine: frozenset[int],
+    *,
+    features: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Adapters:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(device, dtype)
+
+    in_features, out_features = features
+    adapters = Adapters(
+        {
+            slot: (random(rank, in_features) / in_features**0.5, random(out_features, rank))
+            for slot, rank in ranks.items()
+        },
+        {slot: (random(out_features), random(out_features)) for slot in affine},
+        features,
+    )
+    for slot in {*ranks, *affine}:
+        adapters.put(slot)
+    return adapters
+
+
+def on_cpu(pairs: Pairs) -> Pairs:
+    return {slot: (one.float().cpu(), other.float().cpu()) for slot, (one, other) in pairs.items()}
+
+
+def expected_lora(adapters: Adapters, out: Tensor, x: Tensor, token_slots: Tensor) -> Tensor:
+    out, x = out.float().cpu(), x.float().cpu()
+    found = reference.affine(out, on_cpu(adapters.affine), token_slots)
+    if adapters.lora:
+        found = found + reference.lora(x, on_cpu(adapters.lora), token_slots)
+    return found
+
+
+def lora_error(case: LoraCase, *, device: torch.device, dtype: torch.dtype) -> float:
+    """Of rows with adapters and without; a row without one has to stay as it is, to the bit."""
+    adapters = adapters_of(
+        case.ranks, case.affine, features=case.features, device=device, dtype=dtype
+    )
+    batch = batch_of(
+        tuple((0, number) for _, number in case.rows),
+        slots=[slot for slot, _ in case.rows],
+        device=device,
+    )
+    x, out = (torch.randn(batch.num_tokens, size).to(device, dtype) for size in case.features)
+    token_slots = torch.tensor([slot for slot, number in case.rows for _ in range(number)])
+    before, expected = out.clone(), expected_lora(adapters, out, x, token_slots)
+    on_gpu(device).plan_lora(batch, adapters.weights).apply(out, x, module=1)
+    is_base = (token_slots == NO_ADAPTER).to(device)
+    assert torch.equal(out[is_base], before[is_base]), "a row of the base model was changed"
+    return relative_error(out, expected)
+
+
+# Attention
+
+
+def memory_of(case: AttentionCase, batch: Batch, dtype: torch.dtype) -> DeviceMemory:
+    """Two layers, of which the second is used; NaN wherever no sequence of the batch has been."""
+    layer = LayerShape(case.num_kv_heads, case.key_dim, case.value_dim, dtype, None)
+    memory = DeviceMemory(
+        [layer, layer],
+        num_blocks=int(batch.block_tables.max()),
+        block_size=case.block_size,
+        device=batch.block_tables.device,
+    )
+    for cache in (memory.keys[1], memory.values[1]):
+        cache.fill_(float("nan"))
+        for table, context in zip(batch.block_tables, batch.host_context_lens, strict=True):
+            positions = torch.arange(context, device=table.device)
+            blocks = table[positions // case.block_size]
+            new = torch.randn(context, *cache.shape[2:]).to(cache)
+            cache[blocks, positions % case.block_size] = new
+    return memory
+
+
+def states_of(case: AttentionCase, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Query, key and value as models give them: heads before rows in memory."""
+    heads = (case.num_kv_heads * case.group, case.num_kv_heads, case.num_kv_heads)
+    dims = (case.key_dim, case.key_dim, case.value_dim)
+    device = batch.block_tables.device
+    return tuple(
+        torch.randn(number, batch.num_tokens, dim).to(device, dtype).transpose(0, 1)
+        for number, dim in zip(heads, dims, strict=True)
+    )
+
+
+def attend(
+    kernels: Kernels,
+    case: AttentionCase,
+    batch: Batch,
+    memory: DeviceMemory,
+    states: tuple[Tensor, ...],
+) -> Tensor:
+    query, key, value = states
+    out = query.new_full((*query.shape[:2], case.value_dim), float("nan"))
+    kernels.plan_attention(batch).attend(
+        query,
+        key,
+        value,
+        key_cache=memory.keys[1],
+        value_cache=memory.values[1],
+        out=out,
+        scaling=case.key_dim**-0.5,
+        sliding_window=case.sliding_window,
+        softcap=case.softcap,
+    )
+    return out
+
+
+def attention_error(case: AttentionCase, *, device: torch.device, dtype: torch.dtype) -> float:
+    batch = batch_of(case.shape, block_size=case.block_size, device=device)
+    memory, states = memory_of(case, batch, dtype), states_of(case, batch, dtype)
+    keys, values = memory.keys[1].clone(), memory.values[1].clone()
+    found = attend(on_gpu(device), case, batch, memory, states)
+    cache_rows = batch.cache_rows.cpu()
+    for cache, written, new in (
+        (keys, memory.keys[1], states[1]),
+        (values, memory.values[1], states[2]),
+    ):
+        reference.write_kv(cache, new, cache_rows)
+        assert torch.equal(cache.nan_to_num(7), written.nan_to_num(7)), "not where it belongs"
+    expected = reference.paged_attention(
+        states[0].float().cpu(),
+        keys.float().cpu(),
+        values.float().cpu(),
+        block_tables=batch.block_tables.cpu(),
+        query_starts=batch.query_starts,
+        context_lens=batch.host_context_lens,
+        scaling=case.key_dim**-0.5,
+        sliding_window=case.sliding_window,
+        softcap=case.softcap,
+    )
+    return relative_error(found, expected)
