@@ -26,6 +26,7 @@ from engine.config import (
     SECRET_VARIABLE,
     DtypeName,
     EngineConfig,
+    QuantizationName,
     ServerConfig,
     parent_from_environment,
     secret_from_environment,
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache-max-mib", type=int, help="most that the disk tier may hold")
     add("--device", help="cpu, cuda or cuda:<index> (default: cuda where there is one)")
     add("--dtype", choices=get_args(DtypeName))
+    add("--quantization", choices=get_args(QuantizationName), help="of the base model's weights")
     add("--max-model-len", type=int, help="most tokens of prompt and answer together")
     add("--max-num-seqs", type=int, help="most sequences in one step")
     add("--max-num-batched-tokens", type=int, help="most tokens in one step")

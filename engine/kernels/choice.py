@@ -5,16 +5,21 @@ Each computes what `reference` defines. Knows devices and dtypes. Knows nothing 
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.kernels import threads
+from engine.errors import ConfigurationError
+from engine.kernels import quantised, threads
 from engine.kernels.dense import DenseAttention, DenseLora
+from engine.kernels.quantised import Format
 from engine.kernels.slot_weights import SlotWeights
+
+# Ada and Hopper.
+MIN_FP8_CAPABILITY = (8, 9)
 
 
 class AttentionPlan(Protocol):
@@ -53,6 +58,15 @@ class Kernels:
     plan_lora: Callable[[Batch, SlotWeights], LoraPlan]
 
 
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """What becomes of a model's weights."""
+
+    linears: Format
+    # Of the layer that gives the logits, which every token is chosen by; None leaves it as it is.
+    output_layer: Format | None
+
+
 def _dense_lora(batch: Batch, weights: SlotWeights) -> LoraPlan:
     return DenseLora(batch.slot_runs, weights)
 
@@ -67,6 +81,61 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
     from engine.kernels import cpu
 
     return Kernels(cpu.CompiledAttention, cpu.CompiledLora)
+
+
+def choose_formats(name: str, device: torch.device, dtype: torch.dtype | None) -> Formats | None:
+    """By the name of a quantisation; None for "none". `dtype`: None where the checkpoint decides.
+
+    Raises ConfigurationError where the device has no arithmetic for it.
+    """
+    if name == "none":
+        return None
+    if name == "fp8":
+        _require_fp8(device)
+        return Formats(quantised.FP8, None)
+    int8, int4 = _weight_only(device, dtype)
+    if name == "int4":
+        return Formats(int4, int8)
+    if name == "int8-dynamic":
+        _require_int8_sums(device)
+        return Formats(quantised.INT8_DYNAMIC, int8)
+    return Formats(int8, int8)
+
+
+def _weight_only(device: torch.device, dtype: torch.dtype | None) -> tuple[Format, Format]:
+    if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
+        return quantised.INT8, quantised.INT4
+    # As in `choose`.
+    from engine.kernels import quantised_cpu
+
+    return (
+        replace(quantised.INT8, product=quantised_cpu.int8_product),
+        replace(quantised.INT4, product=quantised_cpu.int4_product),
+    )
+
+
+def _require_fp8(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigurationError(
+            f"quantization is 'fp8', which needs a CUDA device, but device is {str(device)!r}: "
+            "use 'int8', 'int4' or 'int8-dynamic'."
+        )
+    if torch.cuda.get_device_capability(device) < MIN_FP8_CAPABILITY:
+        raise ConfigurationError(
+            "quantization is 'fp8', but this GPU multiplies no such numbers: use 'int8' or 'int4'."
+        )
+
+
+def _require_int8_sums(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ConfigurationError(
+            f"quantization is 'int8-dynamic', which only a CPU serves, but device is "
+            f"{str(device)!r}: use 'fp8', 'int8' or 'int4'."
+        )
+    if not quantised.are_int8_sums_exact():
+        raise ConfigurationError(
+            "quantization is 'int8-dynamic', but this CPU rounds sums of int8: use 'int8'."
+        )
 
 
 def _can_compile() -> bool:

@@ -1,0 +1,396 @@
+"""Compiled loops for products with weights in few bits: few rows of x, float32, on a CPU.
+
+A decode step reads every weight once and does little with it. Here that is the codes as they are:
+they become floats in registers, 16 at a time, and meet up to four rows of x there. Many rows are
+worth a GEMM, for which the codes are written out a tile at a time. `quantised` defines what is
+computed. Knows addresses and sizes. Knows nothing of modules.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from engine.kernels.loops import floats, inlined, loop, run, thread_count, thread_index
+from engine.kernels.quantised import GROUP_SIZE, INT8
+
+# Rows of x that are worth a GEMM.
+MIN_ROWS_OF_GEMM = 16
+# Rows of a weight that are written out at once: they stay in a core's cache.
+TILE_SIZE = 512
+# Rows of a weight that a thread takes at once, and rows of x that they meet.
+COLUMNS, ROWS = 4, 4
+LANES = 16
+
+# Records of int64: addresses, sizes in elements.
+_CALL = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("x", "codes", "scales", "out"),
+            *("num_rows", "in_features", "out_features"),
+            # From one row of `out` to the next
+            "out_stride",
+        )
+    ]
+)
+
+_SUM_FLAGS = ("reassoc", "contract", "nsz")
+_LONG, _WORD = ir.IntType(64), ir.IntType(32)
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+_WORDS = ir.VectorType(_WORD, LANES)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_HALVES = ir.VectorType(ir.HalfType(), 2)
+
+
+# Loops over vectors, in LLVM's own words
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """The few words that the loops below are made of."""
+
+    ir: Any
+
+    def load(self, address: Any, offset: Any, kind: Any) -> Any:
+        place = self.ir.inttoptr(self.ir.add(address, offset), kind.as_pointer())
+        # Of any alignment.
+        return self.ir.load(place, align=1, typ=kind)
+
+    def times(self, number: Any, factor: int) -> Any:
+        return self.ir.mul(number, _LONG(factor))
+
+    def starts(self, address: Any, stride: Any, num: int) -> list[Any]:
+        return [self.ir.add(address, self.times(stride, i)) for i in range(num)]
+
+    def floats(self, codes: Any) -> Any:
+        return self.ir.sitofp(codes, _FLOATS)
+
+    def added(self, total: Any, a: Any, b: Any) -> Any:
+        return self.ir.fadd(total, self.ir.fmul(a, b, flags=_SUM_FLAGS), flags=_SUM_FLAGS)
+
+    def spread(self, number: Any) -> Any:
+        one = self.ir.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, _WORD(0))
+        mask = ir.Constant(_WORDS, [0] * LANES)
+        return self.ir.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), mask)
+
+    def sum_of(self, vector: Any) -> Any:
+        size = LANES
+        while size > 1:
+            size //= 2
+            parts = [
+                self.ir.shuffle_vector(
+                    vector,
+                    ir.Constant(vector.type, ir.Undefined),
+                    ir.Constant(ir.VectorType(_WORD, size), list(range(first, first + size))),
+                )
+                for first in (0, size)
+            ]
+            vector = self.ir.fadd(*parts, flags=_SUM_FLAGS)
+        return self.ir.extract_element(vector, _WORD(0))
+
+    def store(self, number: Any, address: Any) -> None:
+        place = self.ir.inttoptr(address, number.type.as_pointer())
+        self.ir.store(number, place, align=4)
+
+    def sums(self, num: int, count: Any, add: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+        """What `add(i, sums)` ends with, for i below `count`, which is at least 1."""
+        zero = ir.Constant(_FLOATS, [0.0] * LANES)
+        before = self.ir.block
+        body = self.ir.append_basic_block("sums")
+        after = self.ir.append_basic_block("sums.end")
+        self.ir.branch(body)
+        self.ir.position_at_end(body)
+        index = self.ir.phi(_LONG)
+        sums = [self.ir.phi(_FLOATS) for _ in range(num)]
+        results = add(index, sums)
+        following = self.ir.add(index, _LONG(1))
+        firsts = [_LONG(0), *[zero] * num]
+        for phi, first, result in zip([index, *sums], firsts, [following, *results], strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(result, body)
+        self.ir.cbranch(self.ir.icmp_signed("<", following, count), body, after)
+        self.ir.position_at_end(after)
+        return results
+
+
+def _int8_dots(num_columns: int, num_rows: int) -> Any:
+    """out[r, c] = scales[c] · (codes[c] · x[r]) for so many rows of codes and of x."""
+
+    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+    def dots(
+        _: Any, codes: Any, scales: Any, x: Any, out: Any, out_stride: Any, in_features: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            codes, scales, x, out, out_stride, in_features = arguments
+            b = _Builder(builder)
+            columns = b.starts(codes, in_features, num_columns)
+            rows = b.starts(x, b.times(in_features, 4), num_rows)
+
+            def add(index: Any, sums: list[Any]) -> list[Any]:
+                place = b.times(index, LANES)
+                parts = [b.load(row, b.times(place, 4), _FLOATS) for row in rows]
+                results = []
+                for column in columns:
+                    codes = builder.sext(b.load(column, place, _BYTES), _WORDS)
+                    weight = b.floats(codes)
+                    results += [
+                        b.added(sums[len(results) + i], weight, part)
+                        for i, part in enumerate(parts)
+                    ]
+                return results
+
+            count = builder.sdiv(in_features, _LONG(LANES))
+            totals = b.sums(num_columns * num_rows, count, add)
+            for column in range(num_columns):
+                scale = b.load(scales, _LONG(4 * column), ir.FloatType())
+                starts = b.starts(builder.add(out, _LONG(4 * column)), out_stride, num_rows)
+                for row, start in enumerate(starts):
+                    total = b.sum_of(totals[column * num_rows + row])
+                    b.store(builder.fmul(total, scale), start)
+            return context.get_dummy_value()
+
+        return types.void(*6 * (types.int64,)), generate
+
+    return dots
+
+
+def _int4_dots(num_columns: int, num_rows: int) -> Any:
+    """out[r, c] = Σ over groups of step · (codes[c] · x[r]) + floor · Σ x[r]."""
+
+    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+    def dots(
+        _: Any, codes: Any, scales: Any, x: Any, out: Any, out_stride: Any, num_groups: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            codes, scales, x, out, out_stride, num_groups = arguments
+            b = _Builder(builder)
+            columns = b.starts(codes, b.times(num_groups, LANES), num_columns)
+            scale_rows = b.starts(scales, b.times(num_groups, 4), num_columns)
+            rows = b.starts(x, b.times(num_groups, 4 * GROUP_SIZE), num_rows)
+
+            def add(group: Any, sums: list[Any]) -> list[Any]:
+                place = b.times(group, 4 * GROUP_SIZE)
+                upper = builder.add(place, _LONG(4 * LANES))
+                parts = [(b.load(r, place, _FLOATS), b.load(r, upper, _FLOATS)) for r in rows]
+                results: list[Any] = []
+                for column, own_scales in zip(columns, scale_rows, strict=True):
+                    packed = b.load(column, b.times(group, LANES), _BYTES)
+                    low = builder.and_(packed, ir.Constant(_BYTES, [15] * LANES))
+                    high = builder.lshr(packed, ir.Constant(_BYTES, [4] * LANES))
+                    halves = [b.floats(builder.zext(half, _WORDS)) for half in (low, high)]
+                    pair = builder.fpext(
+                        b.load(own_scales, b.times(group, 4), _HALVES),
+                        ir.VectorType(ir.FloatType(), 2),
+                    )
+                    step, floor = (
+                        b.spread(builder.extract_element(pair, _WORD(i))) for i in range(2)
+                    )
+                    # The group's own weights, once for all rows of x.
+                    weights = [b.added(floor, step, half) for half in halves]
+                    for part in parts:
+                        total = b.added(sums[len(results)], weights[0], part[0])
+                        results.append(b.added(total, weights[1], part[1]))
+                return results
+
+            totals = b.sums(num_columns * num_rows, num_groups, add)
+            for column in range(num_columns):
+                starts = b.starts(builder.add(out, _LONG(4 * column)), out_stride, num_rows)
+                for row, start in enumerate(starts):
+                    b.store(b.sum_of(totals[column * num_rows + row]), start)
+            return context.get_dummy_value()
+
+        return types.void(*6 * (types.int64,)), generate
+
+    return dots
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _half(_: Any, address: Any) -> Any:
+    """The float16 at an address, as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half = _Builder(builder).load(arguments[0], _LONG(0), ir.HalfType())
+        return builder.fpext(half, ir.FloatType())
+
+    return types.float32(types.int64), generate
+
+
+def _pointer(kind: Any) -> Any:
+    """An intrinsic: a pointer to what lies at an address."""
+    pointer = types.CPointer(kind)
+
+    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+    def at(_: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+        return pointer(types.int64), generate
+
+    return at
+
+
+_int8s, _uint8s = _pointer(types.int8), _pointer(types.uint8)
+_int8_tile, _int8_pair, _int8_row, _int8_one = (
+    _int8_dots(COLUMNS // 2, ROWS),
+    _int8_dots(COLUMNS, 2),
+    _int8_dots(COLUMNS, 1),
+    _int8_dots(1, 1),
+)
+_int4_tile, _int4_pair, _int4_row, _int4_one = (
+    _int4_dots(COLUMNS // 2, ROWS),
+    _int4_dots(COLUMNS, 2),
+    _int4_dots(COLUMNS, 1),
+    _int4_dots(1, 1),
+)
+
+
+# Products: out[t] = W · x[t]. The threads share the rows of W.
+
+
+@inlined
+def _share(num: Any, thread: Any, num_threads: Any) -> Any:
+    """First and end of a thread's, in blocks of `COLUMNS`."""
+    num_blocks = (num + COLUMNS - 1) // COLUMNS
+    first = num_blocks * thread // num_threads * COLUMNS
+    return first, min(num_blocks * (thread + 1) // num_threads * COLUMNS, num)
+
+
+def _int8_product(pointer: Any) -> None:
+    call = numba.carray(pointer, 1)[0]
+    width, stride = call.in_features, 4 * call.out_stride
+    column, end = _share(call.out_features, thread_index(), thread_count())
+    while column < end:
+        codes, scales = call.codes + column * width, call.scales + 4 * column
+        out = call.out + 4 * column
+        if column + COLUMNS > end:
+            for row in range(call.num_rows):
+                x, own = call.x + 4 * row * width, out + row * stride
+                _int8_one(codes, scales, x, own, stride, width)
+            column += 1
+            continue
+        row = 0
+        while row + ROWS <= call.num_rows:
+            x, own = call.x + 4 * row * width, out + row * stride
+            _int8_tile(codes, scales, x, own, stride, width)
+            _int8_tile(codes + 2 * width, scales + 8, x, own + 8, stride, width)
+            row += ROWS
+        while row + 2 <= call.num_rows:
+            _int8_pair(codes, scales, call.x + 4 * row * width, out + row * stride, stride, width)
+            row += 2
+        if row < call.num_rows:
+            _int8_row(codes, scales, call.x + 4 * row * width, out + row * stride, stride, width)
+        column += COLUMNS
+
+
+def _int4_product(pointer: Any) -> None:
+    call = numba.carray(pointer, 1)[0]
+    num_groups, stride = call.in_features // GROUP_SIZE, 4 * call.out_stride
+    width = 4 * call.in_features
+    column, end = _share(call.out_features, thread_index(), thread_count())
+    while column < end:
+        codes = call.codes + column * num_groups * LANES
+        scales = call.scales + 4 * column * num_groups
+        out = call.out + 4 * column
+        if column + COLUMNS > end:
+            for row in range(call.num_rows):
+                x, own = call.x + row * width, out + row * stride
+                _int4_one(codes, scales, x, own, stride, num_groups)
+            column += 1
+            continue
+        row = 0
+        while row + ROWS <= call.num_rows:
+            x, own = call.x + row * width, out + row * stride
+            _int4_tile(codes, scales, x, own, stride, num_groups)
+            codes_2, scales_2 = codes + 2 * num_groups * LANES, scales + 8 * num_groups
+            _int4_tile(codes_2, scales_2, x, own + 8, stride, num_groups)
+            row += ROWS
+        while row + 2 <= call.num_rows:
+            _int4_pair(codes, scales, call.x + row * width, out + row * stride, stride, num_groups)
+            row += 2
+        if row < call.num_rows:
+            _int4_row(codes, scales, call.x + row * width, out + row * stride, stride, num_groups)
+        column += COLUMNS
+
+
+# Writing out: out[n] = W[n]
+
+
+@inlined
+def _write_int8(out: Any, codes: Any, scale: Any, n: Any) -> None:
+    for i in range(n):
+        out[i] = scale * np.float32(codes[i])
+
+
+@inlined
+def _write_int4(out: Any, codes: Any, step: Any, floor: Any) -> None:
+    for i in range(LANES):
+        out[i] = step * np.float32(codes[i] & 15) + floor
+        out[LANES + i] = step * np.float32(codes[i] >> 4) + floor
+
+
+def _int8_rows(pointer: Any) -> None:
+    call = numba.carray(pointer, 1)[0]
+    width = call.in_features
+    first, end = _share(call.out_features, thread_index(), thread_count())
+    for column in range(first, end):
+        codes = _int8s(call.codes + column * width)
+        scale = floats(call.scales + 4 * column)[0]
+        _write_int8(floats(call.out + 4 * column * width), codes, scale, width)
+
+
+def _int4_rows(pointer: Any) -> None:
+    call = numba.carray(pointer, 1)[0]
+    num_groups = call.in_features // GROUP_SIZE
+    first, end = _share(call.out_features, thread_index(), thread_count())
+    for group in range(first * num_groups, end * num_groups):
+        scales = call.scales + 4 * group
+        codes = _uint8s(call.codes + LANES * group)
+        _write_int4(floats(call.out + 128 * group), codes, _half(scales), _half(scales + 2))
+
+
+_INT8_PRODUCT, _INT4_PRODUCT = loop(_int8_product, _CALL), loop(_int4_product, _CALL)
+_INT8_ROWS, _INT4_ROWS = loop(_int8_rows, _CALL), loop(_int4_rows, _CALL)
+
+
+def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """As `Format.product` of int8."""
+    if x.shape[1] % LANES:
+        return INT8.product(x, codes, scales)
+    return _product(x, codes, scales, few=_INT8_PRODUCT, rows=_INT8_ROWS)
+
+
+def int4_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """As `Format.product` of int4."""
+    return _product(x, codes, scales, few=_INT4_PRODUCT, rows=_INT4_ROWS)
+
+
+def _product(x: Tensor, codes: Tensor, scales: Tensor, *, few: Any, rows: Any) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty(x.shape[0], codes.shape[0])
+    if x.shape[0] < MIN_ROWS_OF_GEMM:
+        _run(few, x, codes, scales, out=out)
+        return out
+    tile = torch.empty(min(TILE_SIZE, codes.shape[0]), x.shape[1])
+    for first in range(0, codes.shape[0], TILE_SIZE):
+        own = codes[first : first + TILE_SIZE]
+        weight = tile[: len(own)]
+        _run(rows, x, own, scales[first : first + TILE_SIZE], out=weight)
+        torch.mm(x, weight.T, out=out[:, first : first + len(own)])
+    return out
+
+
+def _run(loop: Any, x: Tensor, codes: Tensor, scales: Tensor, *, out: Tensor) -> None:
+    record = np.zeros(1, dtype=_CALL)
+    call = record[0]
+    call["x"], call["num_rows"], call["in_features"] = x.data_ptr(), x.shape[0], x.shape[1]
+    call["codes"], call["scales"], call["out"] = (t.data_ptr() for t in (codes, scales, out))
+    call["out_features"], call["out_stride"] = codes.shape[0], out.stride(0)
+    run(loop, record.ctypes.data)
