@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,6 @@ def memory_of(arguments: argparse.Namespace, quantization: str) -> dict[str, flo
 
 def load_only(arguments: argparse.Namespace) -> dict[str, float]:
     """Of a process that has loaded nothing yet: MiB of weights, and of the process beyond that."""
-    # What is imported at the first load is no model's.
     before = _resident_mib()
     loaded = load(config_of(arguments, arguments.load_only))
     after = _resident_mib()

@@ -93,25 +93,26 @@ def choose_formats(name: str, device: torch.device, dtype: torch.dtype | None) -
     if name == "fp8":
         _require_fp8(device)
         return Formats(quantised.FP8, None)
-    int8, int4 = _weight_only(device, dtype)
-    if name == "int4":
-        return Formats(int4, int8)
-    if name == "int8-dynamic":
-        _require_int8_sums(device)
-        return Formats(quantised.INT8_DYNAMIC, int8)
-    return Formats(int8, int8)
+    if name == "int8-dynamic" and device.type != "cpu":
+        raise ConfigurationError(
+            f"quantization is 'int8-dynamic', which only a CPU serves, but device is "
+            f"{str(device)!r}: use 'fp8', 'int8' or 'int4'."
+        )
+    formats = _formats(device, dtype)
+    return Formats(formats[name], formats["int8"])
 
 
-def _weight_only(device: torch.device, dtype: torch.dtype | None) -> tuple[Format, Format]:
+def _formats(device: torch.device, dtype: torch.dtype | None) -> dict[str, Format]:
+    own = (quantised.INT8, quantised.INT4, quantised.INT8_DYNAMIC)
+    formats = {form.name: form for form in own}
     if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
-        return quantised.INT8, quantised.INT4
+        return formats
     # As in `choose`.
     from engine.kernels import quantised_cpu
 
-    return (
-        replace(quantised.INT8, product=quantised_cpu.int8_product),
-        replace(quantised.INT4, product=quantised_cpu.int4_product),
-    )
+    return {
+        name: replace(form, product=quantised_cpu.PRODUCTS[name]) for name, form in formats.items()
+    }
 
 
 def _require_fp8(device: torch.device) -> None:
@@ -123,18 +124,6 @@ def _require_fp8(device: torch.device) -> None:
     if torch.cuda.get_device_capability(device) < MIN_FP8_CAPABILITY:
         raise ConfigurationError(
             "quantization is 'fp8', but this GPU multiplies no such numbers: use 'int8' or 'int4'."
-        )
-
-
-def _require_int8_sums(device: torch.device) -> None:
-    if device.type != "cpu":
-        raise ConfigurationError(
-            f"quantization is 'int8-dynamic', which only a CPU serves, but device is "
-            f"{str(device)!r}: use 'fp8', 'int8' or 'int4'."
-        )
-    if not quantised.are_int8_sums_exact():
-        raise ConfigurationError(
-            "quantization is 'int8-dynamic', but this CPU rounds sums of int8: use 'int8'."
         )
 
 

@@ -6,6 +6,7 @@ of an input at once: what a row gives never depends on the rows beside it. Knows
 nothing of modules.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -126,19 +127,19 @@ def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def product_int8_dynamic(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     own_codes, own_scales = round_to_int8(x)
-    sums = torch._int_mm(own_codes, codes.T)
-    return (sums * own_scales[:, None] * scales).to(x.dtype)
+    if _are_integer_sums_exact():
+        sums = torch._int_mm(own_codes, codes.T)
+    else:
+        sums = own_codes.double() @ codes.T.double()
+    return (sums.float() * own_scales[:, None] * scales).to(x.dtype)
 
 
-def are_int8_sums_exact() -> bool:
-    """Whether this machine sums products of int8 without saturating.
-
-    Without VNNI two products may be added in 16 bits, which the largest ones overflow.
-    """
+@functools.cache
+def _are_integer_sums_exact() -> bool:
+    """Without VNNI two products may be added in 16 bits, which the largest ones overflow."""
     ones = torch.ones(32, 256, dtype=torch.int8)
     large = torch.cat([INT8_MAX * ones[:16], -INT8_MAX * ones[16:]])
-    expected = large.long() @ large.long().T
-    return torch.equal(torch._int_mm(large, large.T).long(), expected)
+    return torch.equal(torch._int_mm(large, large.T).double(), large.double() @ large.T.double())
 
 
 # fp8: e4m3 · scale of the row, weight and x alike

@@ -1,9 +1,10 @@
-"""Compiled loops for products with weights in few bits: few rows of x, float32, on a CPU.
+"""Compiled loops for products with weights in few bits: x in float32, on a CPU.
 
 A decode step reads every weight once and does little with it. Here that is the codes as they are:
 they become floats in registers, 16 at a time, and meet up to four rows of x there. Many rows are
-worth a GEMM, for which the codes are written out a tile at a time. `quantised` defines what is
-computed. Knows addresses and sizes. Knows nothing of modules.
+worth a GEMM, for which the codes are written out a tile at a time; where x is rounded to int8 too
+there are integers all the way, whatever the number of rows. `quantised` defines what is computed.
+Knows addresses and sizes. Knows nothing of modules.
 """
 
 from collections.abc import Callable
@@ -13,13 +14,22 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 from torch import Tensor
 
-from engine.kernels.loops import floats, inlined, loop, run, thread_count, thread_index
-from engine.kernels.quantised import GROUP_SIZE, INT8
+from engine.kernels.loops import (
+    barrier,
+    floats,
+    inlined,
+    loop,
+    run,
+    thread_count,
+    thread_index,
+)
+from engine.kernels.quantised import GROUP_SIZE, INT8, INT8_DYNAMIC, INT8_MAX
 
 # Rows of x that are worth a GEMM.
 MIN_ROWS_OF_GEMM = 16
@@ -38,9 +48,25 @@ _CALL = np.dtype(
             *("num_rows", "in_features", "out_features"),
             # From one row of `out` to the next
             "out_stride",
+            # int8-dynamic: [num_rows, in_features] in the form that integers are multiplied in, and
+            # [num_rows] float32
+            *("own_codes", "own_scales"),
         )
     ]
 )
+
+_FEATURES = binding.get_host_cpu_features()
+# Multiplies int8 by uint8, four products to a sum. Else int16 by int16, two to a sum: both exact.
+HAS_VNNI = bool(_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
+CAN_MULTIPLY_INTEGERS = HAS_VNNI or bool(_FEATURES.get("avx2"))
+# Of x where it is rounded to int8; what is added to its codes so that they fit; how many of them
+# are multiplied at once.
+_OWN_DTYPE, _OFFSET, _STEP = (torch.uint8, 128, 32) if HAS_VNNI else (torch.int16, 0, 16)
+# Of a row's codes, whichever way they are multiplied.
+INTEGER_MULTIPLE = 32
+
+_OWN_BYTES = _OWN_DTYPE.itemsize
+Calls = np.ndarray[tuple[int], np.dtype[np.void]]
 
 _SUM_FLAGS = ("reassoc", "contract", "nsz")
 _LONG, _WORD = ir.IntType(64), ir.IntType(32)
@@ -48,6 +74,8 @@ _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _WORDS = ir.VectorType(_WORD, LANES)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _HALVES = ir.VectorType(ir.HalfType(), 2)
+_OWN = ir.VectorType(ir.IntType(8 * _OWN_DTYPE.itemsize), LANES)
+_TOTALS = ir.VectorType(_WORD, 8)
 
 
 # Loops over vectors, in LLVM's own words
@@ -81,8 +109,9 @@ class _Builder:
         mask = ir.Constant(_WORDS, [0] * LANES)
         return self.ir.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), mask)
 
-    def sum_of(self, vector: Any) -> Any:
-        size = LANES
+    def joined(self, vector: Any, join: Callable[[Any, Any], Any]) -> Any:
+        """One number of all that the vector has, by halves."""
+        size = vector.type.count
         while size > 1:
             size //= 2
             parts = [
@@ -93,23 +122,42 @@ class _Builder:
                 )
                 for first in (0, size)
             ]
-            vector = self.ir.fadd(*parts, flags=_SUM_FLAGS)
+            vector = join(*parts)
         return self.ir.extract_element(vector, _WORD(0))
+
+    def sum_of(self, vector: Any) -> Any:
+        return self.joined(vector, lambda a, b: self.ir.fadd(a, b, flags=_SUM_FLAGS))
+
+    def larger(self, a: Any, b: Any) -> Any:
+        return self.ir.select(self.ir.fcmp_ordered(">", a, b), a, b)
+
+    def call(self, name: str, result: Any, *arguments: Any) -> Any:
+        """One of LLVM's own functions."""
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = get_or_insert_function(self.ir.module, kind, name)
+        return self.ir.call(function, arguments)
 
     def store(self, number: Any, address: Any) -> None:
         place = self.ir.inttoptr(address, number.type.as_pointer())
-        self.ir.store(number, place, align=4)
+        self.ir.store(number, place, align=1)
 
-    def sums(self, num: int, count: Any, add: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    def sums(
+        self,
+        num: int,
+        count: Any,
+        add: Callable[[Any, list[Any]], list[Any]],
+        *,
+        kind: Any = _FLOATS,
+    ) -> list[Any]:
         """What `add(i, sums)` ends with, for i below `count`, which is at least 1."""
-        zero = ir.Constant(_FLOATS, [0.0] * LANES)
+        zero = ir.Constant(kind, [kind.element(0)] * kind.count)
         before = self.ir.block
         body = self.ir.append_basic_block("sums")
         after = self.ir.append_basic_block("sums.end")
         self.ir.branch(body)
         self.ir.position_at_end(body)
         index = self.ir.phi(_LONG)
-        sums = [self.ir.phi(_FLOATS) for _ in range(num)]
+        sums = [self.ir.phi(kind) for _ in range(num)]
         results = add(index, sums)
         following = self.ir.add(index, _LONG(1))
         firsts = [_LONG(0), *[zero] * num]
@@ -212,6 +260,119 @@ def _int4_dots(num_columns: int, num_rows: int) -> Any:
     return dots
 
 
+def _integer_dots(num_columns: int, num_rows: int) -> Any:
+    """out[r, c] = (codes[c] · own_codes[r]) · own_scales[r] · scales[c], the sum in integers."""
+
+    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+    def dots(
+        _: Any,
+        codes: Any,
+        scales: Any,
+        own_codes: Any,
+        own_scales: Any,
+        out: Any,
+        out_stride: Any,
+        in_features: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            codes, scales, own_codes, own_scales, out, out_stride, in_features = arguments
+            b = _Builder(builder)
+            columns = b.starts(codes, in_features, num_columns)
+            rows = b.starts(own_codes, b.times(in_features, _OWN_DTYPE.itemsize), num_rows)
+
+            def add(index: Any, sums: list[Any]) -> list[Any]:
+                place = b.times(index, _STEP)
+                own_place = b.times(place, _OWN_DTYPE.itemsize)
+                parts = [_integers(b, row, own_place) for row in rows]
+                results: list[Any] = []
+                for column in columns:
+                    weight = _integer_weights(b, column, place)
+                    for part in [*parts, *_offsets(b)]:
+                        results.append(_added_integers(b, sums[len(results)], part, weight))
+                return results
+
+            # With an offset, the sum of a column's codes comes after those of the rows.
+            width = num_rows + len(_offsets(b))
+            count = builder.sdiv(in_features, _LONG(_STEP))
+            totals = b.sums(num_columns * width, count, add, kind=_TOTALS)
+            totals = [b.joined(total, builder.add) for total in totals]
+            for column in range(num_columns):
+                scale = b.load(scales, _LONG(4 * column), ir.FloatType())
+                starts = b.starts(builder.add(out, _LONG(4 * column)), out_stride, num_rows)
+                own = totals[column * width : (column + 1) * width]
+                for row, start in enumerate(starts):
+                    total = builder.sub(own[row], own[-1]) if _OFFSET else own[row]
+                    own_scale = b.load(own_scales, _LONG(4 * row), ir.FloatType())
+                    scaled = builder.fmul(builder.sitofp(total, ir.FloatType()), own_scale)
+                    b.store(builder.fmul(scaled, scale), start)
+            return context.get_dummy_value()
+
+        return types.void(*7 * (types.int64,)), generate
+
+    return dots
+
+
+def _integers(b: _Builder, row: Any, place: Any) -> Any:
+    """`_STEP` codes of x."""
+    return b.load(row, place, _TOTALS if HAS_VNNI else _OWN)
+
+
+def _integer_weights(b: _Builder, column: Any, place: Any) -> Any:
+    """`_STEP` codes of the weight."""
+    if HAS_VNNI:
+        return b.load(column, place, _TOTALS)
+    return b.ir.sext(b.load(column, place, _BYTES), _OWN)
+
+
+def _offsets(b: _Builder) -> list[Any]:
+    """What is in every code of x and must be taken off again, as `_integers` has it."""
+    return [ir.Constant(_TOTALS, [_OFFSET * 0x01010101 - 2**32] * 8)] if _OFFSET else []
+
+
+def _added_integers(b: _Builder, total: Any, part: Any, weight: Any) -> Any:
+    if HAS_VNNI:
+        return b.call("llvm.x86.avx512.vpdpbusd.256", _TOTALS, total, part, weight)
+    return b.ir.add(total, b.call("llvm.x86.avx2.pmadd.wd", _TOTALS, part, weight))
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _round_row(_: Any, x: Any, own_codes: Any, own_scale: Any, in_features: Any) -> Any:
+    """As `quantised.round_to_int8`, with `_OFFSET` added; a scale is NaN if any of the row is not
+    finite."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, own_codes, own_scale, in_features = arguments
+        b = _Builder(builder)
+        count = builder.sdiv(in_features, _LONG(LANES))
+        zero = ir.Constant(_FLOATS, [ir.FloatType()(0)] * LANES)
+
+        def look(index: Any, found: list[Any]) -> list[Any]:
+            part = b.load(x, b.times(index, 4 * LANES), _FLOATS)
+            size = b.call("llvm.fabs.v16f32", _FLOATS, part)
+            return [b.larger(size, found[0]), builder.fadd(found[1], builder.fmul(part, zero))]
+
+        largest, nothing = b.sums(2, count, look)
+        scale = builder.fdiv(b.joined(largest, b.larger), ir.FloatType()(INT8_MAX))
+        is_zero = builder.fcmp_ordered("==", scale, ir.FloatType()(0))
+        scale = builder.select(is_zero, ir.FloatType()(1), scale)
+        scale = builder.fadd(scale, b.joined(nothing, builder.fadd))
+        b.store(scale, own_scale)
+        divisor = b.spread(scale)
+
+        def put(index: Any, _: list[Any]) -> list[Any]:
+            part = builder.fdiv(b.load(x, b.times(index, 4 * LANES), _FLOATS), divisor)
+            codes = builder.fptosi(b.call("llvm.rint.v16f32", _FLOATS, part), _WORDS)
+            codes = builder.trunc(builder.add(codes, ir.Constant(_WORDS, [_OFFSET] * LANES)), _OWN)
+            place = b.times(index, LANES * _OWN_DTYPE.itemsize)
+            b.store(codes, builder.add(own_codes, place))
+            return []
+
+        b.sums(0, count, put)
+        return context.get_dummy_value()
+
+    return types.void(*4 * (types.int64,)), generate
+
+
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
 def _half(_: Any, address: Any) -> Any:
     """The float16 at an address, as float32."""
@@ -249,6 +410,11 @@ _int4_tile, _int4_pair, _int4_row, _int4_one = (
     _int4_dots(COLUMNS, 2),
     _int4_dots(COLUMNS, 1),
     _int4_dots(1, 1),
+)
+_integer_tile, _integer_row, _integer_one = (
+    _integer_dots(COLUMNS, ROWS),
+    _integer_dots(COLUMNS, 1),
+    _integer_dots(1, 1),
 )
 
 
@@ -320,6 +486,45 @@ def _int4_product(pointer: Any) -> None:
         column += COLUMNS
 
 
+@inlined
+def _integer_columns(call: Any, column: Any, row: Any) -> None:
+    """`COLUMNS` rows of the weight with all rows of x from this one on."""
+    width, own_width = call.in_features, call.in_features * _OWN_BYTES
+    codes, scales = call.codes + column * width, call.scales + 4 * column
+    out, stride = call.out + 4 * column, 4 * call.out_stride
+    while row + ROWS <= call.num_rows:
+        own, own_scales = call.own_codes + row * own_width, call.own_scales + 4 * row
+        _integer_tile(codes, scales, own, own_scales, out + row * stride, stride, width)
+        row += ROWS
+    while row < call.num_rows:
+        own, own_scales = call.own_codes + row * own_width, call.own_scales + 4 * row
+        _integer_row(codes, scales, own, own_scales, out + row * stride, stride, width)
+        row += 1
+
+
+def _integer_product(pointer: Any) -> None:
+    """The threads share the rows of x first, to round them."""
+    call = numba.carray(pointer, 1)[0]
+    thread, num_threads = thread_index(), thread_count()
+    width, own_width = call.in_features, call.in_features * _OWN_BYTES
+    row_end = call.num_rows * (thread + 1) // num_threads
+    for row in range(call.num_rows * thread // num_threads, row_end):
+        own, own_scale = call.own_codes + row * own_width, call.own_scales + 4 * row
+        _round_row(call.x + 4 * row * width, own, own_scale, width)
+    barrier()
+    column, end = _share(call.out_features, thread, num_threads)
+    while column + COLUMNS <= end:
+        _integer_columns(call, column, 0)
+        column += COLUMNS
+    while column < end:
+        codes, scales = call.codes + column * width, call.scales + 4 * column
+        for row in range(call.num_rows):
+            own, own_scale = call.own_codes + row * own_width, call.own_scales + 4 * row
+            out = call.out + 4 * (row * call.out_stride + column)
+            _integer_one(codes, scales, own, own_scale, out, 4 * call.out_stride, width)
+        column += 1
+
+
 # Writing out: out[n] = W[n]
 
 
@@ -358,6 +563,7 @@ def _int4_rows(pointer: Any) -> None:
 
 _INT8_PRODUCT, _INT4_PRODUCT = loop(_int8_product, _CALL), loop(_int4_product, _CALL)
 _INT8_ROWS, _INT4_ROWS = loop(_int8_rows, _CALL), loop(_int4_rows, _CALL)
+_INTEGER_PRODUCT = loop(_integer_product, _CALL) if CAN_MULTIPLY_INTEGERS else None
 
 
 def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -370,6 +576,19 @@ def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 def int4_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """As `Format.product` of int4."""
     return _product(x, codes, scales, few=_INT4_PRODUCT, rows=_INT4_ROWS)
+
+
+def int8_dynamic_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """As `Format.product` of int8-dynamic."""
+    if x.shape[1] % INTEGER_MULTIPLE or not CAN_MULTIPLY_INTEGERS:
+        return INT8_DYNAMIC.product(x, codes, scales)
+    x = x.contiguous()
+    out = torch.empty(x.shape[0], codes.shape[0])
+    own_codes, own_scales = torch.empty(x.shape, dtype=_OWN_DTYPE), torch.empty(x.shape[0])
+    call = _call(x, codes, scales, out=out)
+    call[0]["own_codes"], call[0]["own_scales"] = own_codes.data_ptr(), own_scales.data_ptr()
+    run(_INTEGER_PRODUCT, call.ctypes.data)
+    return out
 
 
 def _product(x: Tensor, codes: Tensor, scales: Tensor, *, few: Any, rows: Any) -> Tensor:
@@ -388,9 +607,17 @@ def _product(x: Tensor, codes: Tensor, scales: Tensor, *, few: Any, rows: Any) -
 
 
 def _run(loop: Any, x: Tensor, codes: Tensor, scales: Tensor, *, out: Tensor) -> None:
+    run(loop, _call(x, codes, scales, out=out).ctypes.data)
+
+
+def _call(x: Tensor, codes: Tensor, scales: Tensor, *, out: Tensor) -> Calls:
+    """One record."""
     record = np.zeros(1, dtype=_CALL)
     call = record[0]
     call["x"], call["num_rows"], call["in_features"] = x.data_ptr(), x.shape[0], x.shape[1]
     call["codes"], call["scales"], call["out"] = (t.data_ptr() for t in (codes, scales, out))
     call["out_features"], call["out_stride"] = codes.shape[0], out.stride(0)
-    run(loop, record.ctypes.data)
+    return record
+
+
+PRODUCTS = {"int8": int8_product, "int4": int4_product, "int8-dynamic": int8_dynamic_product}

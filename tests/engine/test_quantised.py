@@ -22,6 +22,7 @@ ON_CPU = ["int8", "int4", "int8-dynamic"]
 COMPILED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "int8": quantised_cpu.int8_product,
     "int4": quantised_cpu.int4_product,
+    "int8-dynamic": quantised_cpu.int8_dynamic_product,
 }
 WIDE = tiny_llama_config(hidden_size=64, intermediate_size=96)
 
@@ -70,7 +71,8 @@ def test_compiled_products_are_those_of_the_definition(
     codes, scales = form.codes_of(random_weight(*shape))
     x = torch.randn(num_rows, shape[1])
     found = COMPILED[name](x, codes, scales)
-    expected = x.double() @ form.decode(codes, scales).double().T
+    own = x if form.rounded is None else form.rounded(x)
+    expected = own.double() @ form.decode(codes, scales).double().T
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(form.product(x, codes, scales), found, rtol=1e-5, atol=1e-4)
 
@@ -97,21 +99,21 @@ def test_a_row_that_is_broken_or_huge_changes_no_other(name: str, num_rows: int)
         assert value == 1e6 or not bool(torch.isfinite(found[1]).any())
 
 
-def test_sums_of_integers_are_the_same_in_every_batch() -> None:
-    codes, scales = INT8_DYNAMIC.codes_of(random_weight(48, 64))
-    x = torch.randn(9, 64)
-    together = INT8_DYNAMIC.product(x, codes, scales)
-    alone = [INT8_DYNAMIC.product(row[None], codes, scales) for row in x]
-    assert torch.equal(together, torch.cat(alone))
+def test_sums_of_integers_are_the_same_to_the_last_bit_in_every_batch() -> None:
+    codes, scales = INT8_DYNAMIC.codes_of(random_weight(50, 96))
+    x = torch.randn(9, 96)
+    x[2] = 0
+    expected = INT8_DYNAMIC.product(x, codes, scales)
+    assert torch.equal(quantised_cpu.int8_dynamic_product(x, codes, scales), expected)
+    alone = [quantised_cpu.int8_dynamic_product(row[None], codes, scales) for row in x]
+    assert torch.equal(torch.cat(alone), expected)
 
 
-def test_dynamic_products_are_those_of_what_they_round_to() -> None:
-    assert INT8_DYNAMIC.rounded is not None
-    codes, scales = INT8_DYNAMIC.codes_of(random_weight(48, 64))
-    x = torch.randn(9, 64)
-    expected = INT8_DYNAMIC.rounded(x) @ INT8_DYNAMIC.decode(codes, scales).T
-    found = INT8_DYNAMIC.product(x, codes, scales)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+def test_sums_of_the_largest_integers_do_not_saturate() -> None:
+    x = torch.cat([torch.ones(3, 4096), -torch.ones(3, 4096)])
+    codes, scales = INT8_DYNAMIC.codes_of(x)
+    for product in (INT8_DYNAMIC.product, quantised_cpu.int8_dynamic_product):
+        torch.testing.assert_close(product(x, codes, scales), x @ x.T)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp8 is multiplied on GPUs alone")

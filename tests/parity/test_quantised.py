@@ -90,6 +90,7 @@ class Family:
 
     def __init__(self, name: str, quantization: str, folder: Path) -> None:
         self.path = save_random_model(MODELS[name], folder)
+        self.max_error = MAX_ERROR[quantization]
         self.base = whole(self.path, quantization)
         self.folders: dict[str, Path] = {}
         self.adapted: dict[str, peft.PeftModel] = {}
@@ -122,9 +123,7 @@ class Family:
 @pytest.fixture(scope="module", params=[(n, q) for n in MODELS for q in MAX_ERROR], ids="-".join)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     name, quantization = request.param
-    made = Family(name, quantization, tmp_path_factory.mktemp("model"))
-    made.loaded.model.max_error = MAX_ERROR[quantization]
-    return made
+    return Family(name, quantization, tmp_path_factory.mktemp("model"))
 
 
 def logits_of(loaded: LoadedModel, slots: list[int]) -> list[torch.Tensor]:
@@ -149,7 +148,7 @@ def error_of(found: torch.Tensor, model: Any) -> float:
 
 
 def test_each_feature_alone_is_computed_as_peft_computes_it(family: Family) -> None:
-    bound = family.loaded.model.max_error
+    bound = family.max_error
     (found,) = logits_of(family.loaded, [NO_ADAPTER])
     assert error_of(found, family.base) < bound
     for feature, adapted in family.adapted.items():
@@ -161,7 +160,7 @@ def test_all_features_in_one_batch_are_what_they_are_alone(family: Family) -> No
     models = {NO_ADAPTER: family.base} | dict(enumerate(family.adapted.values()))
     found = logits_of(family.loaded, list(models))
     for own, model in zip(found, models.values(), strict=True):
-        assert error_of(own, model) < family.loaded.model.max_error
+        assert error_of(own, model) < family.max_error
 
 
 def test_a_probe_finds_nothing_wrong(family: Family) -> None:
