@@ -90,7 +90,9 @@ def load(
     say(f"loading {config.model} on {config.device}")
     started_at_s = time.monotonic()
     core = EngineCore(config, adapter_source=source, bundle_of=bundle_of)
-    say(f"loaded in {time.monotonic() - started_at_s:.1f} s, as {core.dtype} on {core.device}")
+    kept_as = "" if config.quantization == "none" else f", linear layers as {config.quantization}"
+    took_s = time.monotonic() - started_at_s
+    say(f"loaded in {took_s:.1f} s, as {core.dtype} on {core.device}{kept_as}")
     return core
 
 

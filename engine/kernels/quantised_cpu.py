@@ -35,8 +35,8 @@ from engine.kernels.quantised import GROUP_SIZE, INT8, INT8_DYNAMIC, INT8_MAX
 MIN_ROWS_OF_GEMM = 16
 # Rows of a weight that are written out at once: they stay in a core's cache.
 TILE_SIZE = 512
-# Rows of a weight that a thread takes at once, and rows of x that they meet.
-COLUMNS, ROWS = 4, 4
+# Rows of a weight that a thread takes at once.
+COLUMNS = 4
 LANES = 16
 
 # Records of int64: addresses, sizes in elements.
@@ -56,6 +56,9 @@ _CALL = np.dtype(
 )
 
 _FEATURES = binding.get_host_cpu_features()
+# Rows of a weight, and of x, whose sums registers hold at once: there are 32 of 16 floats, or 16 of
+# half as many.
+_TILE, _ROWS, _INTEGER_ROWS = (4, 4, 4) if _FEATURES.get("avx512f") else (2, 2, 4)
 # Multiplies int8 by uint8, four products to a sum. Else int16 by int16, two to a sum: both exact.
 HAS_VNNI = bool(_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
 CAN_MULTIPLY_INTEGERS = HAS_VNNI or bool(_FEATURES.get("avx2"))
@@ -399,20 +402,18 @@ def _pointer(kind: Any) -> Any:
 
 
 _int8s, _uint8s = _pointer(types.int8), _pointer(types.uint8)
-_int8_tile, _int8_pair, _int8_row, _int8_one = (
-    _int8_dots(COLUMNS // 2, ROWS),
-    _int8_dots(COLUMNS, 2),
+_int8_tile, _int8_row, _int8_one = (
+    _int8_dots(_TILE, _ROWS),
     _int8_dots(COLUMNS, 1),
     _int8_dots(1, 1),
 )
-_int4_tile, _int4_pair, _int4_row, _int4_one = (
-    _int4_dots(COLUMNS // 2, ROWS),
-    _int4_dots(COLUMNS, 2),
+_int4_tile, _int4_row, _int4_one = (
+    _int4_dots(_TILE, _ROWS),
     _int4_dots(COLUMNS, 1),
     _int4_dots(1, 1),
 )
 _integer_tile, _integer_row, _integer_one = (
-    _integer_dots(COLUMNS, ROWS),
+    _integer_dots(_TILE, _INTEGER_ROWS),
     _integer_dots(COLUMNS, 1),
     _integer_dots(1, 1),
 )
@@ -432,97 +433,83 @@ def _share(num: Any, thread: Any, num_threads: Any) -> Any:
 def _int8_product(pointer: Any) -> None:
     call = numba.carray(pointer, 1)[0]
     width, stride = call.in_features, 4 * call.out_stride
-    column, end = _share(call.out_features, thread_index(), thread_count())
-    while column < end:
+    first, end = _share(call.out_features, thread_index(), thread_count())
+    whole_end = end - (end - first) % COLUMNS
+    num_tiled = call.num_rows // _ROWS * _ROWS
+    for column in range(first, whole_end, COLUMNS):
+        for row in range(0, num_tiled, _ROWS):
+            for own in range(column, column + COLUMNS, _TILE):
+                codes, scales = call.codes + own * width, call.scales + 4 * own
+                out = call.out + 4 * own + row * stride
+                _int8_tile(codes, scales, call.x + 4 * row * width, out, stride, width)
         codes, scales = call.codes + column * width, call.scales + 4 * column
-        out = call.out + 4 * column
-        if column + COLUMNS > end:
-            for row in range(call.num_rows):
-                x, own = call.x + 4 * row * width, out + row * stride
-                _int8_one(codes, scales, x, own, stride, width)
-            column += 1
-            continue
-        row = 0
-        while row + ROWS <= call.num_rows:
-            x, own = call.x + 4 * row * width, out + row * stride
-            _int8_tile(codes, scales, x, own, stride, width)
-            _int8_tile(codes + 2 * width, scales + 8, x, own + 8, stride, width)
-            row += ROWS
-        while row + 2 <= call.num_rows:
-            _int8_pair(codes, scales, call.x + 4 * row * width, out + row * stride, stride, width)
-            row += 2
-        if row < call.num_rows:
-            _int8_row(codes, scales, call.x + 4 * row * width, out + row * stride, stride, width)
-        column += COLUMNS
+        for row in range(num_tiled, call.num_rows):
+            out = call.out + 4 * column + row * stride
+            _int8_row(codes, scales, call.x + 4 * row * width, out, stride, width)
+    for column in range(whole_end, end):
+        codes, scales = call.codes + column * width, call.scales + 4 * column
+        for row in range(call.num_rows):
+            out = call.out + 4 * column + row * stride
+            _int8_one(codes, scales, call.x + 4 * row * width, out, stride, width)
 
 
 def _int4_product(pointer: Any) -> None:
     call = numba.carray(pointer, 1)[0]
     num_groups, stride = call.in_features // GROUP_SIZE, 4 * call.out_stride
-    width = 4 * call.in_features
-    column, end = _share(call.out_features, thread_index(), thread_count())
-    while column < end:
-        codes = call.codes + column * num_groups * LANES
-        scales = call.scales + 4 * column * num_groups
-        out = call.out + 4 * column
-        if column + COLUMNS > end:
-            for row in range(call.num_rows):
-                x, own = call.x + row * width, out + row * stride
-                _int4_one(codes, scales, x, own, stride, num_groups)
-            column += 1
-            continue
-        row = 0
-        while row + ROWS <= call.num_rows:
-            x, own = call.x + row * width, out + row * stride
-            _int4_tile(codes, scales, x, own, stride, num_groups)
-            codes_2, scales_2 = codes + 2 * num_groups * LANES, scales + 8 * num_groups
-            _int4_tile(codes_2, scales_2, x, own + 8, stride, num_groups)
-            row += ROWS
-        while row + 2 <= call.num_rows:
-            _int4_pair(codes, scales, call.x + row * width, out + row * stride, stride, num_groups)
-            row += 2
-        if row < call.num_rows:
-            _int4_row(codes, scales, call.x + row * width, out + row * stride, stride, num_groups)
-        column += COLUMNS
-
-
-@inlined
-def _integer_columns(call: Any, column: Any, row: Any) -> None:
-    """`COLUMNS` rows of the weight with all rows of x from this one on."""
-    width, own_width = call.in_features, call.in_features * _OWN_BYTES
-    codes, scales = call.codes + column * width, call.scales + 4 * column
-    out, stride = call.out + 4 * column, 4 * call.out_stride
-    while row + ROWS <= call.num_rows:
-        own, own_scales = call.own_codes + row * own_width, call.own_scales + 4 * row
-        _integer_tile(codes, scales, own, own_scales, out + row * stride, stride, width)
-        row += ROWS
-    while row < call.num_rows:
-        own, own_scales = call.own_codes + row * own_width, call.own_scales + 4 * row
-        _integer_row(codes, scales, own, own_scales, out + row * stride, stride, width)
-        row += 1
+    # Bytes from one row to the next, of codes and of x; scales take 4 for each group.
+    code_width, width = num_groups * LANES, 4 * call.in_features
+    first, end = _share(call.out_features, thread_index(), thread_count())
+    whole_end = end - (end - first) % COLUMNS
+    num_tiled = call.num_rows // _ROWS * _ROWS
+    for column in range(first, whole_end, COLUMNS):
+        for row in range(0, num_tiled, _ROWS):
+            for own in range(column, column + COLUMNS, _TILE):
+                codes, scales = call.codes + own * code_width, call.scales + 4 * own * num_groups
+                out = call.out + 4 * own + row * stride
+                _int4_tile(codes, scales, call.x + row * width, out, stride, num_groups)
+        codes, scales = call.codes + column * code_width, call.scales + 4 * column * num_groups
+        for row in range(num_tiled, call.num_rows):
+            out = call.out + 4 * column + row * stride
+            _int4_row(codes, scales, call.x + row * width, out, stride, num_groups)
+    for column in range(whole_end, end):
+        codes, scales = call.codes + column * code_width, call.scales + 4 * column * num_groups
+        for row in range(call.num_rows):
+            out = call.out + 4 * column + row * stride
+            _int4_one(codes, scales, call.x + row * width, out, stride, num_groups)
 
 
 def _integer_product(pointer: Any) -> None:
     """The threads share the rows of x first, to round them."""
     call = numba.carray(pointer, 1)[0]
     thread, num_threads = thread_index(), thread_count()
-    width, own_width = call.in_features, call.in_features * _OWN_BYTES
+    width, stride = call.in_features, 4 * call.out_stride
+    own_width = width * _OWN_BYTES
     row_end = call.num_rows * (thread + 1) // num_threads
     for row in range(call.num_rows * thread // num_threads, row_end):
         own, own_scale = call.own_codes + row * own_width, call.own_scales + 4 * row
         _round_row(call.x + 4 * row * width, own, own_scale, width)
     barrier()
-    column, end = _share(call.out_features, thread, num_threads)
-    while column + COLUMNS <= end:
-        _integer_columns(call, column, 0)
-        column += COLUMNS
-    while column < end:
+    first, end = _share(call.out_features, thread, num_threads)
+    whole_end = end - (end - first) % COLUMNS
+    num_tiled = call.num_rows // _INTEGER_ROWS * _INTEGER_ROWS
+    for column in range(first, whole_end, COLUMNS):
+        for row in range(0, num_tiled, _INTEGER_ROWS):
+            x, x_scales = call.own_codes + row * own_width, call.own_scales + 4 * row
+            for own in range(column, column + COLUMNS, _TILE):
+                codes, scales = call.codes + own * width, call.scales + 4 * own
+                out = call.out + 4 * own + row * stride
+                _integer_tile(codes, scales, x, x_scales, out, stride, width)
+        codes, scales = call.codes + column * width, call.scales + 4 * column
+        for row in range(num_tiled, call.num_rows):
+            x, x_scales = call.own_codes + row * own_width, call.own_scales + 4 * row
+            out = call.out + 4 * column + row * stride
+            _integer_row(codes, scales, x, x_scales, out, stride, width)
+    for column in range(whole_end, end):
         codes, scales = call.codes + column * width, call.scales + 4 * column
         for row in range(call.num_rows):
-            own, own_scale = call.own_codes + row * own_width, call.own_scales + 4 * row
-            out = call.out + 4 * (row * call.out_stride + column)
-            _integer_one(codes, scales, own, own_scale, out, 4 * call.out_stride, width)
-        column += 1
+            x, x_scales = call.own_codes + row * own_width, call.own_scales + 4 * row
+            out = call.out + 4 * column + row * stride
+            _integer_one(codes, scales, x, x_scales, out, stride, width)
 
 
 # Writing out: out[n] = W[n]
