@@ -1,5 +1,6 @@
 """Adapters on a quantised base are computed as PEFT computes them on what its codes stand for."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,11 @@ class Family:
                 continue
             own = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | settings
             base = whole(self.path, quantization)
-            adapted = train_a_little(peft.get_peft_model(base, peft.LoraConfig(**own)), seed=seed)
+            with warnings.catch_warnings():
+                # It warns of what is asked for here.
+                warnings.simplefilter("ignore")
+                adapted = peft.get_peft_model(base, peft.LoraConfig(**own))
+            adapted = train_a_little(adapted, seed=seed)
             self.adapted[feature], self.folders[feature] = adapted, folder / str(seed)
             save_quietly(adapted, self.folders[feature])
         settings = {"served_name": "base", "max_loras": len(self.adapted)}
