@@ -39,8 +39,8 @@ _parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_
 _parallel.restype = None
 
 
-def _compile(compiler: Any, function: Callable[..., Any]) -> Any:
-    options = {"fastmath": _FAST_MATH, "error_model": "numpy"}
+def _compile(compiler: Any, function: Callable[..., Any], *, is_exact: bool = False) -> Any:
+    options = {"fastmath": set() if is_exact else _FAST_MATH, "error_model": "numpy"}
     try:
         return compiler(cache=True, **options)(function)
     except RuntimeError:
@@ -53,10 +53,15 @@ def inlined(function: Function) -> Function:
     return compiled
 
 
-def loop(function: Callable[[Any], None], call: np.dtype[np.void]) -> Any:
-    """`function` as threads call it, all with the address of the same `call`."""
+def loop(
+    function: Callable[[Any], None], call: np.dtype[np.void], *, is_exact: bool = False
+) -> Any:
+    """`function` as threads call it, all with the address of the same `call`.
+
+    `is_exact`: sums are taken in the order that is written, where nothing else is said.
+    """
     signature = types.void(types.CPointer(numba.from_dtype(call)))
-    return _compile(functools.partial(numba.cfunc, signature), function)
+    return _compile(functools.partial(numba.cfunc, signature), function, is_exact=is_exact)
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types

@@ -550,7 +550,8 @@ def _int4_rows(pointer: Any) -> None:
 
 _INT8_PRODUCT, _INT4_PRODUCT = loop(_int8_product, _CALL), loop(_int4_product, _CALL)
 _INT8_ROWS, _INT4_ROWS = loop(_int8_rows, _CALL), loop(_int4_rows, _CALL)
-_INTEGER_PRODUCT = loop(_integer_product, _CALL) if CAN_MULTIPLY_INTEGERS else None
+# What is rounded must not depend on how a compiler orders things.
+_INTEGER_PRODUCT = loop(_integer_product, _CALL, is_exact=True) if CAN_MULTIPLY_INTEGERS else None
 
 
 def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
