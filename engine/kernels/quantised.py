@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Of int4: so many neighbours of a row share a step and a floor. 5 bits a weight, all in all.
+# So many neighbours of a row share a scale, and in int4 a floor: 8.5 bits a weight, and 5.
 GROUP_SIZE = 32
 # Rows of a weight that are whole at once.
 TILE_SIZE = 1024
@@ -79,17 +79,32 @@ def _steps(largest: Tensor, num_steps: int) -> Tensor:
     return torch.where(steps == 0, 1.0, steps)
 
 
-# int8: code · scale of the row, symmetric
+# int8: code · scale of the group, symmetric
 
 
 def encode_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """codes [num_rows, in_features] int8, scales [num_rows] float32."""
-    scales = _steps(rows.abs().amax(dim=1), INT8_MAX)
-    return (rows / scales[:, None]).round().to(torch.int8), scales
+    """codes [num_rows, in_features] int8, scales [num_rows, num_groups] float16.
+
+    The last group is what is left. With one scale a row SmolLM2-135M agreed with itself in 95 % of
+    the likeliest tokens.
+    """
+    groups = _grouped(rows)
+    scales = (groups.abs().amax(dim=-1) / INT8_MAX).half()
+    steps = torch.where(scales == 0, 1.0, scales.float())
+    codes = (groups / steps[..., None]).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    return codes.flatten(1)[:, : rows.shape[1]].contiguous(), scales
 
 
 def decode_int8(codes: Tensor, scales: Tensor) -> Tensor:
-    return codes.float() * scales[:, None]
+    rows = _grouped(codes.float()) * scales.float()[..., None]
+    return rows.flatten(1)[:, : codes.shape[1]]
+
+
+def _grouped(rows: Tensor) -> Tensor:
+    """[num_rows, num_groups, GROUP_SIZE], with zeros where there is nothing left."""
+    padding = -rows.shape[1] % GROUP_SIZE
+    padded = torch.nn.functional.pad(rows, (0, padding)) if padding else rows
+    return padded.view(rows.shape[0], -1, GROUP_SIZE)
 
 
 # int4: code · step + floor of the group
@@ -101,7 +116,7 @@ def encode_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
     A group's byte i holds its number i in the lower half, number i + 16 in the upper one. A group's
     scales are its step and its floor; the codes make up for what these lose in float16.
     """
-    groups = rows.unflatten(1, (-1, GROUP_SIZE))
+    groups = _grouped(rows)
     floors = groups.amin(dim=-1).half().float()
     steps = ((groups.amax(dim=-1) - floors) / INT4_MAX).half().float()
     widths = torch.where(steps == 0, 1.0, steps)
@@ -111,22 +126,27 @@ def encode_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_int4(codes: Tensor, scales: Tensor) -> Tensor:
-    halves = codes.unflatten(1, (-1, GROUP_SIZE // 2))
+    halves = codes.view(codes.shape[0], -1, GROUP_SIZE // 2)
     groups = torch.cat([halves & 15, halves >> 4], dim=-1).float()
     steps, floors = scales.float().unbind(dim=-1)
     return (groups * steps[..., None] + floors[..., None]).flatten(1)
 
 
-# int8, dynamic: each row of x becomes int8 as a row of the weight has, and sums are integers
+# int8, dynamic: a scale for each row, of the weight and of x, and sums are integers
 
 
-def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def encode_int8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """codes [num_rows, in_features] int8, scales [num_rows] float32."""
-    return encode_int8(x.float())
+    scales = _steps(rows.abs().amax(dim=1), INT8_MAX)
+    return (rows / scales[:, None]).round().to(torch.int8), scales
+
+
+def decode_int8_rows(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes.float() * scales[:, None]
 
 
 def product_int8_dynamic(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    own_codes, own_scales = round_to_int8(x)
+    own_codes, own_scales = encode_int8_rows(x.float())
     if _are_integer_sums_exact():
         sums = torch._int_mm(own_codes, codes.T)
     else:
@@ -173,10 +193,10 @@ INT4 = Format(
 )
 INT8_DYNAMIC = Format(
     "int8-dynamic",
-    encode_int8,
-    decode_int8,
+    encode_int8_rows,
+    decode_int8_rows,
     product_int8_dynamic,
-    rounded=lambda x: decode_int8(*round_to_int8(x)),
+    rounded=lambda x: decode_int8_rows(*encode_int8_rows(x.float())),
 )
 FP8 = Format(
     "fp8",

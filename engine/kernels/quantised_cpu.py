@@ -172,49 +172,8 @@ class _Builder:
         return results
 
 
-def _int8_dots(num_columns: int, num_rows: int) -> Any:
-    """out[r, c] = scales[c] · (codes[c] · x[r]) for so many rows of codes and of x."""
-
-    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-    def dots(
-        _: Any, codes: Any, scales: Any, x: Any, out: Any, out_stride: Any, in_features: Any
-    ) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            codes, scales, x, out, out_stride, in_features = arguments
-            b = _Builder(builder)
-            columns = b.starts(codes, in_features, num_columns)
-            rows = b.starts(x, b.times(in_features, 4), num_rows)
-
-            def add(index: Any, sums: list[Any]) -> list[Any]:
-                place = b.times(index, LANES)
-                parts = [b.load(row, b.times(place, 4), _FLOATS) for row in rows]
-                results = []
-                for column in columns:
-                    codes = builder.sext(b.load(column, place, _BYTES), _WORDS)
-                    weight = b.floats(codes)
-                    results += [
-                        b.added(sums[len(results) + i], weight, part)
-                        for i, part in enumerate(parts)
-                    ]
-                return results
-
-            count = builder.sdiv(in_features, _LONG(LANES))
-            totals = b.sums(num_columns * num_rows, count, add)
-            for column in range(num_columns):
-                scale = b.load(scales, _LONG(4 * column), ir.FloatType())
-                starts = b.starts(builder.add(out, _LONG(4 * column)), out_stride, num_rows)
-                for row, start in enumerate(starts):
-                    total = b.sum_of(totals[column * num_rows + row])
-                    b.store(builder.fmul(total, scale), start)
-            return context.get_dummy_value()
-
-        return types.void(*6 * (types.int64,)), generate
-
-    return dots
-
-
-def _int4_dots(num_columns: int, num_rows: int) -> Any:
-    """out[r, c] = Σ over groups of step · (codes[c] · x[r]) + floor · Σ x[r]."""
+def _dots(num_columns: int, num_rows: int, kind: "_Grouped") -> Any:
+    """out[r, c] = W[c] · x[r] for so many rows of W and of x, whose groups are read once."""
 
     @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
     def dots(
@@ -223,8 +182,8 @@ def _int4_dots(num_columns: int, num_rows: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             codes, scales, x, out, out_stride, num_groups = arguments
             b = _Builder(builder)
-            columns = b.starts(codes, b.times(num_groups, LANES), num_columns)
-            scale_rows = b.starts(scales, b.times(num_groups, 4), num_columns)
+            columns = b.starts(codes, b.times(num_groups, kind.code_bytes), num_columns)
+            scale_rows = b.starts(scales, b.times(num_groups, kind.scale_bytes), num_columns)
             rows = b.starts(x, b.times(num_groups, 4 * GROUP_SIZE), num_rows)
 
             def add(group: Any, sums: list[Any]) -> list[Any]:
@@ -233,22 +192,10 @@ def _int4_dots(num_columns: int, num_rows: int) -> Any:
                 parts = [(b.load(r, place, _FLOATS), b.load(r, upper, _FLOATS)) for r in rows]
                 results: list[Any] = []
                 for column, own_scales in zip(columns, scale_rows, strict=True):
-                    packed = b.load(column, b.times(group, LANES), _BYTES)
-                    low = builder.and_(packed, ir.Constant(_BYTES, [15] * LANES))
-                    high = builder.lshr(packed, ir.Constant(_BYTES, [4] * LANES))
-                    halves = [b.floats(builder.zext(half, _WORDS)) for half in (low, high)]
-                    pair = builder.fpext(
-                        b.load(own_scales, b.times(group, 4), _HALVES),
-                        ir.VectorType(ir.FloatType(), 2),
-                    )
-                    step, floor = (
-                        b.spread(builder.extract_element(pair, _WORD(i))) for i in range(2)
-                    )
-                    # The group's own weights, once for all rows of x.
-                    weights = [b.added(floor, step, half) for half in halves]
+                    low, high = kind.weights(b, column, own_scales, group)
                     for part in parts:
-                        total = b.added(sums[len(results)], weights[0], part[0])
-                        results.append(b.added(total, weights[1], part[1]))
+                        total = b.added(sums[len(results)], low, part[0])
+                        results.append(b.added(total, high, part[1]))
                 return results
 
             totals = b.sums(num_columns * num_rows, num_groups, add)
@@ -261,6 +208,46 @@ def _int4_dots(num_columns: int, num_rows: int) -> Any:
         return types.void(*6 * (types.int64,)), generate
 
     return dots
+
+
+@dataclass(frozen=True, slots=True)
+class _Grouped:
+    """How the groups of a format lie in memory."""
+
+    code_bytes: int
+    scale_bytes: int
+    # A group's weights as two vectors, from addresses of its row's codes and scales.
+    weights: Callable[[_Builder, Any, Any, Any], tuple[Any, Any]]
+
+
+def _int8_weights(b: _Builder, column: Any, scales: Any, group: Any) -> tuple[Any, Any]:
+    """scale · code"""
+    place = b.times(group, GROUP_SIZE)
+    scale = b.load(scales, b.times(group, 2), ir.HalfType())
+    factor = b.spread(b.ir.fpext(scale, ir.FloatType()))
+    low, high = (
+        b.ir.fmul(factor, b.floats(b.ir.sext(b.load(column, at, _BYTES), _WORDS)))
+        for at in (place, b.ir.add(place, _LONG(LANES)))
+    )
+    return low, high
+
+
+def _int4_weights(b: _Builder, column: Any, scales: Any, group: Any) -> tuple[Any, Any]:
+    """step · code + floor"""
+    packed = b.load(column, b.times(group, LANES), _BYTES)
+    halves = (
+        b.ir.and_(packed, ir.Constant(_BYTES, [15] * LANES)),
+        b.ir.lshr(packed, ir.Constant(_BYTES, [4] * LANES)),
+    )
+    pair = b.load(scales, b.times(group, 4), _HALVES)
+    pair = b.ir.fpext(pair, ir.VectorType(ir.FloatType(), 2))
+    step, floor = (b.spread(b.ir.extract_element(pair, _WORD(i))) for i in range(2))
+    low, high = (b.added(floor, step, b.floats(b.ir.zext(half, _WORDS))) for half in halves)
+    return low, high
+
+
+_INT8 = _Grouped(GROUP_SIZE, 2, _int8_weights)
+_INT4 = _Grouped(GROUP_SIZE // 2, 4, _int4_weights)
 
 
 def _integer_dots(num_columns: int, num_rows: int) -> Any:
@@ -340,8 +327,10 @@ def _added_integers(b: _Builder, total: Any, part: Any, weight: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
 def _round_row(_: Any, x: Any, own_codes: Any, own_scale: Any, in_features: Any) -> Any:
-    """As `quantised.round_to_int8`, with `_OFFSET` added; a scale is NaN if any of the row is not
-    finite."""
+    """As `quantised.encode_int8_rows`, with `_OFFSET` added.
+
+    The scale is NaN if any of the row is not finite.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, own_codes, own_scale, in_features = arguments
@@ -403,14 +392,14 @@ def _pointer(kind: Any) -> Any:
 
 _int8s, _uint8s = _pointer(types.int8), _pointer(types.uint8)
 _int8_tile, _int8_row, _int8_one = (
-    _int8_dots(_TILE, _ROWS),
-    _int8_dots(COLUMNS, 1),
-    _int8_dots(1, 1),
+    _dots(_TILE, _ROWS, _INT8),
+    _dots(COLUMNS, 1, _INT8),
+    _dots(1, 1, _INT8),
 )
 _int4_tile, _int4_row, _int4_one = (
-    _int4_dots(_TILE, _ROWS),
-    _int4_dots(COLUMNS, 1),
-    _int4_dots(1, 1),
+    _dots(_TILE, _ROWS, _INT4),
+    _dots(COLUMNS, 1, _INT4),
+    _dots(1, 1, _INT4),
 )
 _integer_tile, _integer_row, _integer_one = (
     _integer_dots(_TILE, _INTEGER_ROWS),
@@ -432,25 +421,27 @@ def _share(num: Any, thread: Any, num_threads: Any) -> Any:
 
 def _int8_product(pointer: Any) -> None:
     call = numba.carray(pointer, 1)[0]
-    width, stride = call.in_features, 4 * call.out_stride
+    num_groups, stride = call.in_features // GROUP_SIZE, 4 * call.out_stride
+    # Bytes from one row to the next, of codes and of x; scales take 2 for each group.
+    code_width, width = num_groups * GROUP_SIZE, 4 * call.in_features
     first, end = _share(call.out_features, thread_index(), thread_count())
     whole_end = end - (end - first) % COLUMNS
     num_tiled = call.num_rows // _ROWS * _ROWS
     for column in range(first, whole_end, COLUMNS):
         for row in range(0, num_tiled, _ROWS):
             for own in range(column, column + COLUMNS, _TILE):
-                codes, scales = call.codes + own * width, call.scales + 4 * own
+                codes, scales = call.codes + own * code_width, call.scales + 2 * own * num_groups
                 out = call.out + 4 * own + row * stride
-                _int8_tile(codes, scales, call.x + 4 * row * width, out, stride, width)
-        codes, scales = call.codes + column * width, call.scales + 4 * column
+                _int8_tile(codes, scales, call.x + row * width, out, stride, num_groups)
+        codes, scales = call.codes + column * code_width, call.scales + 2 * column * num_groups
         for row in range(num_tiled, call.num_rows):
             out = call.out + 4 * column + row * stride
-            _int8_row(codes, scales, call.x + 4 * row * width, out, stride, width)
+            _int8_row(codes, scales, call.x + row * width, out, stride, num_groups)
     for column in range(whole_end, end):
-        codes, scales = call.codes + column * width, call.scales + 4 * column
+        codes, scales = call.codes + column * code_width, call.scales + 2 * column * num_groups
         for row in range(call.num_rows):
             out = call.out + 4 * column + row * stride
-            _int8_one(codes, scales, call.x + 4 * row * width, out, stride, width)
+            _int8_one(codes, scales, call.x + row * width, out, stride, num_groups)
 
 
 def _int4_product(pointer: Any) -> None:
@@ -516,8 +507,8 @@ def _integer_product(pointer: Any) -> None:
 
 
 @inlined
-def _write_int8(out: Any, codes: Any, scale: Any, n: Any) -> None:
-    for i in range(n):
+def _write_int8(out: Any, codes: Any, scale: Any) -> None:
+    for i in range(GROUP_SIZE):
         out[i] = scale * np.float32(codes[i])
 
 
@@ -530,12 +521,11 @@ def _write_int4(out: Any, codes: Any, step: Any, floor: Any) -> None:
 
 def _int8_rows(pointer: Any) -> None:
     call = numba.carray(pointer, 1)[0]
-    width = call.in_features
+    num_groups = call.in_features // GROUP_SIZE
     first, end = _share(call.out_features, thread_index(), thread_count())
-    for column in range(first, end):
-        codes = _int8s(call.codes + column * width)
-        scale = floats(call.scales + 4 * column)[0]
-        _write_int8(floats(call.out + 4 * column * width), codes, scale, width)
+    for group in range(first * num_groups, end * num_groups):
+        codes = _int8s(call.codes + GROUP_SIZE * group)
+        _write_int8(floats(call.out + 128 * group), codes, _half(call.scales + 2 * group))
 
 
 def _int4_rows(pointer: Any) -> None:
@@ -556,7 +546,7 @@ _INTEGER_PRODUCT = loop(_integer_product, _CALL, is_exact=True) if CAN_MULTIPLY_
 
 def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """As `Format.product` of int8."""
-    if x.shape[1] % LANES:
+    if x.shape[1] % GROUP_SIZE:
         return INT8.product(x, codes, scales)
     return _product(x, codes, scales, few=_INT8_PRODUCT, rows=_INT8_ROWS)
 
