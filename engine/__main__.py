@@ -26,6 +26,7 @@ from engine.config import (
     SECRET_VARIABLE,
     DtypeName,
     EngineConfig,
+    QuantizationName,
     ServerConfig,
     parent_from_environment,
     secret_from_environment,
@@ -89,7 +90,9 @@ def load(
     say(f"loading {config.model} on {config.device}")
     started_at_s = time.monotonic()
     core = EngineCore(config, adapter_source=source, bundle_of=bundle_of)
-    say(f"loaded in {time.monotonic() - started_at_s:.1f} s, as {core.dtype} on {core.device}")
+    kept_as = "" if config.quantization == "none" else f", linear layers as {config.quantization}"
+    took_s = time.monotonic() - started_at_s
+    say(f"loaded in {took_s:.1f} s, as {core.dtype} on {core.device}{kept_as}")
     return core
 
 
@@ -134,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache-max-mib", type=int, help="most that the disk tier may hold")
     add("--device", help="cpu, cuda or cuda:<index> (default: cuda where there is one)")
     add("--dtype", choices=get_args(DtypeName))
+    add("--quantization", choices=get_args(QuantizationName), help="of the base model's weights")
     add("--max-model-len", type=int, help="most tokens of prompt and answer together")
     add("--max-num-seqs", type=int, help="most sequences in one step")
     add("--max-num-batched-tokens", type=int, help="most tokens in one step")

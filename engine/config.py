@@ -12,6 +12,7 @@ from engine.errors import ConfigurationError
 from engine.protocol import UNIX_PREFIX, bearer
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizationName = Literal["none", "int8", "int4", "int8-dynamic", "fp8"]
 PARENT_VARIABLE = "MANYLORA_PARENT_PID"
 SECRET_VARIABLE = "MANYLORA_ENGINE_SECRET"  # noqa: S105 the variable's name, not a secret
 
@@ -28,6 +29,8 @@ class EngineConfig:
     device: str = "cpu"
     # "auto" is float32 on CPU, the checkpoint's own on CUDA.
     dtype: DtypeName = "auto"
+    # What becomes of the base model's linear layers; adapters are always in `dtype`.
+    quantization: QuantizationName = "none"
     # Most tokens of prompt and answer together; None takes the model's own limit.
     max_model_len: int | None = None
     # Most sequences in one step.
@@ -68,8 +71,11 @@ class EngineConfig:
         ):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
-        if self.dtype not in get_args(DtypeName):
-            raise ConfigurationError(f"dtype must be one of {get_args(DtypeName)}: {self.dtype!r}")
+        for name, known in (("dtype", DtypeName), ("quantization", QuantizationName)):
+            if getattr(self, name) not in get_args(known):
+                raise ConfigurationError(
+                    f"{name} must be one of {get_args(known)}: {getattr(self, name)!r}"
+                )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigurationError("gpu_memory_utilization must be above 0 and at most 1")
         budget = self.max_num_batched_tokens

@@ -239,17 +239,27 @@ class _Norms:
 
 
 def _linear(x: Tensor, target: Target, claim: Claim) -> tuple[Tensor, float]:
-    """x W'ᵀ + b, a tile of output features at a time."""
+    """x W'ᵀ + b, a tile of output features at a time.
+
+    Where the base model's layer rounds its input, what it adds to x meets the base's W alone.
+    """
     norms, columns = _Norms(), []
+    rounding = None if "weight" in claim.parameters else target.rounding(x)
     for first, weight in _tiles(target, claim):
+        base, gain = target.tile(first, first + len(weight)), None
         if claim.lora is not None:
             lora_A, lora_B = (part.to(x.device, torch.float32) for part in claim.lora)
             weight = weight + claim.scaling * (lora_B[first : first + len(weight)] @ lora_A)
         if claim.magnitude is not None:
             own = claim.magnitude[first : first + len(weight)].to(x.device, torch.float32)
-            weight = (own / torch.linalg.vector_norm(weight, dim=1))[:, None] * weight
-        norms.add(weight, target.rows[first : first + len(weight)])
-        columns.append(x @ weight.T)
+            gain = own / torch.linalg.vector_norm(weight, dim=1)
+            weight = gain[:, None] * weight
+        norms.add(weight, base)
+        column = x @ weight.T
+        if rounding is not None:
+            added = rounding @ base.float().T
+            column += added if gain is None else added * gain
+        columns.append(column)
     result = torch.cat(columns, dim=-1)
     bias = claim.parameters.get("bias", getattr(target.module, "bias", None))
     return (result if bias is None else result + bias.to(x.device, torch.float32)), norms.relative
@@ -261,7 +271,7 @@ def _embedding(ids: Tensor, target: Target, claim: Claim) -> tuple[Tensor, float
     out = torch.zeros(*ids.shape, target.features[1], device=ids.device)
     for first, weight in _embedding_tiles(target, claim):
         weight = gain * weight
-        norms.add(weight, target.rows[first : first + len(weight)])
+        norms.add(weight, target.tile(first, first + len(weight)))
         is_here = (ids >= first) & (ids < first + len(weight))
         out[is_here] = weight[ids[is_here] - first]
     return out * target.embed_scale, norms.relative
@@ -288,18 +298,21 @@ def _embedding_tiles(target: Target, claim: Claim) -> Iterator[tuple[int, Tensor
 
 def _tiles(target: Target, claim: Claim) -> Iterator[tuple[int, Tensor]]:
     """First row and float32 rows of the weight, with the adapter's own in place of the base's."""
-    base, own = target.rows, claim.parameters.get("weight")
-    rows = base if own is None else target.rows_of(own)
-    token_ids, token_rows = claim.tokens or ([], rows[:0])
-    num_rows = max(len(rows), *(token_id + 1 for token_id in token_ids), 0)
+    own = claim.parameters.get("weight")
+    rows = None if own is None else target.rows_of(own)
+    token_ids, token_rows = claim.tokens or ([], ())
+    device = next(target.module.parameters()).device
+    num_known, width = target.shape if rows is None else rows.shape
+    num_rows = max(num_known, *(token_id + 1 for token_id in token_ids), 0)
     for first in range(0, num_rows, TILE_SIZE):
         end = min(first + TILE_SIZE, num_rows)
-        tile = torch.zeros(end - first, rows.shape[1], device=base.device)
-        known = rows[first:end].to(base.device, torch.float32)
+        known = target.tile(first, end) if rows is None else rows[first:end]
+        tile = torch.zeros(end - first, width, device=device)
+        known = known.to(device, torch.float32)
         tile[: len(known)] = known
         for place, token_id in enumerate(token_ids):
             if first <= token_id < end:
-                tile[token_id - first] = token_rows[place].to(base.device, torch.float32)
+                tile[token_id - first] = token_rows[place].to(device, torch.float32)
         yield first, tile
 
 

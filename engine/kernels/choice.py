@@ -5,19 +5,23 @@ Each computes what `reference` defines. Knows devices and dtypes. Knows nothing 
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.kernels import threads
+from engine.errors import ConfigurationError
+from engine.kernels import quantised, threads
 from engine.kernels.dense import DenseAttention, DenseLora
+from engine.kernels.quantised import Format
 from engine.kernels.slot_weights import SlotWeights
 
 # What tensor cores take; float32 has no advantage of kernels that are tiled for them.
 HALF = (torch.float16, torch.bfloat16)
+# Ada and Hopper.
+MIN_FP8_CAPABILITY = (8, 9)
 
 
 class AttentionPlan(Protocol):
@@ -62,6 +66,15 @@ class Kernels:
     warm_up_lora: Callable[[SlotWeights, torch.dtype], None] = _is_warm
 
 
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """What becomes of a model's weights."""
+
+    linears: Format
+    # Of the layer that gives the logits, which every token is chosen by; None leaves it as it is.
+    output_layer: Format | None
+
+
 def _dense_lora(batch: Batch, weights: SlotWeights) -> LoraPlan:
     return DenseLora(batch.slot_runs, weights)
 
@@ -88,6 +101,50 @@ def on_gpu(device: torch.device) -> Kernels:
 
     lora = GpuLora(device)
     return Kernels(GpuAttention, lora.plan, lora.warm_up)
+
+
+def choose_formats(name: str, device: torch.device, dtype: torch.dtype | None) -> Formats | None:
+    """By the name of a quantisation; None for "none". `dtype`: None where the checkpoint decides.
+
+    Raises ConfigurationError where the device has no arithmetic for it.
+    """
+    if name == "none":
+        return None
+    if name == "fp8":
+        _require_fp8(device)
+        return Formats(quantised.FP8, None)
+    if name == "int8-dynamic" and device.type != "cpu":
+        raise ConfigurationError(
+            f"quantization is 'int8-dynamic', which only a CPU serves, but device is "
+            f"{str(device)!r}: use 'fp8', 'int8' or 'int4'."
+        )
+    formats = _formats(device, dtype)
+    return Formats(formats[name], formats["int8"])
+
+
+def _formats(device: torch.device, dtype: torch.dtype | None) -> dict[str, Format]:
+    own = (quantised.INT8, quantised.INT4, quantised.INT8_DYNAMIC)
+    formats = {form.name: form for form in own}
+    if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
+        return formats
+    # As in `choose`.
+    from engine.kernels import quantised_cpu
+
+    return {
+        name: replace(form, product=quantised_cpu.PRODUCTS[name]) for name, form in formats.items()
+    }
+
+
+def _require_fp8(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigurationError(
+            f"quantization is 'fp8', which needs a CUDA device, but device is {str(device)!r}: "
+            "use 'int8', 'int4' or 'int8-dynamic'."
+        )
+    if torch.cuda.get_device_capability(device) < MIN_FP8_CAPABILITY:
+        raise ConfigurationError(
+            "quantization is 'fp8', but this GPU multiplies no such numbers: use 'int8' or 'int4'."
+        )
 
 
 def _can_compile() -> bool:

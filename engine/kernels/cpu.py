@@ -5,31 +5,29 @@ every weight and every cached position once, in place, in float32, on torch's ow
 addresses and sizes. Knows nothing of sequences, slots' owners or layers.
 """
 
-import ctypes
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
 import torch
-from llvmlite import binding
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.kernels import threads
 from engine.kernels.dense import DenseAttention, DenseLora
+from engine.kernels.loops import (
+    LINE,
+    barrier,
+    floats,
+    inlined,
+    ints,
+    loop,
+    run,
+    thread_count,
+    thread_index,
+)
 from engine.kernels.slot_weights import SlotWeights
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-# Sums may be taken in any order, as in every GEMM; NaN and infinities keep their meaning.
-_FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
-_FLOAT = types.CPointer(types.float32)
-_INT = types.CPointer(types.int64)
 # Records of int64: addresses of float32 or int64, sizes in elements.
 _LORA_CALL = np.dtype(
     [
@@ -79,68 +77,14 @@ _ATTENTION_CALL = np.dtype(
     ],
     align=True,
 )
-# A thread's share of the columns begins with a line of the cache.
-_LINE = 16
 # Rows of one adapter that are worth a GEMM of their own.
 MIN_ROWS_OF_GEMM = 32
-
-_runtime = threads.find_runtime()
-if _runtime is None:
-    raise ImportError("torch's threads cannot be reached here")
-for _symbol in ("GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads"):
-    binding.add_symbol(_symbol, threads.address_of(_runtime, _symbol))
-_barrier: Any = types.ExternalFunction("GOMP_barrier", types.void())
-_thread_index: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
-_thread_count: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
-_parallel = _runtime.GOMP_parallel
-_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-_parallel.restype = None
-
-
-def _compile(compiler: Any, function: Callable[..., Any]) -> Any:
-    options = {"fastmath": _FAST_MATH, "error_model": "numpy"}
-    try:
-        return compiler(cache=True, **options)(function)
-    except RuntimeError:
-        # No folder can be written to: it is compiled anew at each start, in seconds.
-        return compiler(cache=False, **options)(function)
-
-
-def _inlined(function: Function) -> Function:
-    compiled: Function = _compile(numba.njit, function)
-    return compiled
-
-
-def _loop(function: Callable[[Any], None], call: np.dtype[np.void]) -> Any:
-    """`function` as threads call it, all with the address of the same `call`."""
-    signature = types.void(types.CPointer(numba.from_dtype(call)))
-    return _compile(functools.partial(numba.cfunc, signature), function)
-
-
-@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _floats(_: Any, address: Any) -> Any:
-    """A pointer to the float32 at an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(_FLOAT))
-
-    return _FLOAT(types.int64), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _ints(_: Any, address: Any) -> Any:
-    """A pointer to the int64 at an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(_INT))
-
-    return _INT(types.int64), generate
 
 
 # Sums over neighbouring floats
 
 
-@_inlined
+@inlined
 def _dot(a: Any, b: Any, n: Any) -> Any:
     total = np.float32(0)
     for i in range(n):
@@ -148,7 +92,7 @@ def _dot(a: Any, b: Any, n: Any) -> Any:
     return total
 
 
-@_inlined
+@inlined
 def _four_dots(a: Any, b: Any, stride: Any, n: Any, out: Any, out_stride: Any) -> None:
     """out[k · out_stride] = a · b[k · stride :], k below 4: `a` is read once for all."""
     total0 = total1 = total2 = total3 = np.float32(0)
@@ -164,13 +108,13 @@ def _four_dots(a: Any, b: Any, stride: Any, n: Any, out: Any, out_stride: Any) -
     out[3 * out_stride] = total3
 
 
-@_inlined
+@inlined
 def _add_scaled(out: Any, factor: Any, b: Any, n: Any) -> None:
     for i in range(n):
         out[i] += factor * b[i]
 
 
-@_inlined
+@inlined
 def _add_four_scaled(out: Any, factors: Any, b: Any, stride: Any, n: Any) -> None:
     """out += factors[k] · b[k · stride :], k below 4: `out` is written once for all."""
     factor0, factor1, factor2, factor3 = factors[0], factors[1], factors[2], factors[3]
@@ -188,45 +132,45 @@ def _add_four_scaled(out: Any, factors: Any, b: Any, stride: Any, n: Any) -> Non
 # shrunk[t] = lora_A[slot(t)] · x[t];   out[t] += lora_B[slot(t)]ᵀ · shrunk[t]
 
 
-@_inlined
+@inlined
 def _shrink(x: Any, width: Any, lora_A: Any, first: Any, end: Any, out: Any, ld: Any) -> None:
     """One row of lora_A with rows first..end of x: one entry of each row of `out`, `ld` apart."""
     row = first
     while row + 4 <= end:
         _four_dots(
-            lora_A, _floats(x + 4 * row * width), width, width, _floats(out + 4 * row * ld), ld
+            lora_A, floats(x + 4 * row * width), width, width, floats(out + 4 * row * ld), ld
         )
         row += 4
     while row < end:
-        _floats(out + 4 * row * ld)[0] = _dot(lora_A, _floats(x + 4 * row * width), width)
+        floats(out + 4 * row * ld)[0] = _dot(lora_A, floats(x + 4 * row * width), width)
         row += 1
 
 
-@_inlined
+@inlined
 def _expand(
     out: Any, width: Any, num: Any, lora_B: Any, rank: Any, first: Any, end: Any, s: Any, ld: Any
 ) -> None:
     """Add to the first `num` columns of rows first..end of `out`."""
     r = 0
     while r + 4 <= rank:
-        panel = _floats(lora_B + 4 * r * width)
+        panel = floats(lora_B + 4 * r * width)
         for row in range(first, end):
-            factors = _floats(s + 4 * (row * ld + r))
-            _add_four_scaled(_floats(out + 4 * row * width), factors, panel, width, num)
+            factors = floats(s + 4 * (row * ld + r))
+            _add_four_scaled(floats(out + 4 * row * width), factors, panel, width, num)
         r += 4
     while r < rank:
-        panel = _floats(lora_B + 4 * r * width)
+        panel = floats(lora_B + 4 * r * width)
         for row in range(first, end):
-            factor = _floats(s + 4 * (row * ld + r))[0]
-            _add_scaled(_floats(out + 4 * row * width), factor, panel, num)
+            factor = floats(s + 4 * (row * ld + r))[0]
+            _add_scaled(floats(out + 4 * row * width), factor, panel, num)
         r += 1
 
 
 def _lora(pointer: Any) -> None:
     """All threads at once: first they share the rows of all lora_A, then the columns of `out`."""
-    thread, num_threads = _thread_index(), _thread_count()
+    thread, num_threads = thread_index(), thread_count()
     call = numba.carray(pointer, 1)[0]
-    table, groups = _ints(call.table), _ints(call.groups)
+    table, groups = ints(call.table), ints(call.groups)
     total_rank = 0
     for g in range(call.num_groups):
         total_rank += table[3 * groups[3 * g + 2] + 2]
@@ -237,16 +181,16 @@ def _lora(pointer: Any) -> None:
         entry = 3 * groups[3 * g + 2]
         rank = table[entry + 2]
         for r in range(max(share_first - before, 0), min(share_end - before, rank)):
-            lora_A = _floats(table[entry] + 4 * r * call.in_features)
+            lora_A = floats(table[entry] + 4 * r * call.in_features)
             first, end = groups[3 * g], groups[3 * g + 1]
             _shrink(
                 call.x, call.in_features, lora_A, first, end, call.shrunk + 4 * r, call.max_rank
             )
         before += rank
-    _barrier()
-    num_lines = (call.out_features + _LINE - 1) // _LINE
-    column = num_lines * thread // num_threads * _LINE
-    column_end = min(num_lines * (thread + 1) // num_threads * _LINE, call.out_features)
+    barrier()
+    num_lines = (call.out_features + LINE - 1) // LINE
+    column = num_lines * thread // num_threads * LINE
+    column_end = min(num_lines * (thread + 1) // num_threads * LINE, call.out_features)
     for g in range(call.num_groups):
         entry = 3 * groups[3 * g + 2]
         _expand(
@@ -267,7 +211,7 @@ def _lora(pointer: Any) -> None:
 # out[t] = gain[slot] * out[t] + shift[slot]
 
 
-@_inlined
+@inlined
 def _scale_and_shift(out: Any, gain: Any, shift: Any, n: Any) -> None:
     for i in range(n):
         out[i] = gain[i] * out[i] + shift[i]
@@ -275,12 +219,12 @@ def _scale_and_shift(out: Any, gain: Any, shift: Any, n: Any) -> None:
 
 def _affine(pointer: Any) -> None:
     """The threads share the columns of `out`."""
-    thread, num_threads = _thread_index(), _thread_count()
+    thread, num_threads = thread_index(), thread_count()
     call = numba.carray(pointer, 1)[0]
-    table, groups = _ints(call.table), _ints(call.groups)
-    num_lines = (call.out_features + _LINE - 1) // _LINE
-    column = num_lines * thread // num_threads * _LINE
-    column_end = min(num_lines * (thread + 1) // num_threads * _LINE, call.out_features)
+    table, groups = ints(call.table), ints(call.groups)
+    num_lines = (call.out_features + LINE - 1) // LINE
+    column = num_lines * thread // num_threads * LINE
+    column_end = min(num_lines * (thread + 1) // num_threads * LINE, call.out_features)
     for g in range(call.num_groups):
         entry = 2 * groups[3 * g + 2]
         if table[entry] == 0:
@@ -288,7 +232,7 @@ def _affine(pointer: Any) -> None:
         gain, shift = table[entry] + 4 * column, table[entry + 1] + 4 * column
         for row in range(groups[3 * g], groups[3 * g + 1]):
             own = call.out + 4 * (row * call.out_features + column)
-            _scale_and_shift(_floats(own), _floats(gain), _floats(shift), column_end - column)
+            _scale_and_shift(floats(own), floats(gain), floats(shift), column_end - column)
 
 
 # Attention of one query per sequence
@@ -296,7 +240,7 @@ def _affine(pointer: Any) -> None:
 # out[t, h] = softmax(softcap(q[t, h] · Kᵀ · scaling)) · V, K and V of the sequence's blocks
 
 
-@_inlined
+@inlined
 def _softmax(scores: Any, num: Any) -> Any:
     """scores = exp(scores - their largest); gives the sum to divide by."""
     largest = scores[0]
@@ -309,59 +253,59 @@ def _softmax(scores: Any, num: Any) -> Any:
     return total
 
 
-@_inlined
+@inlined
 def _score(q: Any, keys: Any, stride: Any, num: Any, dim: Any, out: Any) -> None:
     """out[i] = q · keys[i · stride :] for `num` positions of one block."""
     i = 0
     while i + 4 <= num:
-        _four_dots(q, _floats(keys + 4 * i * stride), stride, dim, _floats(out + 4 * i), 1)
+        _four_dots(q, floats(keys + 4 * i * stride), stride, dim, floats(out + 4 * i), 1)
         i += 4
     while i < num:
-        _floats(out + 4 * i)[0] = _dot(q, _floats(keys + 4 * i * stride), dim)
+        floats(out + 4 * i)[0] = _dot(q, floats(keys + 4 * i * stride), dim)
         i += 1
 
 
-@_inlined
+@inlined
 def _mix(out: Any, weights: Any, values: Any, stride: Any, num: Any, dim: Any) -> None:
     """out += weights[i] · values[i · stride :] for `num` positions of one block."""
     i = 0
     while i + 4 <= num:
-        panel = _floats(values + 4 * i * stride)
-        _add_four_scaled(out, _floats(weights + 4 * i), panel, stride, dim)
+        panel = floats(values + 4 * i * stride)
+        _add_four_scaled(out, floats(weights + 4 * i), panel, stride, dim)
         i += 4
     while i < num:
-        weight = _floats(weights + 4 * i)[0]
-        _add_scaled(out, weight, _floats(values + 4 * i * stride), dim)
+        weight = floats(weights + 4 * i)[0]
+        _add_scaled(out, weight, floats(values + 4 * i * stride), dim)
         i += 1
 
 
-@_inlined
+@inlined
 def _store(call: Any, row: Any, kv_head: Any) -> None:
     """Put the new position's key and value into the cache."""
-    last = _ints(call.contexts)[row] - 1
-    block = _ints(call.tables)[row * call.table_width + last // call.block_size]
+    last = ints(call.contexts)[row] - 1
+    block = ints(call.tables)[row * call.table_width + last // call.block_size]
     place = (last % call.block_size) * call.num_kv_heads + kv_head
-    key = _floats(call.keys + 4 * (block * call.block_stride + place * call.key_dim))
-    new = _floats(call.new_keys + 4 * (row * call.new_key_row + kv_head * call.new_key_head))
+    key = floats(call.keys + 4 * (block * call.block_stride + place * call.key_dim))
+    new = floats(call.new_keys + 4 * (row * call.new_key_row + kv_head * call.new_key_head))
     for i in range(call.key_dim):
         key[i] = new[i]
-    value = _floats(call.values + 4 * (block * call.block_stride + place * call.value_dim))
-    new = _floats(call.new_values + 4 * (row * call.new_value_row + kv_head * call.new_value_head))
+    value = floats(call.values + 4 * (block * call.block_stride + place * call.value_dim))
+    new = floats(call.new_values + 4 * (row * call.new_value_row + kv_head * call.new_value_head))
     for i in range(call.value_dim):
         value[i] = new[i]
 
 
-@_inlined
+@inlined
 def _reach(call: Any, row: Any) -> Any:
     """How many positions a row's query sees."""
-    context = _ints(call.contexts)[row]
+    context = ints(call.contexts)[row]
     return min(context, call.window) if call.window > 0 else context
 
 
-@_inlined
+@inlined
 def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
     """One row and one key head; `scores`: [group, max_context] of this thread."""
-    table, context = _ints(call.tables + 8 * row * call.table_width), _ints(call.contexts)[row]
+    table, context = ints(call.tables + 8 * row * call.table_width), ints(call.contexts)[row]
     first = context - _reach(call, row)
     out = call.out + 4 * (row * call.num_kv_heads + kv_head) * call.group * call.value_dim
     query = call.query + 4 * (row * call.query_row + kv_head * call.group * call.query_head)
@@ -373,7 +317,7 @@ def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
         keys = call.keys + 4 * (table[block] * call.block_stride + place * call.key_dim)
         for member in range(call.group):
             _score(
-                _floats(query + 4 * member * call.query_head),
+                floats(query + 4 * member * call.query_head),
                 keys,
                 call.num_kv_heads * call.key_dim,
                 end - start,
@@ -382,7 +326,7 @@ def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
             )
         start = end
     for member in range(call.group):
-        own = _floats(scores + 4 * member * call.max_context)
+        own = floats(scores + 4 * member * call.max_context)
         for i in range(context - first):
             own[i] *= call.scaling
         if call.softcap > 0:
@@ -391,7 +335,7 @@ def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
         total = _softmax(own, context - first)
         for i in range(context - first):
             own[i] /= total
-        result = _floats(out + 4 * member * call.value_dim)
+        result = floats(out + 4 * member * call.value_dim)
         for i in range(call.value_dim):
             result[i] = 0
     start = first
@@ -402,7 +346,7 @@ def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
         values = call.values + 4 * (table[block] * call.block_stride + place * call.value_dim)
         for member in range(call.group):
             _mix(
-                _floats(out + 4 * member * call.value_dim),
+                floats(out + 4 * member * call.value_dim),
                 scores + 4 * (member * call.max_context + start - first),
                 values,
                 call.num_kv_heads * call.value_dim,
@@ -414,7 +358,7 @@ def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
 
 def _attention(pointer: Any) -> None:
     """Each thread takes (row, key head) pairs of about equal cost: what they see differs."""
-    thread, num_threads = _thread_index(), _thread_count()
+    thread, num_threads = thread_index(), thread_count()
     call = numba.carray(pointer, 1)[0]
     total = 0
     for row in range(call.num_rows):
@@ -431,14 +375,9 @@ def _attention(pointer: Any) -> None:
             before += _reach(call, row)
 
 
-_LORA = _loop(_lora, _LORA_CALL)
-_AFFINE = _loop(_affine, _AFFINE_CALL)
-_ATTENTION = _loop(_attention, _ATTENTION_CALL)
-
-
-def _run(loop: Any, address: int) -> None:
-    """Once on each thread, with the call at `address`."""
-    _parallel(loop.address, address, torch.get_num_threads(), 0)
+_LORA = loop(_lora, _LORA_CALL)
+_AFFINE = loop(_affine, _AFFINE_CALL)
+_ATTENTION = loop(_attention, _ATTENTION_CALL)
 
 
 # Plans
@@ -463,7 +402,7 @@ class CompiledAffine:
         call = self._record
         call["out"], call["out_features"] = out.data_ptr(), out.shape[1]
         call["table"] = self._weights.affine_address_of(module)
-        _run(_AFFINE, self._address)
+        run(_AFFINE, self._address)
 
 
 class CompiledLora:
@@ -497,7 +436,7 @@ class CompiledLora:
         call["x"], call["out"] = x.data_ptr(), out.data_ptr()
         call["in_features"], call["out_features"] = x.shape[1], out.shape[1]
         call["table"] = self._weights.address_of(module)
-        _run(_LORA, self._address)
+        run(_LORA, self._address)
 
 
 class CompiledAttention:
@@ -569,7 +508,7 @@ class CompiledAttention:
         call["window"] = sliding_window or 0
         call["scores"] = self._scores.data_ptr()
         call["scaling"], call["softcap"] = scaling, softcap or 0.0
-        _run(_ATTENTION, self._address)
+        run(_ATTENTION, self._address)
 
 
 def _place(states: Tensor) -> tuple[int, int, int]:

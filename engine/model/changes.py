@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from engine.batch import Batch, Ints
 from engine.model.prepared import ModuleParts, Part, PreparedAdapter
+from engine.model.quantised import QuantisedLinear
 from engine.model.targets import Target, Targets, Vocabulary
 
 
@@ -44,10 +45,13 @@ class _Change:
 
 
 def _twin(module: nn.Module, replaced: Mapping[str, Part], memory: Tensor) -> nn.Module:
+    own = {name: part.of(memory) for name, part in replaced.items()}
+    if isinstance(module, QuantisedLinear) and "weight" in own:
+        return module.with_whole(own)
     # With the parameters in the memo they are shared, not copied.
     twin = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-    for name, part in replaced.items():
-        setattr(twin, name, nn.Parameter(part.of(memory), requires_grad=False))
+    for name, value in own.items():
+        setattr(twin, name, nn.Parameter(value, requires_grad=False))
     return twin
 
 

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from adapters.validate import BaseShape
 from engine import batch as batches
-from engine.config import DtypeName, EngineConfig
+from engine.config import DtypeName, EngineConfig, QuantizationName
 from engine.errors import ConfigurationError, UnsupportedModel
-from engine.kernels.choice import Kernels, choose
-from engine.model import attention, families
+from engine.kernels.choice import Formats, Kernels, choose, choose_formats
+from engine.model import attention, families, quantising
 from engine.model.attention import Recorder
 from engine.model.lora import LoraBank
 from engine.model.memory import DeviceMemory, LayerShape
@@ -32,6 +32,9 @@ from engine.sequence import Sequence
 # for each 16-bit layer rounds its sums in another order; with a softmax scale that is off by a
 # third: 1.5.
 LOGIT_BOUNDS = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.4}
+# The same where inputs of layers are rounded, to int8 or fp8: what differs by float32's last bit
+# may fall on either side of a step.
+ROUNDED_LOGIT_BOUND = 0.4
 # Configuration fields that say nothing about the function that the model computes.
 VOLATILE_FIELDS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 CHECK_BLOCK_SIZE = 4
@@ -63,11 +66,14 @@ def load(config: EngineConfig) -> LoadedModel:
     attention.register()
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
-    model = _read(config.model, device, dtype)
+    known_dtype = dtype if isinstance(dtype, torch.dtype) else None
+    formats = choose_formats(config.quantization, device, known_dtype)
+    model = _read(config.model, device, dtype, formats=formats)
+    _check_dtype(formats, model.dtype)
     text_config = model.config.get_text_config()
     max_model_len = _max_model_len(config.max_model_len, text_config)
     _freeze_rotary_frequencies(model, max_model_len)
-    base_digest = _digest(model)
+    base_digest = _digest(model, config.quantization)
     vocab_size = _vocab_size(model)
     prompts = _check_prompts(vocab_size)
     with _model_failures(), _narrow_windows(model):
@@ -82,7 +88,7 @@ def load(config: EngineConfig) -> LoadedModel:
         with _narrow_windows(model):
             _check_windows(layers, _record_layers(model, prompts[0], text_config), text_config)
             found = _run_paged(model, layers, prompts, kernels)
-    _compare(found, expected, bound=LOGIT_BOUNDS[model.dtype])
+    _compare(found, expected, bound=_logit_bound(formats, model.dtype))
     if config.max_loras:
         kernels.warm_up_lora(bank.weights, model.dtype)
     return LoadedModel(
@@ -123,19 +129,31 @@ def _dtype(name: DtypeName, device: torch.device) -> torch.dtype | str:
     return "auto" if device.type == "cuda" else torch.float32
 
 
-def _read(name: str, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
+def _read(
+    name: str, device: torch.device, dtype: torch.dtype | str, *, formats: Formats | None
+) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name)
         families.check(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, attn_implementation="eager"
-        )
+        settings = {"config": config, "dtype": dtype, "attn_implementation": "eager"}
+        if formats is None:
+            model = AutoModelForCausalLM.from_pretrained(name, **settings)
+        else:
+            model = quantising.read(name, formats, **settings)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"The model {name!r} cannot be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
     return model
+
+
+def _check_dtype(formats: Formats | None, dtype: torch.dtype) -> None:
+    if formats and formats.linears.name == "fp8" and dtype is not torch.bfloat16:
+        raise ConfigurationError(
+            f"quantization is 'fp8', whose products are bfloat16, but the model is {dtype}: "
+            "set dtype to 'bfloat16'."
+        )
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
@@ -189,13 +207,15 @@ def _visit_longest(rotary: nn.Module, max_model_len: int) -> None:
     rotary(torch.zeros(1, device=device), torch.tensor([[max_model_len - 1]], device=device))
 
 
-def _digest(model: PreTrainedModel) -> str:
-    """SHA-256 over the configuration and the names, dtypes and shapes of all tensors."""
+def _digest(model: PreTrainedModel, quantization: QuantizationName) -> str:
+    """SHA-256 over the configuration, the names, dtypes and shapes of all tensors, and what these
+    were quantised to: formats that are stored alike answer differently."""
     fields = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE_FIELDS}
     tensors = sorted(
         (name, str(tensor.dtype), list(tensor.shape)) for name, tensor in model.state_dict().items()
     )
-    text = json.dumps([fields, tensors], sort_keys=True, default=str)
+    parts = [fields, tensors] if quantization == "none" else [fields, tensors, quantization]
+    text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -317,6 +337,11 @@ def _run_paged(
     second.num_computed_tokens = second.num_tokens - 1
     logits = run((second, 1), (first, 2))
     return [logits[1], logits[0]]
+
+
+def _logit_bound(formats: Formats | None, dtype: torch.dtype) -> float:
+    is_rounded = formats is not None and formats.linears.rounded is not None
+    return max(LOGIT_BOUNDS[dtype], ROUNDED_LOGIT_BOUND if is_rounded else 0.0)
 
 
 def _compare(found: list[Tensor], expected: list[Tensor], *, bound: float) -> None:

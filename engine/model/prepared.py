@@ -131,7 +131,7 @@ def arrange(
     before_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> PreparedAdapter:
     """As `prepare`, of weights in float32."""
-    adapter = _Adapter(loaded, targets, dtype=dtype)
+    adapter = _Adapter(loaded, targets)
     adapter.check(max_rank=max_rank)
     plan = _Plan(dtype)
     layout = _plan_linears(adapter, plan, before_bytes=before_bytes)
@@ -203,13 +203,13 @@ class _Plan:
 class _Adapter:
     """An adapter's weights beside the base model's."""
 
-    def __init__(self, loaded: AdapterWeights, targets: Targets, *, dtype: torch.dtype) -> None:
+    def __init__(self, loaded: AdapterWeights, targets: Targets) -> None:
         self.lora, self.tokens, self.targets = loaded.lora, loaded.tokens, targets
         # Trainers save embeddings whole that nobody has trained.
         self.replaced = {
             path: tensor
             for path, tensor in loaded.replaced.items()
-            if not _is_the_same(tensor, targets.parameter(path), dtype)
+            if not _is_the_same(tensor, targets.parameter(path))
         }
         self.vocabulary = Vocabulary(
             self._num_ids(targets.input_embedding, targets.vocabulary.num_input_ids),
@@ -256,6 +256,12 @@ class _Adapter:
         replaced = self.replaced.get(f"{target.name}.weight")
         return target.rows if replaced is None else target.rows_of(replaced)
 
+    def shape(self, target: Target) -> tuple[int, int]:
+        """Of `rows`, without making them."""
+        replaced = self.replaced.get(f"{target.name}.weight")
+        num_rows, num_columns = target.shape if replaced is None else target.rows_of(replaced).shape
+        return num_rows, num_columns
+
     # Gains and shifts
 
     def gain(self, target: Target, before_bytes: Callable[[int], None]) -> Tensor | None:
@@ -278,7 +284,7 @@ class _Adapter:
         own = self.replaced.get(f"{target.name}.bias", base)
         if f"{target.name}.weight" in self.replaced:
             base = own  # the module is computed with both
-        gain = torch.ones(self.rows(target).shape[0]) if gain is None else gain
+        gain = torch.ones(self.shape(target)[0]) if gain is None else gain
         return gain, own - gain * base
 
     def _bias(self, target: Target) -> Tensor:
@@ -301,7 +307,7 @@ class _Adapter:
         is_way_out = name == self.targets.output_layer
         if target is None or not (target.is_embedding or is_way_out):
             raise AdapterMissing(f"The base model has no module {name!r} that tokens may be of.")
-        num_rows, dim = target.rows.shape
+        num_rows, dim = target.shape
         if tokens.rows.shape != (len(tokens.token_ids), dim):
             raise AdapterMissing(f"The adapter's tokens do not fit the module {name!r}.")
         if self.targets.parameter(f"{name}.bias") is not None:
@@ -318,7 +324,7 @@ class _Adapter:
             raise AdapterMissing(
                 f"The base model has no module {module.name!r} that LoRA may target."
             )
-        num_rows, num_columns = self.rows(target).shape
+        num_rows, num_columns = self.shape(target)
         features = (num_rows, num_columns) if target.is_embedding else (num_columns, num_rows)
         rank = module.lora_A.shape[0]
         magnitudes = features[1] if module.magnitude is None else module.magnitude.shape[0]
@@ -344,10 +350,10 @@ class _Adapter:
             raise AdapterMissing(f"The parameter {path!r} has more rows than the base model's.")
 
 
-def _is_the_same(tensor: Tensor, base: Tensor | None, dtype: torch.dtype) -> bool:
+def _is_the_same(tensor: Tensor, base: Tensor | None) -> bool:
     if base is None or tensor.shape != base.shape:
         return False
-    return torch.equal(tensor.to(base.device, dtype), base)
+    return torch.equal(tensor.to(base), base)
 
 
 def _row_norms(weight: Tensor, module: LoraModule, before_bytes: Callable[[int], None]) -> Tensor:
@@ -394,7 +400,7 @@ def _factors(
     """lora_A [rank, in_features], lora_B [rank, out_features], and what to multiply that with."""
     module = adapter.lora.get(target.name)
     if module is None:
-        num_rows, num_columns = adapter.rows(target).shape
+        num_rows, num_columns = adapter.shape(target)
         return torch.empty(0, num_columns), torch.empty(0, num_rows), 1.0
     factor = module.scaling if gain is None else module.scaling * gain
     return module.lora_A, module.lora_B.T, factor

@@ -4,7 +4,7 @@ A module can be computed with another adapter's parameters row by row where its 
 depends on that token alone. Knows models. Knows nothing of adapters in particular.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.validate import BaseShape
+from engine.model.quantised import QuantisedLinear
 
 # |a row alone - the row among others| / |the row|. GEMMs of other sizes round otherwise, by up to
 # 1e-2 in bfloat16; a module in which tokens meet is off by about 1.
@@ -49,7 +50,7 @@ class Target:
 
     @property
     def is_linear(self) -> bool:
-        return type(self.module) in (nn.Linear, Conv1D)
+        return type(self.module) in (nn.Linear, Conv1D, QuantisedLinear)
 
     @property
     def is_embedding(self) -> bool:
@@ -57,19 +58,39 @@ class Target:
 
     @property
     def rows(self) -> Tensor:
-        """[out_features, in_features], or of an embedding [num_embeddings, dim]: its weight."""
+        """[out_features, in_features], or of an embedding [num_embeddings, dim]: its weight.
+
+        Of a quantised layer what its codes stand for, in float32, made anew each time.
+        """
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return self.rows_of(weight)
 
     def rows_of(self, weight: Tensor) -> Tensor:
         """As `rows`, of a weight in this one's place."""
-        return weight.T if isinstance(self.module, Conv1D) else weight
+        is_transposed = isinstance(self.module, Conv1D) or getattr(
+            self.module, "is_transposed", False
+        )
+        return weight.T if is_transposed else weight
+
+    def tile(self, first: int, end: int) -> Tensor:
+        """Some of `rows`."""
+        if isinstance(self.module, QuantisedLinear):
+            return self.module.rows(first, end)
+        return self.rows[first:end]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of `rows`."""
+        if isinstance(self.module, QuantisedLinear):
+            return self.module.out_features, self.module.in_features
+        num_rows, num_columns = self.rows.shape
+        return num_rows, num_columns
 
     @property
     def features(self) -> tuple[int, int]:
         """in_features and out_features, or num_embeddings and dim."""
-        first, second = self.rows.shape
+        first, second = self.shape
         return (first, second) if self.is_embedding else (second, first)
 
     @property
@@ -78,9 +99,25 @@ class Target:
         scale: float | Tensor = getattr(self.module, "embed_scale", 1)
         return scale.to(self.rows.dtype) if torch.is_tensor(scale) else scale
 
-    def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.module.named_parameters(recurse=False):
-            yield f"{self.name}.{name}", parameter
+    def rounding(self, x: Tensor) -> Tensor | None:
+        """As `QuantisedLinear.rounding`."""
+        return self.module.rounding(x) if isinstance(self.module, QuantisedLinear) else None
+
+    def parameter(self, name: str) -> Tensor | None:
+        """The module's own, as adapters know it."""
+        if isinstance(self.module, QuantisedLinear) and name == "weight":
+            return self.module.weight
+        return self.module.get_parameter(name) if name in self.parameter_shapes else None
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """By name in the module, those that an adapter may replace."""
+        own = {key: tuple(p.shape) for key, p in self.module.named_parameters(recurse=False)}
+        if not isinstance(self.module, QuantisedLinear):
+            return own
+        is_transposed = self.module.is_transposed
+        shape = self.shape[::-1] if is_transposed else self.shape
+        return {"weight": shape} | {key: own[key] for key in own.keys() & {"bias"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +147,7 @@ class Targets:
         """The base model's own, by its path."""
         module, _, name = path.rpartition(".")
         target = self.by_name.get(module)
-        return dict(target.parameters()).get(path) if target and name else None
+        return target.parameter(name) if target and name else None
 
     def shape(self, base_model: str) -> BaseShape:
         """`base_model`: the served name."""
@@ -125,9 +162,9 @@ class Targets:
                 )
             },
             parameters={
-                path: tuple(parameter.shape)
+                f"{target.name}.{name}": shape
                 for target in self.by_name.values()
-                for path, parameter in target.parameters()
+                for name, shape in target.parameter_shapes.items()
             },
             experts={path: tuple(weights.shape) for path, weights in self.experts.items()},
             output_layer=self.output_layer,
@@ -227,8 +264,14 @@ def _targets(model: PreTrainedModel, by_name: dict[str, Target]) -> Targets:
         input_embedding=_name_of(ways_in, by_name),
         output_layer=output_layer,
         vocabulary=Vocabulary(num_input_ids, num_output_ids),
-        is_tied=ways_out is not None and ways_out.weight is ways_in.weight,
+        is_tied=_is_tied(ways_in, ways_out),
     )
+
+
+def _is_tied(way_in: Any, way_out: Any) -> bool:
+    if isinstance(way_out, QuantisedLinear):
+        return way_out.is_tied
+    return way_out is not None and way_out.weight is way_in.weight
 
 
 def _experts(model: nn.Module, by_name: dict[str, Target]) -> dict[str, Tensor]:

@@ -26,7 +26,6 @@ LORA_MODULES = "--lora-modules"
 # vLLM's flags that are known and not served, with what to do instead.
 REFUSED_FLAGS = {
     "--api-key": "every tenant has keys of its own: POST /admin/v1/tenants/{tenant}/keys",
-    "--quantization": "the base model is served in --dtype",
     "--speculative-config": "speculative decoding is not served",
     "--pipeline-parallel-size": "one process serves the whole model",
     "--data-parallel-size": "one engine a host is served",
@@ -139,6 +138,12 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
+@click.option(
+    "--quantization",
+    type=click.Choice(["none", "int8", "int4", "int8-dynamic", "fp8"]),
+    help="Of the base model's weights, at load; adapters stay in --dtype. int8-dynamic is for "
+    "CPUs, fp8 for GPUs. [default: none]",
+)
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and answer together.")
 @click.option("--max-num-seqs", type=int, help="Most sequences in one step.")
 @click.option("--max-num-batched-tokens", type=int, help="Most tokens in one step.")

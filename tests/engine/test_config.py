@@ -12,6 +12,7 @@ from engine.errors import ConfigurationError
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"num_blocks": -1}, "num_blocks"),
         ({"dtype": "float8"}, "dtype"),
+        ({"quantization": "awq"}, "quantization"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"max_num_batched_tokens": 3, "max_num_seqs": 4}, "max_num_batched_tokens"),
     ],

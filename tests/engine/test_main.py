@@ -244,6 +244,8 @@ def test_the_engine_ends_with_the_process_that_started_it(folder: Path) -> None:
         (("--model", "/nonexistent/model"), "/nonexistent/model"),
         (("--store-url", "ftp://x"), "ftp://x"),
         (("--max-model-len", "many"), "--max-model-len"),
+        (("--quantization", "awq"), "--quantization"),
+        (("--quantization", "fp8", "--device", "cpu"), "'fp8', which needs a CUDA device"),
         (("--fast",), "--fast"),
     ],
 )

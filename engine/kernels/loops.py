@@ -1,0 +1,89 @@
+"""What compiled loops are made of: how they are compiled, and run on torch's own threads.
+
+Knows addresses, and the threads that share a loop. Knows nothing of what is computed.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from llvmlite import binding
+from numba import types
+from numba.extending import intrinsic
+
+from engine.kernels import threads
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Sums may be taken in any order, as in every GEMM; NaN and infinities keep their meaning.
+_FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
+_FLOAT = types.CPointer(types.float32)
+_INT = types.CPointer(types.int64)
+# A thread's share of the columns begins with a line of the cache.
+LINE = 16
+
+_runtime = threads.find_runtime()
+if _runtime is None:
+    raise ImportError("torch's threads cannot be reached here")
+for _symbol in ("GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads"):
+    binding.add_symbol(_symbol, threads.address_of(_runtime, _symbol))
+barrier: Any = types.ExternalFunction("GOMP_barrier", types.void())
+thread_index: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
+thread_count: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
+_parallel = _runtime.GOMP_parallel
+_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+_parallel.restype = None
+
+
+def _compile(compiler: Any, function: Callable[..., Any], *, is_exact: bool = False) -> Any:
+    options = {"fastmath": set() if is_exact else _FAST_MATH, "error_model": "numpy"}
+    try:
+        return compiler(cache=True, **options)(function)
+    except RuntimeError:
+        # No folder can be written to: it is compiled anew at each start, in seconds.
+        return compiler(cache=False, **options)(function)
+
+
+def inlined(function: Function) -> Function:
+    compiled: Function = _compile(numba.njit, function)
+    return compiled
+
+
+def loop(
+    function: Callable[[Any], None], call: np.dtype[np.void], *, is_exact: bool = False
+) -> Any:
+    """`function` as threads call it, all with the address of the same `call`.
+
+    `is_exact`: sums are taken in the order that is written, where nothing else is said.
+    """
+    signature = types.void(types.CPointer(numba.from_dtype(call)))
+    return _compile(functools.partial(numba.cfunc, signature), function, is_exact=is_exact)
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def floats(_: Any, address: Any) -> Any:
+    """A pointer to the float32 at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(_FLOAT))
+
+    return _FLOAT(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def ints(_: Any, address: Any) -> Any:
+    """A pointer to the int64 at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(_INT))
+
+    return _INT(types.int64), generate
+
+
+def run(loop: Any, address: int) -> None:
+    """Once on each thread, with the call at `address`."""
+    _parallel(loop.address, address, torch.get_num_threads(), 0)

@@ -1,0 +1,239 @@
+"""Weights in few bits: what they stand for, what is multiplied, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.errors import ConfigurationError, UnsupportedModel
+from engine.kernels import choice, quantised, quantised_cpu
+from engine.kernels.quantised import FP8, INT4, INT8, INT8_DYNAMIC, Format
+from engine.model.loader import LoadedModel, load
+from engine.model.quantised import QuantisedLinear
+from tests.model_lab import FolderSource, open_lab, save_random_model, tiny_llama_config
+
+FORMATS = {each.name: each for each in (INT8, INT4, INT8_DYNAMIC, FP8)}
+ON_CPU = ["int8", "int4", "int8-dynamic"]
+COMPILED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "int8": quantised_cpu.int8_product,
+    "int4": quantised_cpu.int4_product,
+    "int8-dynamic": quantised_cpu.int8_dynamic_product,
+}
+WIDE = tiny_llama_config(hidden_size=64, intermediate_size=96)
+
+
+def random_weight(out_features: int, in_features: int) -> Tensor:
+    """Rows of very different sizes."""
+    torch.manual_seed(out_features + in_features)
+    return torch.randn(out_features, in_features) * torch.logspace(-3, 1, out_features)[:, None]
+
+
+def load_tiny(path: str, quantization: Any, **settings: Any) -> LoadedModel:
+    return load(EngineConfig(model=path, served_name="base", quantization=quantization, **settings))
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_codes_stand_for_the_weight_to_half_a_step(form: Format) -> None:
+    weight = random_weight(1100, 64)
+    found = form.decode(*form.codes_of(weight))
+    groups = weight.unflatten(1, (-1, quantised.GROUP_SIZE))
+    if form is INT8:
+        steps = (groups.abs().amax(dim=-1) / 127).repeat_interleave(32, dim=1)
+    elif form is INT4:
+        spans = groups.amax(dim=-1) - groups.amin(dim=-1)
+        # What the floor loses in float16 comes on top.
+        steps = (spans / 15 + 2e-3 * groups.abs().amax(dim=-1)).repeat_interleave(32, dim=1)
+    elif form is FP8:
+        # 3 bits behind the leading one.
+        steps = weight.abs() / 8 + weight.abs().amax(dim=1, keepdim=True) / 448 / 256
+    else:
+        steps = weight.abs().amax(dim=1, keepdim=True) / 127
+    assert bool(((found - weight).abs() <= 0.51 * steps).all())
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_rows_without_a_size_stay_what_they_are(form: Format) -> None:
+    weight = torch.zeros(3, 64)
+    weight[1] = 0.5
+    torch.testing.assert_close(form.decode(*form.codes_of(weight)), weight, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 7, 8, 16, 33])
+@pytest.mark.parametrize("shape", [(48, 64), (7, 96), (1, 32), (1030, 32)])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_products_are_those_of_the_definition(
+    name: str, shape: tuple[int, int], num_rows: int
+) -> None:
+    form = FORMATS[name]
+    codes, scales = form.codes_of(random_weight(*shape))
+    x = torch.randn(num_rows, shape[1])
+    found = COMPILED[name](x, codes, scales)
+    own = x if form.rounded is None else form.rounded(x)
+    expected = own.double() @ form.decode(codes, scales).double().T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(form.product(x, codes, scales), found, rtol=1e-5, atol=1e-4)
+
+
+def test_int8_takes_weights_of_any_width() -> None:
+    codes, scales = INT8.codes_of(random_weight(5, 39))
+    x = torch.randn(3, 39)
+    found = quantised_cpu.int8_product(x, codes, scales)
+    torch.testing.assert_close(found, x @ INT8.decode(codes, scales).T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [2, 6, 40])
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_row_that_is_broken_or_huge_changes_no_other(name: str, num_rows: int) -> None:
+    product = COMPILED.get(name, FORMATS[name].product)
+    codes, scales = FORMATS[name].codes_of(random_weight(48, 64))
+    x = torch.randn(num_rows, 64)
+    expected = product(x, codes, scales)
+    for value in (1e6, torch.nan, torch.inf):
+        x[1, 5] = value
+        found = product(x, codes, scales)
+        others = [row for row in range(num_rows) if row != 1]
+        torch.testing.assert_close(found[others], expected[others], rtol=1e-5, atol=1e-4)
+        assert value == 1e6 or not bool(torch.isfinite(found[1]).any())
+
+
+def test_sums_of_integers_are_the_same_to_the_last_bit_in_every_batch() -> None:
+    codes, scales = INT8_DYNAMIC.codes_of(random_weight(50, 96))
+    x = torch.randn(9, 96)
+    x[2] = 0
+    expected = INT8_DYNAMIC.product(x, codes, scales)
+    assert torch.equal(quantised_cpu.int8_dynamic_product(x, codes, scales), expected)
+    alone = [quantised_cpu.int8_dynamic_product(row[None], codes, scales) for row in x]
+    assert torch.equal(torch.cat(alone), expected)
+
+
+def test_sums_of_the_largest_integers_do_not_saturate() -> None:
+    x = torch.cat([torch.ones(3, 4096), -torch.ones(3, 4096)])
+    codes, scales = INT8_DYNAMIC.codes_of(x)
+    for product in (INT8_DYNAMIC.product, quantised_cpu.int8_dynamic_product):
+        torch.testing.assert_close(product(x, codes, scales), x @ x.T)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp8 is multiplied on GPUs alone")
+def test_fp8_products_are_those_of_what_they_round_to() -> None:
+    assert FP8.rounded is not None
+    codes, scales = (part.cuda() for part in FP8.codes_of(random_weight(48, 64)))
+    x = torch.randn(9, 64).cuda().bfloat16()
+    expected = FP8.rounded(x) @ FP8.decode(codes, scales).T
+    found = FP8.product(x, codes, scales).float()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+# Models
+
+
+@pytest.mark.parametrize("quantization", ON_CPU)
+def test_all_linear_layers_are_quantised_and_nothing_else(
+    quantization: str, tmp_path: Path
+) -> None:
+    path = save_random_model(WIDE, tmp_path / "model")
+    loaded = load_tiny(path, quantization, max_loras=0)
+    own = {name: m for name, m in loaded.model.named_modules() if isinstance(m, QuantisedLinear)}
+    assert own.keys() == loaded.base_shape.modules.keys()
+    assert {m.codes.dtype for name, m in own.items() if name != "lm_head"} <= {
+        torch.int8,
+        torch.uint8,
+    }
+    assert own["lm_head"].codes.dtype is torch.int8
+    others = set(dict(loaded.model.named_parameters()).values()) - {
+        parameter for module in own.values() for parameter in module.parameters()
+    }
+    assert {parameter.dtype for parameter in others} == {torch.float32}
+    # What adapters see of the model is the same.
+    whole = load_tiny(path, "none", max_loras=0)
+    assert loaded.base_shape == whole.base_shape
+    assert loaded.layers == whole.layers
+
+
+def test_what_answers_otherwise_is_another_base_model(tmp_path: Path) -> None:
+    path = save_random_model(WIDE, tmp_path / "model")
+    digests = {name: load_tiny(path, name).base_digest for name in ("none", *ON_CPU)}
+    assert len(set(digests.values())) == len(digests)
+    assert load_tiny(path, "int8").base_digest == digests["int8"]
+
+
+FAMILIES: dict[str, transformers.PretrainedConfig] = {
+    "llama, tied": tiny_llama_config(
+        hidden_size=64, intermediate_size=96, tie_word_embeddings=True
+    ),
+    "qwen2": transformers.Qwen2Config(
+        vocab_size=257, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+    ),
+    "phi3": transformers.Phi3Config(
+        vocab_size=257, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128,
+    ),
+    "gpt2, tied": transformers.GPT2Config(
+        vocab_size=257, n_positions=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=0,
+        eos_token_id=0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantization", ON_CPU)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantised_family_answers_in_a_batch_as_it_does_alone(
+    family: str, quantization: str, tmp_path: Path
+) -> None:
+    path = save_random_model(FAMILIES[family], tmp_path / "model")
+    prompts = [[(37 * i + k) % 257 for i in range(length)] for k, length in enumerate((3, 30, 17))]
+    settings = {"quantization": quantization, "max_num_batched_tokens": 64}
+    with open_lab(path, FolderSource(tmp_path), **settings) as lab:
+        alone = [lab.generate(prompt, max_tokens=12) for prompt in prompts]
+    with open_lab(path, FolderSource(tmp_path), **settings) as lab:
+        keys = [lab.submit(prompt, max_tokens=12) for prompt in prompts]
+        lab.run()
+        assert [lab.answers[key].token_ids for key in keys] == alone
+        lab.assert_nothing_is_left()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("config", "quantization", "reason"),
+    [
+        (tiny_llama_config(), "int4", "'int4'.*down_proj.*in_features, 48.*multiple of 32"),
+        (tiny_llama_config(), "fp8", "'fp8', which needs a CUDA device"),
+        (
+            transformers.MixtralConfig(
+                vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+            ),
+            "int8",
+            "not served for models of experts",
+        ),
+    ],
+    ids=["odd groups", "fp8 without a GPU", "experts"],
+)  # fmt: skip
+def test_what_a_format_cannot_have_is_refused_by_name(
+    config: transformers.PretrainedConfig, quantization: str, reason: str, tmp_path: Path
+) -> None:
+    path = save_random_model(config, tmp_path / "model")
+    with pytest.raises(ConfigurationError, match=reason) as refused:
+        load_tiny(path, quantization)
+    assert isinstance(refused.value, UnsupportedModel) is ("experts" in reason)
+
+
+def test_the_device_must_have_the_arithmetic() -> None:
+    with pytest.raises(ConfigurationError, match="'int8-dynamic', which only a CPU serves"):
+        choice.choose_formats("int8-dynamic", torch.device("cuda"), None)
+
+
+def test_an_unknown_quantisation_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"quantization must be one of .*'awq'"):
+        EngineConfig(model="model", served_name="base", quantization="awq")  # type: ignore[arg-type]  # on purpose
