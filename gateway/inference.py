@@ -445,7 +445,11 @@ class Inference:
         grammar = await self._grammar(principal, request.grammar, target, codec)
         keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
-        link = self._router.pick()
+        link = self._router.pick(
+            target.base_model_id,
+            revision=target.base_revision,
+            adapter_digest=target.weights_digest,
+        )
         assert principal.tenant_id is not None, "only tenants are billed"
         place = self._rooms[link].enter(principal.tenant_id)
         try:
@@ -602,7 +606,12 @@ class Inference:
         if target.weights_digest is None:
             return True
         try:
-            return target.weights_digest in (await self._router.pick().status()).resident_adapters
+            link = self._router.pick(
+                target.base_model_id,
+                revision=target.base_revision,
+                adapter_digest=target.weights_digest,
+            )
+            return target.weights_digest in (await link.status()).resident_adapters
         except (LinkError, Unavailable):
             return None
 

@@ -123,6 +123,7 @@ class EngineState:
     """How one engine is doing."""
 
     replica: Replica
+    is_draining: bool
     # None where it does not answer.
     status: EngineStatus | None
     problem: str | None
@@ -166,16 +167,17 @@ class Residency:
     async def engines(self) -> list[EngineState]:
         """How every engine is doing, in the order in which they came."""
         replicas = self._router.replicas
+        draining = [self._router.is_draining(replica.link) for replica in replicas]
         found = await asyncio.gather(*(_status(replica.link) for replica in replicas))
         statuses = [status for status in found if isinstance(status, EngineStatus)]
         models = await self._models(
             {digest for status in statuses for digest in _digests_of(status)}
         )
         return [
-            EngineState(replica, status, None, models)
+            EngineState(replica, is_draining, status, None, models)
             if isinstance(status, EngineStatus)
-            else EngineState(replica, None, status, {})
-            for replica, status in zip(replicas, found, strict=True)
+            else EngineState(replica, is_draining, None, status, {})
+            for replica, is_draining, status in zip(replicas, draining, found, strict=True)
         ]
 
     async def warm(self, tenant: str, adapter: str, version: str, *, to: Tier) -> Residence:

@@ -17,7 +17,7 @@ def settings(tmp_path) -> Settings:
     return Settings(
         database_app_url="postgresql+asyncpg://app:secret@localhost/manylora",
         database_worker_url="postgresql+asyncpg://worker:secret@localhost/manylora",
-        engine_address=f"unix:{tmp_path / 'engine.sock'}",
+        engine_addresses=(f"unix:{tmp_path / 'engine.sock'}",),
         engine_secret="the-engines-own",
         peppers={1: bytes(32), 2: b"n" * 32},
         store_url="memory://",

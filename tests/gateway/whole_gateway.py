@@ -146,7 +146,7 @@ def _settings(home: Home, engine: Engine, folder: Path, **settings: Any) -> Sett
     made = Settings(
         database_app_url=home.app_url,
         database_worker_url=home.worker_url,
-        engine_address=engine.address,
+        engine_addresses=(engine.address,),
         engine_secret="the-engines-own",
         peppers={1: PEPPER},
         store_url=(folder / "store").as_uri(),
