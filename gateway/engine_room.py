@@ -221,7 +221,7 @@ class EngineRoom:
     def _model_of(self, name: str, path: str) -> ServedModel:
         """With the flags of the one whose place it takes."""
         assert self._model_folder is not None, "it was looked at before"
-        whole = str(Path(os.path.realpath(self._model_folder)) / path)
+        whole = os.path.realpath(self._model_folder / path)
         asked = self._asked.get(name)
         return ServedModel(name, whole, asked.engine_flags if asked else self._engine_flags)
 

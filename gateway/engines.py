@@ -102,6 +102,8 @@ class Engines:
         # Whose end was asked of our host.
         self._ended: set[str] = set()
         self._has_news = asyncio.Event()
+        # Held from reading rows until all follows them, and while an operator changes them.
+        self._seeing_to_it = asyncio.Lock()
         self._own: list[asyncio.Task[None]] = []
         # What holds links open, and what follows from an engine's coming.
         self._holding: set[asyncio.Task[None]] = set()
@@ -197,14 +199,15 @@ class Engines:
         tie = known or self._tie(address, is_asked_for=True)
         try:
             info = await _told(tie, patience_s=patience_s)
-            row = await admit(info, address)
+            async with self._seeing_to_it:
+                row = await admit(info, address)
+                tie.is_asked_for = False
+                self._ended.discard(address)
+                self._introduced(tie, info, _replica(tie, row))
         except BaseException:
             if known is None:
                 self._end(address)
             raise
-        tie.is_asked_for = False
-        self._ended.discard(address)
-        self._introduced(tie, info, _replica(tie, row))
         # What drains from now on is seen to.
         self._has_news.set()
         return row
@@ -288,7 +291,8 @@ class Engines:
                     await self._has_news.wait()
             self._has_news.clear()
             try:
-                await self._look()
+                async with self._seeing_to_it:
+                    await self._look()
                 await self._look_for_residents()
             except DATABASE_TROUBLE as error:
                 logger.info("engines_not_looked_at", extra={"reason": str(error)})
