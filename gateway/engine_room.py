@@ -57,7 +57,7 @@ class _Running:
 
 
 class EngineRoom:
-    """Mutable: the engine processes, while used as a context.
+    """Mutable: the engine processes.
 
     `asked`: the models of the command line; `engine_flags`: those of any other. Folders of models
     that operators may start lie below `model_folder`; None for none.
@@ -179,7 +179,9 @@ class EngineRoom:
         await asyncio.wait({keeper, asking}, return_when=asyncio.FIRST_COMPLETED)
         is_kept = asking.done() and not asking.cancelled() and asking.exception() is None
         if is_kept and isinstance(asking.result(), KeepOrder):
-            child.is_vital = False
+            # None is the only one any more.
+            for each in self._running.values():
+                each.child.is_vital = False
             keeper.add_done_callback(self._note_end)
             self._remember(model)
             _reply(writer, Reply("done", address))
@@ -284,6 +286,8 @@ class EngineRoom:
     def _remember(self, model: ServedModel) -> None:
         asked = self._asked.get(model.name)
         self._changes[model.name] = Change(model.path, asked.path if asked else None)
+        if asked is not None and asked.path == model.path:
+            del self._changes[model.name]
         self._write_changes()
 
     def _forget(self, model: ServedModel) -> None:

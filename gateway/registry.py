@@ -59,7 +59,9 @@ RESOLVE = text("""
            b.text_bundle_digest AS base_text_bundle_digest, b.context_length,
            b.revision AS base_revision, b.retired_at IS NOT NULL AS is_retired,
            a.id AS adapter_id, v.id AS adapter_version_id, v.number AS version_number,
-           v.weights_digest, v.version_digest, v.certificate ->> 'fingerprint' AS fingerprint,
+           v.weights_digest, v.version_digest,
+           CASE WHEN v.base_revision = b.revision THEN v.certificate ->> 'fingerprint' END
+               AS fingerprint,
            coalesce(v.text_bundle_digest, b.text_bundle_digest) AS text_bundle_digest,
            coalesce(v.state = 'missing', false) AS is_missing
     FROM public_names n
@@ -134,7 +136,8 @@ class Target:
     version_number: int | None
     weights_digest: str | None
     version_digest: str | None
-    # Of its probe: what an engine loads must have it. None also where the probe told none.
+    # Of its probe: what an engine loads must have it. None also where the probe told none, or was
+    # of another revision of the base model.
     fingerprint: str | None
     # The adapter's own bundle, or its base model's.
     text_bundle_digest: str
@@ -210,6 +213,8 @@ class Verdict:
     findings: list[dict[str, Any]]
     # `aliases.ExampleResults`; None where the upload brought no examples.
     example_results: dict[str, Any] | None = None
+    # Of the base model, before the probe began.
+    base_revision: int = 1
 
     @property
     def state(self) -> str:
@@ -382,6 +387,7 @@ class Registry:
             version.state = verdict.state
             version.certificate = verdict.certificate
             version.findings = verdict.findings
+            version.base_revision = verdict.base_revision
             version.example_results = verdict.example_results
             if verdict.state == "ready" and version.deleted_at is None:
                 await session.flush()

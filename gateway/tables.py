@@ -243,6 +243,8 @@ class AdapterVersion(Table):
     tenant_id: Mapped[uuid.UUID]
     adapter_id: Mapped[uuid.UUID]
     base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    # Of the base model that it was probed on.
+    base_revision: Mapped[int] = mapped_column(Integer, server_default="1")
     number: Mapped[int] = mapped_column(Integer)
     state: Mapped[str]
     # What slots and KV prefixes are keyed by.

@@ -323,6 +323,7 @@ class Uploads:
         """Have a version probed that was not yet. Raises EngineFailed or Unavailable."""
         if version.state != "probing":
             return version
+        base_model = await self._registry.base_model(version.base_model_id)
         try:
             report = await self._probe(version.base_model_id, version.weights_digest)
         except (LinkError, Unavailable) as error:
@@ -332,7 +333,7 @@ class Uploads:
                 f"The upload is kept as version {version.number}, but no engine could probe it:"
                 f" {error} Send the same upload again to have it probed."
             ) from error
-        verdict = verdict_of(report)
+        verdict = replace(verdict_of(report), base_revision=base_model.revision)
         if verdict.state == "ready" and (examples := await self._examples_of(version)):
             results = await self._rehearse(version, examples)
             verdict = replace(verdict, example_results=msgspec.to_builtins(results))

@@ -2,7 +2,8 @@
 
 An engine serves one revision. One that drains gets no new requests, and one that is gone is
 remembered, so that no gateway takes it for a new one. A gateway of the step before knows neither:
-let it end before a base model is retired or swapped.
+let it end before a base model is retired or swapped. A version of an adapter was probed on one
+revision: the fingerprint that was found there may hold on no other.
 """
 
 from alembic import op
@@ -15,6 +16,7 @@ depends_on = None
 COLUMNS = (
     "ALTER TABLE base_models ADD COLUMN revision INTEGER DEFAULT '1' NOT NULL",
     "ALTER TABLE base_models ADD COLUMN retired_at TIMESTAMPTZ",
+    "ALTER TABLE adapter_versions ADD COLUMN base_revision INTEGER DEFAULT '1' NOT NULL",
     "ALTER TABLE engine_replicas ADD COLUMN revision INTEGER DEFAULT '1' NOT NULL",
     "ALTER TABLE engine_replicas ADD COLUMN state TEXT DEFAULT 'serving' NOT NULL",
     """
@@ -50,6 +52,7 @@ def upgrade() -> None:
     for statement in (
         *COLUMNS,
         f"GRANT UPDATE (digest, revision, retired_at) ON base_models TO {worker}",
+        f"GRANT UPDATE (base_revision) ON adapter_versions TO {worker}",
         *NOTICE,
     ):
         connection.exec_driver_sql(statement)

@@ -1,6 +1,7 @@
 """Facts about the rows of base models and engines: what an operator let go of stays so."""
 
 import uuid
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -9,7 +10,7 @@ from gateway.auth import Principal
 from gateway.base_models import BaseModels
 from gateway.database import Database
 from gateway.errors import Conflict, ModelNotFound
-from gateway.registry import Registry
+from gateway.registry import Registry, Verdict
 from tests.gateway.admin_plane import ADDRESS, INFO
 from tests.gateway.published import make_tenant, publish
 
@@ -93,6 +94,19 @@ async def test_a_request_means_one_revision(
     assert (after.base_revision, after.context_length) == (2, 1024)
     assert before.base_model_id == after.base_model_id
     assert before.weights_digest == after.weights_digest
+
+
+async def test_a_fingerprint_holds_on_the_revision_that_was_probed(
+    registry: Registry, base_models: BaseModels, acme: Principal
+) -> None:
+    """What is prepared of an adapter may follow from the base model's weights."""
+    told = Verdict(certificate={"fingerprint": "1-float32-0"}, findings=[])
+    await publish(registry, acme, "old", digest="a", verdict=told)
+    assert (await registry.resolve(acme, "acme-old")).fingerprint == "1-float32-0"
+    await base_models.swap(INFO.base_model, NEXT, NEXT_ADDRESS, actor_key_id=OPERATOR)
+    assert (await registry.resolve(acme, "acme-old")).fingerprint is None
+    await publish(registry, acme, "new", digest="b", verdict=replace(told, base_revision=2))
+    assert (await registry.resolve(acme, "acme-new")).fingerprint == "1-float32-0"
 
 
 async def test_one_engine_by_two_addresses_is_refused(
