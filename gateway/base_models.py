@@ -5,6 +5,7 @@ who drains and who is gone; every change is one transaction that holds its audit
 of links, of processes, or of how requests are shared out.
 """
 
+import datetime
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -147,12 +148,11 @@ class BaseModels:
             else:
                 if base_model.retired_at is not None:
                     return base_model
-                base_model.retired_at = func.now()
+                base_model.retired_at = await _now(session)
                 which = EngineReplica.base_model_id == base_model.id
             await _drain(session, which)
             details = {} if address is None else {"address": address}
             await _record(session, base_model, "retire", details, actor_key_id=actor_key_id)
-            await session.refresh(base_model)
         return base_model
 
     async def let_go(self, address: str) -> None:
@@ -276,9 +276,14 @@ async def _set_replica(
         replica.base_model_id, replica.revision = base_model.id, base_model.revision
         replica.state = "serving"
     replica.engine_epoch, replica.device = info.engine_epoch, info.device
-    replica.max_loras, replica.seen_at = info.max_loras, func.now()
+    replica.max_loras, replica.seen_at = info.max_loras, await _now(session)
     await session.flush()
     return replica
+
+
+async def _now(session: AsyncSession) -> datetime.datetime:
+    now: datetime.datetime = (await session.scalars(select(func.now()))).one()
+    return now
 
 
 def _unstarted(base_model: BaseModel, address: str) -> EngineReplica:
