@@ -102,6 +102,7 @@ class BaseModels:
         async with self._database.as_worker() as session:
             await _check_is_another(session, info, address)
             base_model = await _open(session, info)
+            await _check_like_others(session, base_model, info, address)
             base_model.retired_at = None
             await _take_over(session, base_model, info)
             replica = await _set_replica(session, base_model, info=info, address=address)
@@ -193,6 +194,7 @@ async def enroll(
         raise Conflict(
             f"{base_model.name!r} is retired: POST /admin/v1/base-models brings it back."
         )
+    await _check_like_others(session, base_model, info, address)
     replica = await _set_replica(session, base_model, info=info, address=address)
     if replica.state != "serving":
         raise Conflict(
@@ -334,6 +336,32 @@ async def _check_is_another(session: AsyncSession, info: EngineInfo, address: st
     )
     if (known := await session.scalar(query.limit(1))) is not None:
         raise Conflict(f"The engine at {address} is known already: as {known}.", param="address")
+
+
+async def _check_like_others(
+    session: AsyncSession, base_model: BaseModel, info: EngineInfo, address: str
+) -> None:
+    """Any engine of a revision may get any request for it."""
+    query = select(EngineReplica.address).where(
+        EngineReplica.base_model_id == base_model.id,
+        EngineReplica.address != address,
+        EngineReplica.state == "serving",
+        # One that has not started yet says nothing of its own.
+        EngineReplica.engine_epoch != 0,
+    )
+    if (other := await session.scalar(query.limit(1))) is None:
+        return
+    for what, ours, theirs in (
+        ("a context of so many tokens", info.max_model_len, base_model.context_length),
+        ("adapters up to rank", info.max_lora_rank, base_model.max_lora_rank),
+        ("the text bundle", info.text_bundle_digest, base_model.text_bundle_digest),
+    ):
+        if ours != theirs:
+            raise Conflict(
+                f"The engine at {address} serves {what}: {ours}, and the one at {other} {theirs}:"
+                " start both alike, or have it take the other's place by a swap.",
+                param="address",
+            )
 
 
 async def _check_not_serving(session: AsyncSession, base_model: BaseModel, address: str) -> None:

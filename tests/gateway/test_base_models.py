@@ -114,6 +114,17 @@ async def test_one_engine_by_two_addresses_is_refused(
         await base_models.attach(INFO, "http://localhost:9000", actor_key_id=acme.key_id)
 
 
+async def test_engines_that_share_a_base_model_are_alike(
+    registry: Registry, base_models: BaseModels, acme: Principal
+) -> None:
+    shorter = msgspec.structs.replace(INFO, max_model_len=64, engine_epoch=2)
+    with pytest.raises(Conflict, match="tokens: 64, and the one at"):
+        await base_models.attach(shorter, NEXT_ADDRESS, actor_key_id=acme.key_id)
+    with pytest.raises(Conflict, match="start both alike"):
+        await registry.register_base_model(shorter, NEXT_ADDRESS)
+    assert (await registry.resolve(acme, "tiny-base")).context_length == INFO.max_model_len
+
+
 async def test_a_base_model_can_be_named_by_its_id(
     base_models: BaseModels, acme: Principal
 ) -> None:
