@@ -322,6 +322,8 @@ class EngineLink:
         self, method: str, path: str, *, body: bytes | None = None, timeout_s: float = _CALL_S
     ) -> bytes:
         headers = {"content-type": MSGPACK} if body is not None else None
+        if self._http.is_closed:
+            raise EngineUnreachable("The link to the engine was closed")
         try:
             response = await self._http.request(
                 method, path, content=body, headers=headers, timeout=timeout_s

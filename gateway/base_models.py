@@ -359,7 +359,7 @@ async def _check_like_others(
         if ours != theirs:
             raise Conflict(
                 f"The engine at {address} serves {what}: {ours}, and the one at {other} {theirs}:"
-                " start both alike, or have it take the other's place by a swap.",
+                " start both alike, swap one for the other, or retire that one first.",
                 param="address",
             )
 

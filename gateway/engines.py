@@ -128,8 +128,8 @@ class Engines:
         for task in ending:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
-        for tie in self._ties.values():
-            tie.end()
+        for address in list(self._ties):
+            self._end(address)
         holding = list(self._holding)
         if holding:
             # One may be asking an engine that does not answer.

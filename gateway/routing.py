@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from engine.client import EngineLink
 from gateway.errors import Unavailable
+from gateway.overload import WaitingRoom
 
 # An engine with an adapter in a slot is preferred until it has so many times its share of the
 # sequences: then the adapter spreads. Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with
@@ -38,6 +39,7 @@ class Router:
         self._draining: set[EngineLink] = set()
         # Weights digests, by the last look and by what was sent there since.
         self._resident: dict[EngineLink, set[str]] = {}
+        self._rooms: dict[EngineLink, WaitingRoom] = {}
 
     def attach(self, replica: Replica) -> None:
         """From now on the engine is chosen whenever its link is up, for what it serves now."""
@@ -53,12 +55,17 @@ class Router:
         """The engine is gone. One that is not known is no error."""
         self._replicas.pop(link, None)
         self._resident.pop(link, None)
+        self._rooms.pop(link, None)
         self._draining.discard(link)
 
     def note_residents(self, link: EngineLink, digests: Iterable[str]) -> None:
         """What the engine said that its slots hold."""
         if link in self._resident:
             self._resident[link] = set(digests)
+
+    def room(self, link: EngineLink) -> WaitingRoom:
+        """Where requests wait that the engine was chosen for; who enters at once is counted."""
+        return self._rooms.setdefault(link, WaitingRoom())
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
@@ -99,17 +106,17 @@ class Router:
 
     def _share_out(self, links: Sequence[EngineLink], adapter_digest: str | None) -> EngineLink:
         """The least busy of the near ones; of all where none is near, or those are too busy."""
+        # Whoever waits is counted from its choice on, which is before it is a sequence.
+        loads = {link: link.num_sequences + self.room(link).num_waiting for link in links}
         near: list[EngineLink] = []
         if adapter_digest is not None:
-            most = LOAD_BOUND * (sum(link.num_sequences for link in links) + 1) / len(links)
+            most = LOAD_BOUND * (sum(loads.values()) + 1) / len(links)
             near = [
                 link
                 for link in links
-                if adapter_digest in self._resident[link] and link.num_sequences < most
+                if adapter_digest in self._resident[link] and loads[link] < most
             ]
-        chosen = min(
-            near or links, key=lambda link: (link.num_sequences, _rank(link, adapter_digest))
-        )
+        chosen = min(near or links, key=lambda link: (loads[link], _rank(link, adapter_digest)))
         if adapter_digest is not None:
             self._resident[chosen].add(adapter_digest)
         return chosen

@@ -59,6 +59,12 @@ async def test_requests_go_to_the_least_busy_engine(place: Place) -> None:
     assert chosen.count(place.links[0]) == chosen.count(place.links[1]) == 3
 
 
+async def test_whoever_waits_for_admission_is_counted_already(place: Place) -> None:
+    for _ in range(4):
+        place.router.room(place.router.pick(BASE)).enter(uuid.UUID(int=9))
+    assert [place.router.room(each).num_waiting for each in place.links] == [2, 2]
+
+
 async def test_an_adapter_stays_where_it_is_until_that_engine_is_too_busy(place: Place) -> None:
     first, second = place.submit(HOT), place.submit(HOT)
     assert first is second
