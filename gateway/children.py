@@ -27,7 +27,8 @@ class Child:
     """Mutable: the process, and whether it is wanted still.
 
     One that is not `is_vital` is started again however often it dies, after longer and longer
-    pauses; of one that is, the third death in a row right after its start is the end.
+    pauses; of one that is, the third death in a row right after its start is the end. One that is
+    on trial is not started again at all.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Child:
         say: Callable[[str], None],
         is_ending: Callable[[], bool],
         is_vital: bool = True,
+        is_on_trial: bool = False,
     ) -> None:
         self.name = name
         self.is_vital = is_vital
+        self.is_on_trial = is_on_trial
         self._command = command
         self._environment = {**os.environ, **environment}
         self._say = say
@@ -60,7 +63,7 @@ class Child:
                 return
             is_short = time.monotonic() - started_at < SHORT_LIFE_S
             has_lived = has_lived or not is_short
-            if code in HOPELESS and not has_lived:
+            if self.is_on_trial or (code in HOPELESS and not has_lived):
                 raise CannotServe(f"the {self.name} cannot start; its last lines above say why")
             num_short_lives = num_short_lives + 1 if is_short else 0
             if num_short_lives >= MAX_SHORT_LIVES and self.is_vital:

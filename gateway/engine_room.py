@@ -171,7 +171,7 @@ class EngineRoom:
         address = self._free_address()
         model = self._model_of(order.name, order.model)
         # Until it is kept, whoever waits for it should hear soon that it is in vain.
-        child = self._child(address, model, is_vital=True)
+        child = self._child(address, model, is_vital=False, is_on_trial=True)
         keeper = asyncio.create_task(child.keep())
         self._running[address] = _Running(model, child, keeper)
         _reply(writer, Reply("done", address))
@@ -179,6 +179,7 @@ class EngineRoom:
         await asyncio.wait({keeper, asking}, return_when=asyncio.FIRST_COMPLETED)
         is_kept = asking.done() and not asking.cancelled() and asking.exception() is None
         if is_kept and isinstance(asking.result(), KeepOrder):
+            child.is_on_trial = False
             # None is the only one any more.
             for each in self._running.values():
                 each.child.is_vital = False
@@ -227,7 +228,9 @@ class EngineRoom:
         asked = self._asked.get(name)
         return ServedModel(name, whole, asked.engine_flags if asked else self._engine_flags)
 
-    def _child(self, address: str, model: ServedModel, *, is_vital: bool) -> Child:
+    def _child(
+        self, address: str, model: ServedModel, *, is_vital: bool, is_on_trial: bool = False
+    ) -> Child:
         # The only one, or the first, is called what it always was.
         number = address.removeprefix(self._address(1).removesuffix(".sock")).removesuffix(".sock")
         command = [
@@ -251,6 +254,7 @@ class EngineRoom:
             say=self._say,
             is_ending=self._is_ending,
             is_vital=is_vital,
+            is_on_trial=is_on_trial,
         )
 
     def _address(self, number: int) -> str:
