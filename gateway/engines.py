@@ -221,9 +221,10 @@ class Engines:
         return tie
 
     def _end(self, address: str) -> None:
-        tie = self._ties.pop(address)
-        self._router.detach(tie.link)
-        tie.end()
+        tie = self._ties.pop(address, None)
+        if tie is not None:
+            self._router.detach(tie.link)
+            tie.end()
 
     async def _hold(self, tie: _Tie) -> None:
         try:
