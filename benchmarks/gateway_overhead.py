@@ -528,7 +528,7 @@ async def run(
     settings = Settings(
         database_app_url=app_url,
         database_worker_url=worker_url,
-        engine_address=f"unix:{folder / 'e'}",
+        engine_addresses=(f"unix:{folder / 'e'}",),
         engine_secret=secret,
         peppers={PEPPER_VERSION: pepper},
         store_url=store_url,
@@ -538,7 +538,7 @@ async def run(
         max_upload_bytes=1 << 20,
         purge_after_days=30,
     )
-    job = Job(settings.engine_address, secret, info, words, arguments.step_ms)
+    job = Job(settings.engine_addresses[0], secret, info, words, arguments.step_ms)
     profile = folder / "profile.json" if arguments.profile else None
     database = Database(app_url=app_url, worker_url=worker_url, pool_size=2)
     try:

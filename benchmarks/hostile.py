@@ -98,7 +98,7 @@ async def open_shop(postgres: EmbeddedPostgres, folder: Path) -> AsyncIterator[S
         settings = Settings(
             database_app_url=app_url,
             database_worker_url=worker_url,
-            engine_address=engine.address,
+            engine_addresses=(engine.address,),
             engine_secret=SECRET,
             peppers={1: PEPPER},
             store_url=store_url,

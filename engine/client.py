@@ -6,11 +6,13 @@ Knows nothing of text, tenants or money; imports no torch.
 """
 
 import asyncio
+import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -65,6 +67,22 @@ _ACKNOWLEDGEMENT_DELAY_S = 0.2
 # Token ids of 5 bytes each stay well under the engine's limit of a body.
 _MAX_TOKENS_PER_BATCH = 2_000_000
 _MAX_FRAME_BYTES = 256 * 1024**2
+# The kernel's limit of a socket's path, and our prefix.
+_MAX_SOCKET_BYTES = 107 + len(UNIX_PREFIX)
+
+
+def is_address(text: str) -> bool:
+    """Whether a link could be made to it: `unix:/path` or `http://host:port`."""
+    if not text.isprintable() or " " in text:
+        return False
+    if text.startswith(UNIX_PREFIX):
+        return text.startswith(f"{UNIX_PREFIX}/") and len(text.encode()) <= _MAX_SOCKET_BYTES
+    try:
+        url = urlsplit(text)
+        is_whole = url.scheme == "http" and bool(url.hostname) and url.port is not None
+        return is_whole and text == f"http://{url.netloc}" and "@" not in url.netloc
+    except ValueError:
+        return False
 
 
 class _FramesGone(Exception):
@@ -138,7 +156,8 @@ class EngineLink:
     `on_frame` is called for each frame number exactly once, in order, before the frame's events
     reach any stream. It must not raise: if it does, the link ends and the exception with it.
     `on_session` is called whenever an engine begins to serve this link that knows nothing of what
-    was said before: at first, and after the engine or the link was away for long.
+    was said before: at first, and after the engine or the link was away for long. `sequence_ids`
+    only grows; links that share it never give one id twice.
     """
 
     def __init__(
@@ -150,6 +169,7 @@ class EngineLink:
         secret: str | None,
         on_frame: Callable[[Frame], None],
         on_session: Callable[[], None] = lambda: None,
+        sequence_ids: Iterator[int] | None = None,
         max_queued_events: int = 1024,
     ) -> None:
         self._worker_id = worker_id
@@ -163,7 +183,7 @@ class EngineLink:
         self._tasks = asyncio.TaskGroup()
         self._own: list[asyncio.Task[None]] = []
         self._streams: dict[int, SequenceStream] = {}
-        self._last_sequence_id = 0
+        self._sequence_ids = sequence_ids or itertools.count(1)
         self._outgoing: deque[Command] = deque()
         self._sender_has_work = asyncio.Event()
         self._connected = asyncio.Event()
@@ -212,6 +232,11 @@ class EngineLink:
     def is_connected(self) -> bool:
         return self._connected.is_set()
 
+    @property
+    def num_sequences(self) -> int:
+        """How many of this link's sequences have not ended."""
+        return len(self._streams)
+
     def submit(
         self,
         prompt_token_ids: Sequence[int],
@@ -227,9 +252,8 @@ class EngineLink:
         grammar: Grammar | None = None,
     ) -> SequenceStream:
         """Queue a sequence for the POST of this tick. Its id is known at once."""
-        self._last_sequence_id += 1
         command = Submit(
-            sequence_id=self._last_sequence_id,
+            sequence_id=next(self._sequence_ids),
             prompt_token_ids=list(prompt_token_ids),
             sampling=sampling,
             adapter_digest=adapter_digest,
@@ -298,6 +322,8 @@ class EngineLink:
         self, method: str, path: str, *, body: bytes | None = None, timeout_s: float = _CALL_S
     ) -> bytes:
         headers = {"content-type": MSGPACK} if body is not None else None
+        if self._http.is_closed:
+            raise EngineUnreachable("The link to the engine was closed")
         try:
             response = await self._http.request(
                 method, path, content=body, headers=headers, timeout=timeout_s

@@ -3,12 +3,13 @@
 Decides nothing; what it wires together knows nothing of it.
 """
 
-import asyncio
 import contextlib
 import datetime
+import itertools
 import logging
 import signal
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,10 @@ from litestar.openapi.plugins import RedocRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.static_files import create_static_files_router
 from litestar.types import Message, Scope
-from sqlalchemy.exc import SQLAlchemyError
 
 from adapters.store import ArtifactStore
 from engine.client import EngineLink
-from engine.errors import LinkError
-from engine.protocol import Frame
+from engine.protocol import Frame, ProbeReport
 from gateway import api
 from gateway.aliases import Aliases
 from gateway.api import billing as billing_routes
@@ -50,9 +49,12 @@ from gateway.api.admin import admin_router
 from gateway.api.attempts import Attempts, Desk
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, check_routes, guard, provide_principal
+from gateway.base_models import BaseModels
 from gateway.blobs import Blobs
 from gateway.bookkeeping import Bookkeeper
 from gateway.database import Database
+from gateway.engine_host import EngineHost
+from gateway.engines import Engines
 from gateway.errors import GatewayError, JournalFailed
 from gateway.examples import ExampleRunner
 from gateway.grammars import Grammars
@@ -69,7 +71,7 @@ from gateway.registry import Registry
 from gateway.residency import Residency
 from gateway.resumable import ResumableUploads
 from gateway.retention import Retention
-from gateway.routing import Replica, Router
+from gateway.routing import Router
 from gateway.runtime_loras import RuntimeLoras
 from gateway.settings import Settings
 from gateway.source_files import SourceFiles
@@ -77,14 +79,13 @@ from gateway.staging import Staging
 from gateway.tables import new_id
 from gateway.templates import Templates
 from gateway.text import TextCodecs
-from gateway.uploads import Uploads
+from gateway.uploads import Probe, Uploads
 from gateway.webhooks import Outbox
 
 logger = logging.getLogger(__name__)
 
 STATIC_DIR = Path(api.__file__).parent / "static"
 REDOC = "redoc-2.5.4.js"
-ENGINE_RETRY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,8 @@ class Parts:
     journal: Journal
     ledger: Ledger
     outbox: Outbox
-    engine: EngineLink
+    base_models: BaseModels
+    engines: Engines
     router: Router
     residency: Residency
     runtime_loras: RuntimeLoras
@@ -133,14 +135,6 @@ def build(settings: Settings) -> Parts:
     ledger = Ledger(database, journal, max_retry_credit_nano=settings.max_retry_credit_nano)
     router = Router()
     residency = Residency(database, router)
-    engine = EngineLink(
-        settings.engine_address,
-        worker_id=str(journal.instance_id),
-        worker_epoch=journal.epoch,
-        secret=settings.engine_secret,
-        on_frame=lambda frame: _write_down(journal, frame),
-        on_session=residency.look,
-    )
     blobs = Blobs(database, store)
     texts = TextCodecs(store, templates=templates)
     uploads = Uploads(
@@ -148,7 +142,7 @@ def build(settings: Settings) -> Parts:
         store,
         blobs=blobs,
         staging=staging,
-        probe=engine.probe,
+        probe=_prober(router),
         templates=templates,
         examples=ExampleRunner(texts, router),
     )
@@ -157,6 +151,15 @@ def build(settings: Settings) -> Parts:
         blobs,
         purge_after=datetime.timedelta(days=settings.purge_after_days),
         quotas=quotas,
+    )
+    engines = Engines(
+        database,
+        router,
+        connect=_connector(settings, journal, on_session=residency.look),
+        enroll=registry.register_base_model,
+        given=settings.engine_addresses,
+        host=EngineHost(settings.supervisor_socket) if settings.supervisor_socket else None,
+        on_attached=_follower(uploads, residency),
     )
     contents = Contents(database)
     policies = Policies(
@@ -187,7 +190,8 @@ def build(settings: Settings) -> Parts:
         journal=journal,
         ledger=ledger,
         outbox=Outbox(database, settings.peppers, allowed_networks=settings.webhook_networks),
-        engine=engine,
+        base_models=BaseModels(database),
+        engines=engines,
         router=router,
         residency=residency,
         runtime_loras=RuntimeLoras(
@@ -212,6 +216,47 @@ def build(settings: Settings) -> Parts:
         policies=policies,
         attempts=Attempts(Answers(database), compares_streams=settings.max_retry_credit_nano > 0),
     )
+
+
+def _connector(
+    settings: Settings, journal: Journal, *, on_session: Callable[[], None]
+) -> Callable[[str, Callable[[], None]], EngineLink]:
+    """Makes links that one journal can tell apart: no two sequences have the same id."""
+    sequence_ids = itertools.count(1)
+
+    def connect(address: str, on_own_session: Callable[[], None]) -> EngineLink:
+        def on_any_session() -> None:
+            on_own_session()
+            on_session()
+
+        return EngineLink(
+            address,
+            worker_id=str(journal.instance_id),
+            worker_epoch=journal.epoch,
+            secret=settings.engine_secret,
+            on_frame=lambda frame: _write_down(journal, frame),
+            on_session=on_any_session,
+            sequence_ids=sequence_ids,
+        )
+
+    return connect
+
+
+def _prober(router: Router) -> Probe:
+    async def probe(base_model_id: uuid.UUID, weights_digest: str) -> ProbeReport:
+        return await router.pick(base_model_id).probe(weights_digest)
+
+    return probe
+
+
+def _follower(
+    uploads: Uploads, residency: Residency
+) -> Callable[[uuid.UUID], Coroutine[Any, Any, None]]:
+    async def follow(base_model_id: uuid.UUID) -> None:
+        residency.look()
+        await uploads.recover(base_model_id)
+
+    return follow
 
 
 def _write_down(journal: Journal, frame: Frame) -> None:
@@ -250,30 +295,9 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.policies.decisions)
         await stack.enter_async_context(parts.attempts.answers)
         await stack.enter_async_context(Bookkeeper(parts.database))
-        await stack.enter_async_context(parts.engine)
-        attaching = asyncio.create_task(_attach_engine(parts))
-        stack.callback(attaching.cancel)
+        await parts.uploads.sweep()
+        await stack.enter_async_context(parts.engines)
         yield
-
-
-async def _attach_engine(parts: Parts) -> None:
-    """Offer what the engine serves, as soon as there is one, and finish interrupted uploads."""
-    reason = ""
-    while True:
-        try:
-            info = await parts.engine.info()
-            address = parts.settings.engine_address
-            base_model = await parts.registry.register_base_model(info, address)
-            break
-        except (LinkError, GatewayError, SQLAlchemyError, OSError) as error:
-            if str(error) != reason:
-                reason = str(error)
-                logger.warning("engine_not_attached", extra={"reason": reason})
-            await asyncio.sleep(ENGINE_RETRY_S)
-    parts.router.attach(Replica(parts.engine, base_model.id, base_model.name))
-    parts.residency.look()
-    logger.info("engine_attached", extra={"base_model": info.base_model})
-    await parts.uploads.recover()
 
 
 def create_app(settings: Settings) -> Litestar:
@@ -336,8 +360,17 @@ def create_app(settings: Settings) -> Litestar:
 
 # What handlers may ask for by the name of a parameter.
 _HANDED_OUT = (
-    *("aliases", "authenticator", "database", "grants", "inference", "ledger", "registry"),
-    *("outbox", "residency", "resumable_uploads", "retention", "router", "runtime_loras"),
+    *("aliases", "authenticator", "base_models", "database", "engines", "grants", "inference"),
+    *(
+        "ledger",
+        "registry",
+        "outbox",
+        "residency",
+        "resumable_uploads",
+        "retention",
+        "router",
+        "runtime_loras",
+    ),
     *("policies", "source_files", "uploads"),
 )
 
@@ -361,7 +394,7 @@ def _openapi() -> OpenAPIConfig:
     return OpenAPIConfig(
         title="Manylora",
         version="1",
-        description="LoRA fine-tunes of one base model, served to many tenants.",
+        description="LoRA fine-tunes of a few base models, served to many tenants.",
         path="/docs",
         render_plugins=[RedocRenderPlugin(js_url=f"/static/{REDOC}", google_fonts=False)],
         openapi_router=Routes(

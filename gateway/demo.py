@@ -12,7 +12,8 @@ import httpx
 
 import adapters.demo
 from adapters.demo.tasks import TASKS
-from gateway.supervisor import CannotServe, write_private
+from gateway.children import CannotServe
+from gateway.private_files import write_private
 
 FOLDER = Path(adapters.demo.__file__).parent
 FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -7,6 +7,7 @@ uploads or of what follows from a score.
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ MAX_FAILED_LINES = 20
 class Contender:
     """A version, or the base model alone."""
 
+    base_model_id: uuid.UUID
     # None for the base model.
     weights_digest: str | None
     text_bundle_digest: str
@@ -128,7 +130,8 @@ class ExampleRunner:
             contender.text_bundle_digest, base=contender.base_text_bundle_digest
         )
         prompt_ids = await _encode(codec, example)
-        stream = self._router.pick().submit(
+        link = self._router.pick(contender.base_model_id, adapter_digest=contender.weights_digest)
+        stream = link.submit(
             prompt_ids,
             sampling=SamplingParams(
                 max_tokens=await _max_tokens(codec, example),

@@ -9,14 +9,13 @@ import datetime
 import logging
 import secrets
 import uuid
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
-from engine.client import EngineLink, SequenceStream
+from engine.client import SequenceStream
 from engine.errors import LinkError
 from engine.protocol import (
     Grammar,
@@ -42,7 +41,7 @@ from gateway.grammars import AskedGrammar, Grammars, InvalidGrammar
 from gateway.journal import Journal, Meter, Opened
 from gateway.ledger import Ledger
 from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
-from gateway.overload import Place, WaitingRoom
+from gateway.overload import Place
 from gateway.policies.moderation import Judge
 from gateway.policies.rules import Asked
 from gateway.policies.screen import Screen
@@ -415,8 +414,6 @@ class Inference:
         self._router = router
         self._journal = journal
         self._ledger = ledger
-        # By engine; they live as long as this process.
-        self._rooms: defaultdict[EngineLink, WaitingRoom] = defaultdict(WaitingRoom)
 
     async def start(
         self, principal: Principal, request: GenerationRequest, attempt: Attempt = FIRST
@@ -445,9 +442,13 @@ class Inference:
         grammar = await self._grammar(principal, request.grammar, target, codec)
         keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
-        link = self._router.pick()
+        link = self._router.pick(
+            target.base_model_id,
+            revision=target.base_revision,
+            adapter_digest=target.weights_digest,
+        )
         assert principal.tenant_id is not None, "only tenants are billed"
-        place = self._rooms[link].enter(principal.tenant_id)
+        place = self._router.room(link).enter(principal.tenant_id)
         try:
             admission = await self._admit(
                 principal,
@@ -602,7 +603,12 @@ class Inference:
         if target.weights_digest is None:
             return True
         try:
-            return target.weights_digest in (await self._router.pick().status()).resident_adapters
+            link = self._router.pick(
+                target.base_model_id,
+                revision=target.base_revision,
+                adapter_digest=target.weights_digest,
+            )
+            return target.weights_digest in (await link.status()).resident_adapters
         except (LinkError, Unavailable):
             return None
 

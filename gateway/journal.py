@@ -332,6 +332,7 @@ class Journal:
         self._segments = Segments(folder, lock.epoch, max_segment_bytes=max_segment_bytes)
         self._num_opened = 0
         self._meters: dict[uuid.UUID, Meter] = {}
+        # All links of a process count together: an id names one sequence on one engine.
         self._by_sequence: dict[int, Meter] = {}
         # Closed and not yet in the database.
         self._unsettled: dict[uuid.UUID, Settlement] = {}

@@ -14,7 +14,8 @@ import httpx
 import msgspec
 
 from adapters.folder import ADAPTER_FILES, OPTIONAL_FILES
-from gateway.supervisor import CannotServe, write_private
+from gateway.children import CannotServe
+from gateway.private_files import write_private
 
 DEFAULT_TENANT = "default"
 # A probe on a CPU takes minutes for a large model.

@@ -1,8 +1,8 @@
 """Which names can be called, what each stands for now, and how new ones come in.
 
-Owns base models, public names, adapters and their versions. How aliases move, who else may call an
-adapter, and how it goes away are in `aliases`, `grants` and `retention`. Knows nothing of files, of
-HTTP, or of how an adapter is judged.
+Owns adapters and their versions. Base models and their engines are in `base_models`; how aliases
+move, who else may call an adapter, and how it goes away in `aliases`, `grants` and `retention`.
+Knows nothing of files, of HTTP, or of how an adapter is judged.
 """
 
 import datetime
@@ -11,14 +11,13 @@ import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import msgspec
 from sqlalchemy import ColumnElement, Select, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
 from engine.protocol import EngineInfo
-from gateway import audit, prices, tenants
+from gateway import audit, tenants
 from gateway.adapter_rows import (
     DEFAULT_PAGE,
     Page,
@@ -30,9 +29,11 @@ from gateway.adapter_rows import (
 )
 from gateway.aliases import Canary, Meaning, bucket_of, follow_latest
 from gateway.auth import Principal
+from gateway.base_models import MAX_MODEL_NAME, enroll
 from gateway.blobs import lock_bytes
 from gateway.database import Database
 from gateway.errors import Conflict, InvalidRequest, ModelNotFound, Unavailable
+from gateway.public_names import check_name_is_free, claim_name, name_taken
 from gateway.quotas import NO_QUOTAS, Quotas
 from gateway.tables import (
     Adapter,
@@ -40,19 +41,15 @@ from gateway.tables import (
     AdapterVersion,
     BaseModel,
     EngineReplica,
-    PublicName,
     new_id,
 )
-
-# Two slugs and a dash take 65; base models may have longer names, with a folder in front.
-MAX_MODEL_NAME = 256
 
 # Which version of which adapter a name means. Row-level security hides what is neither the caller's
 # nor shared with it, and base models that are withheld from it, so such a name finds as little as
 # one that does not exist. A base model that no engine serves is not offered, and neither are its
-# adapters. Each lookup is an equality that row-level security lets an index answer. The tenant is
-# set in the statement itself, which spares three round trips: what is LATERAL to it runs after it,
-# and OFFSET 0 keeps the planner from taking the two apart.
+# adapters; that it was retired is told. Each lookup is an equality that row-level security lets an
+# index answer. The tenant is set in the statement itself, which spares three round trips: what is
+# LATERAL to it runs after it, and OFFSET 0 keeps the planner from taking the two apart.
 RESOLVE = text("""
     SELECT meaning.* FROM (
         SELECT set_config('app.tenant', CAST(:tenant AS text), true) AS tenant OFFSET 0
@@ -60,8 +57,11 @@ RESOLVE = text("""
     CROSS JOIN LATERAL (
     SELECT n.name AS public_name, b.id AS base_model_id, b.name AS base_model,
            b.text_bundle_digest AS base_text_bundle_digest, b.context_length,
+           b.revision AS base_revision, b.retired_at IS NOT NULL AS is_retired,
            a.id AS adapter_id, v.id AS adapter_version_id, v.number AS version_number,
-           v.weights_digest, v.version_digest, v.certificate ->> 'fingerprint' AS fingerprint,
+           v.weights_digest, v.version_digest,
+           CASE WHEN v.base_revision = b.revision THEN v.certificate ->> 'fingerprint' END
+               AS fingerprint,
            coalesce(v.text_bundle_digest, b.text_bundle_digest) AS text_bundle_digest,
            coalesce(v.state = 'missing', false) AS is_missing
     FROM public_names n
@@ -81,7 +81,9 @@ RESOLVE = text("""
     ) AS v ON v.state IN ('ready', 'missing') AND v.deleted_at IS NULL
     WHERE n.name = :name
       AND (v.id IS NOT NULL OR (n.base_model_id IS NOT NULL AND NOT :is_versioned))
-      AND EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
+      AND (b.retired_at IS NOT NULL OR EXISTS (
+          SELECT FROM engine_replicas r WHERE r.base_model_id = b.id AND r.state = 'serving'
+      ))
       AND caller.tenant IS NOT NULL
     OFFSET 0
     ) AS meaning
@@ -93,7 +95,9 @@ LIST_MODELS = text("""
     SELECT b.name AS id, b.created_at, 'manylora' AS owned_by, b.name AS base_model,
            NULL::integer AS version_number, NULL::text AS version_digest
     FROM base_models b
-    WHERE EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
+    WHERE EXISTS (
+          SELECT FROM engine_replicas r WHERE r.base_model_id = b.id AND r.state = 'serving'
+      )
       AND NOT EXISTS (SELECT FROM withheld_base_models w WHERE w.base_model_id = b.id)
     UNION ALL
     SELECT a.public_name, a.created_at,
@@ -110,7 +114,9 @@ LIST_MODELS = text("""
     JOIN adapter_aliases l ON l.adapter_id = a.id AND l.alias = a.default_alias
     JOIN adapter_versions v ON v.id = l.version_id AND v.state = 'ready' AND v.deleted_at IS NULL
     WHERE a.deleted_at IS NULL
-      AND EXISTS (SELECT FROM engine_replicas r WHERE r.base_model_id = b.id)
+      AND EXISTS (
+          SELECT FROM engine_replicas r WHERE r.base_model_id = b.id AND r.state = 'serving'
+      )
 """)
 
 
@@ -130,10 +136,13 @@ class Target:
     version_number: int | None
     weights_digest: str | None
     version_digest: str | None
-    # Of its probe: what an engine loads must have it. None also where the probe told none.
+    # Of its probe: what an engine loads must have it. None also where the probe told none, or was
+    # of another revision of the base model.
     fingerprint: str | None
     # The adapter's own bundle, or its base model's.
     text_bundle_digest: str
+    # Of the base model: the context, the bundles and the engines that are meant.
+    base_revision: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +166,6 @@ class AdapterEntry:
     base_model: str
     # By alias.
     aliases: dict[str, Meaning]
-
-
-@dataclass(frozen=True, slots=True)
-class BaseModelEntry:
-    """A base model and the addresses of the engines that serve it."""
-
-    base_model: BaseModel
-    replicas: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +213,8 @@ class Verdict:
     findings: list[dict[str, Any]]
     # `aliases.ExampleResults`; None where the upload brought no examples.
     example_results: dict[str, Any] | None = None
+    # Of the base model, before the probe began.
+    base_revision: int = 1
 
     @property
     def state(self) -> str:
@@ -252,6 +255,8 @@ class Registry:
         if not rows:
             raise model_not_found(model)
         fields = dict(rows[0])
+        if fields.pop("is_retired"):
+            raise _retired(model, fields["base_model"])
         if fields.pop("is_missing"):
             raise _missing(model)
         return Target(**fields)
@@ -274,31 +279,12 @@ class Registry:
     async def register_base_model(self, info: EngineInfo, address: str) -> BaseModel:
         """Take over what the engine at `address` serves, and offer it.
 
-        Raises Conflict where the name stands for something else already.
+        Raises Conflict where the name stands for something else already, or an operator let the
+        base model or the engine go.
         """
-        _check_base_model_name(info.base_model)
         async with self._database.as_worker() as session:
-            base_model = await _open_base_model(session, info)
-            await _claim_name(session, info.base_model.lower(), base_model_id=base_model.id)
-            base_model.text_bundle_digest = info.text_bundle_digest
-            base_model.shape = msgspec.to_builtins(info.base_shape)
-            base_model.context_length = info.max_model_len
-            base_model.vocab_size = info.vocab_size
-            base_model.max_lora_rank = info.max_lora_rank
-            await session.flush()
-            await prices.ensure_default(session, base_model.id)
-            await _set_replica(session, base_model.id, info=info, address=address)
+            base_model, _ = await enroll(session, info, address)
         return base_model
-
-    async def base_models(self) -> list[BaseModelEntry]:
-        """Return every base model that was ever registered, by name."""
-        async with self._database.as_worker() as session:
-            rows = (await session.scalars(select(BaseModel).order_by(BaseModel.name))).all()
-            replicas = (await session.scalars(select(EngineReplica))).all()
-        return [
-            BaseModelEntry(row, sorted(r.address for r in replicas if r.base_model_id == row.id))
-            for row in rows
-        ]
 
     # What operators do.
 
@@ -315,28 +301,39 @@ class Registry:
             destination = Destination(owner.id, adapter, public_name(tenant, adapter), None)
             existing = await find_adapter(session, owner.id, adapter)
             if existing is None:
-                await _check_name_is_free(session, destination.public_name)
+                await check_name_is_free(session, destination.public_name)
                 return destination
         _check_not_deleted(existing)
         return replace(destination, base_model_id=existing.base_model_id)
 
-    async def base_model_for(self, destination: Destination, name: str | None) -> BaseModel:
+    async def base_model_for(
+        self, destination: Destination, name: str | None, *, trained_on: str | None = None
+    ) -> BaseModel:
         """Return the base model that an upload is for: the adapter's, the named, or the only one.
 
-        Raises InvalidRequest, Conflict or Unavailable.
+        Where several are served and none is named, it is the one that it was `trained_on`, as far
+        as the names tell. Raises InvalidRequest, Conflict or Unavailable.
         """
-        offered = [entry.base_model for entry in await self.base_models() if entry.replicas]
+        offered = await self._offered()
         if destination.base_model_id is not None:
             return _base_model_of(destination, offered, name=name)
         if not offered:
             raise Unavailable("No engine serves a base model yet; try again shortly.")
         if name is None and len(offered) == 1:
             return offered[0]
+        if name is None:
+            name = _name_of(trained_on, offered)
         for base_model in offered:
             if base_model.name == name:
                 return base_model
         names = ", ".join(base_model.name for base_model in offered)
         raise InvalidRequest(f"base_model must be one of: {names}.", param="base_model")
+
+    async def _offered(self) -> list[BaseModel]:
+        served = select(EngineReplica.base_model_id).where(EngineReplica.state == "serving")
+        query = select(BaseModel).where(BaseModel.id.in_(served)).order_by(BaseModel.name)
+        async with self._database.as_worker() as session:
+            return list((await session.scalars(query)).all())
 
     async def create_version(
         self,
@@ -390,6 +387,7 @@ class Registry:
             version.state = verdict.state
             version.certificate = verdict.certificate
             version.findings = verdict.findings
+            version.base_revision = verdict.base_revision
             version.example_results = verdict.example_results
             if verdict.state == "ready" and version.deleted_at is None:
                 await session.flush()
@@ -448,13 +446,12 @@ class Registry:
             )
             return (await session.scalars(query)).one_or_none()
 
-    async def versions_in_probe(self) -> list[AdapterVersion]:
-        """Return the versions whose probe has not ended, for engines that are served now."""
-        served = select(EngineReplica.base_model_id)
+    async def versions_in_probe(self, base_model_id: uuid.UUID) -> list[AdapterVersion]:
+        """Return the versions on a base model whose probe has not ended."""
         async with self._database.as_worker() as session:
             query = select(AdapterVersion).where(
                 AdapterVersion.state == "probing",
-                AdapterVersion.base_model_id.in_(served),
+                AdapterVersion.base_model_id == base_model_id,
                 AdapterVersion.deleted_at.is_(None),
             )
             return list((await session.scalars(query)).all())
@@ -550,6 +547,13 @@ def _missing(model: str) -> Unavailable:
     )
 
 
+def _retired(model: str, base_model: str) -> ModelNotFound:
+    return ModelNotFound(
+        f"The model `{model}` is served no more: its base model {base_model!r} was retired.",
+        param="model",
+    )
+
+
 def _tenant_of(principal: Principal, model: str) -> uuid.UUID:
     if principal.tenant_id is None:
         raise model_not_found(model)
@@ -573,87 +577,6 @@ def _spelling(model: str, *, caller: str) -> dict[str, Any]:
     }
 
 
-def _check_base_model_name(name: str) -> None:
-    is_sound = name and len(name) <= MAX_MODEL_NAME and name.isprintable() and "@" not in name
-    if not is_sound:
-        raise InvalidRequest(
-            f"A base model's name is 1 to {MAX_MODEL_NAME} printable characters without '@'; "
-            "choose one with --served-model-name.",
-            param="served_model_name",
-        )
-
-
-async def _open_base_model(session: AsyncSession, info: EngineInfo) -> BaseModel:
-    """The row of a base model, made if new, locked until the transaction ends."""
-    await session.execute(
-        insert(BaseModel)
-        .values(
-            id=new_id(),
-            name=info.base_model,
-            digest=info.base_digest,
-            text_bundle_digest=info.text_bundle_digest,
-            shape=msgspec.to_builtins(info.base_shape),
-            context_length=info.max_model_len,
-            vocab_size=info.vocab_size,
-            max_lora_rank=info.max_lora_rank,
-        )
-        .on_conflict_do_nothing(index_elements=[BaseModel.name])
-    )
-    query = select(BaseModel).where(BaseModel.name == info.base_model).with_for_update()
-    base_model = (await session.scalars(query)).one()
-    if base_model.digest != info.base_digest:
-        raise Conflict(
-            f"{info.base_model!r} stands for the base model {base_model.digest}, but the engine "
-            f"serves {info.base_digest}; give it a name of its own with --served-model-name."
-        )
-    return base_model
-
-
-async def _set_replica(
-    session: AsyncSession, base_model_id: uuid.UUID, *, info: EngineInfo, address: str
-) -> None:
-    """An address serves one base model: the one that its engine named last."""
-    facts = {
-        "base_model_id": base_model_id,
-        "engine_epoch": info.engine_epoch,
-        "device": info.device,
-        "max_loras": info.max_loras,
-        "seen_at": func.now(),
-    }
-    await session.execute(
-        insert(EngineReplica)
-        .values(address=address, **facts)
-        .on_conflict_do_update(index_elements=[EngineReplica.address], set_=facts)
-    )
-
-
-async def _claim_name(
-    session: AsyncSession,
-    name: str,
-    *,
-    base_model_id: uuid.UUID | None = None,
-    adapter_id: uuid.UUID | None = None,
-) -> None:
-    """Take a name for good, or find that it is ours already. Raises Conflict."""
-    await session.execute(
-        insert(PublicName)
-        .values(name=name, base_model_id=base_model_id, adapter_id=adapter_id)
-        .on_conflict_do_nothing()
-    )
-    owner = await session.get_one(PublicName, name)
-    if (owner.base_model_id, owner.adapter_id) != (base_model_id, adapter_id):
-        raise _name_taken(name)
-
-
-async def _check_name_is_free(session: AsyncSession, name: str) -> None:
-    if await session.get(PublicName, name) is not None:
-        raise _name_taken(name)
-
-
-def _name_taken(name: str) -> Conflict:
-    return Conflict(f"The model name {name!r} is taken, and names are never used again.")
-
-
 def _check_not_deleted(adapter: Adapter) -> None:
     if adapter.deleted_at is not None:
         raise Conflict(
@@ -673,6 +596,20 @@ def _base_model_of(
                 )
             return base_model
     raise Conflict(f"No engine serves the base model of the adapter {destination.public_name!r}.")
+
+
+def _name_of(trained_on: str | None, offered: list[BaseModel]) -> str | None:
+    """The one that is called as what an adapter's configuration names, or as its last part."""
+    told = (trained_on or "").rstrip("/").lower()
+    for spelling in (told, told.rpartition("/")[2]):
+        fitting = [
+            base_model.name
+            for base_model in offered
+            if spelling in (base_model.name.lower(), base_model.name.lower().rpartition("/")[2])
+        ]
+        if spelling and len(fitting) == 1:
+            return fitting[0]
+    return None
 
 
 def _is_gone(
@@ -730,11 +667,11 @@ async def _open_adapter(
     )
     adapter = await find_adapter(session, destination.tenant_id, destination.slug, for_update=True)
     if adapter is None:
-        raise _name_taken(destination.public_name)
+        raise name_taken(destination.public_name)
     _check_not_deleted(adapter)
     if adapter.base_model_id != base_model_id:
         raise Conflict(f"The adapter {adapter.public_name!r} is for another base model.")
-    await _claim_name(session, adapter.public_name, adapter_id=adapter.id)
+    await claim_name(session, adapter.public_name, adapter_id=adapter.id)
     return adapter
 
 

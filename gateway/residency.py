@@ -36,21 +36,26 @@ LOOK_INTERVAL_S = 30.0
 
 FIND_VERSION = text("""
     SELECT v.id AS version_id, v.tenant_id, v.base_model_id, v.state, v.weights_digest,
-           v.certificate ->> 'fingerprint' AS fingerprint,
+           CASE WHEN v.base_revision = b.revision THEN v.certificate ->> 'fingerprint' END
+               AS fingerprint,
            a.public_name || '@' || v.number AS model
     FROM tenants t
     JOIN adapters a ON a.tenant_id = t.id AND a.deleted_at IS NULL
     JOIN adapter_versions v ON v.adapter_id = a.id AND v.deleted_at IS NULL
+    JOIN base_models b ON b.id = v.base_model_id
     LEFT JOIN adapter_aliases l ON l.adapter_id = a.id AND l.alias = :alias
     WHERE t.slug = :tenant AND a.slug = :adapter AND (v.number = :number OR v.id = l.version_id)
 """)
 
 # What the engines of a base model have to keep; two versions may have the same weights.
 WANTED_PINS = text("""
-    SELECT v.weights_digest, max(v.certificate ->> 'fingerprint') AS fingerprint
+    SELECT v.weights_digest, max(
+        CASE WHEN v.base_revision = b.revision THEN v.certificate ->> 'fingerprint' END
+    ) AS fingerprint
     FROM adapter_pins p
     JOIN adapter_versions v ON v.id = p.version_id AND v.deleted_at IS NULL
     JOIN adapters a ON a.id = v.adapter_id AND a.deleted_at IS NULL
+    JOIN base_models b ON b.id = v.base_model_id
     WHERE v.base_model_id = :base_model_id
     GROUP BY v.weights_digest
 """)
@@ -92,7 +97,7 @@ class Version:
     base_model_id: uuid.UUID
     state: str
     weights_digest: str
-    # Of its probe; None where that told none.
+    # Of its probe; None where that told none, or was of another revision of the base model.
     fingerprint: str | None
     # e.g. "acme-sql@3"
     model: str
@@ -123,6 +128,7 @@ class EngineState:
     """How one engine is doing."""
 
     replica: Replica
+    is_draining: bool
     # None where it does not answer.
     status: EngineStatus | None
     problem: str | None
@@ -166,16 +172,17 @@ class Residency:
     async def engines(self) -> list[EngineState]:
         """How every engine is doing, in the order in which they came."""
         replicas = self._router.replicas
+        draining = [self._router.is_draining(replica.link) for replica in replicas]
         found = await asyncio.gather(*(_status(replica.link) for replica in replicas))
         statuses = [status for status in found if isinstance(status, EngineStatus)]
         models = await self._models(
             {digest for status in statuses for digest in _digests_of(status)}
         )
         return [
-            EngineState(replica, status, None, models)
+            EngineState(replica, is_draining, status, None, models)
             if isinstance(status, EngineStatus)
-            else EngineState(replica, None, status, {})
-            for replica, status in zip(replicas, found, strict=True)
+            else EngineState(replica, is_draining, None, status, {})
+            for replica, is_draining, status in zip(replicas, draining, found, strict=True)
         ]
 
     async def warm(self, tenant: str, adapter: str, version: str, *, to: Tier) -> Residence:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.client import is_address
 from gateway.addresses import Network, parse_networks
 from gateway.errors import InvalidRequest
 
@@ -27,8 +28,8 @@ class Settings:
     # PostgreSQL as the roles `app` and `worker`.
     database_app_url: str
     database_worker_url: str
-    # `unix:/path` or `http://host:port`
-    engine_address: str
+    # `unix:/path` or `http://host:port`, of those that are there from the start.
+    engine_addresses: tuple[str, ...]
     engine_secret: str
     # Version -> pepper, shared by all gateways of one installation: API keys are fingerprinted
     # under the newest, and those of an older one stay good for as long as it is kept here.
@@ -53,6 +54,8 @@ class Settings:
     webhook_networks: tuple[Network, ...] = ()
     # What retries of streams that were left may give back to a tenant in a day; 0 for nothing.
     max_retry_credit_nano: int = 0
+    # Where the supervisor of this host takes orders; None where engines are no affair of its.
+    supervisor_socket: Path | None = None
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -61,7 +64,7 @@ class Settings:
         return {
             "MANYLORA_DATABASE_APP_URL": self.database_app_url,
             "MANYLORA_DATABASE_WORKER_URL": self.database_worker_url,
-            "MANYLORA_ENGINE": self.engine_address,
+            "MANYLORA_ENGINE": ",".join(self.engine_addresses),
             "MANYLORA_ENGINE_SECRET": self.engine_secret,
             "MANYLORA_PEPPER": ",".join(
                 f"{version}:{pepper.hex()}" for version, pepper in self.peppers.items()
@@ -76,6 +79,7 @@ class Settings:
             **_given("MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT", self.max_adapter_bytes_per_tenant),
             **_given(PARENT_VARIABLE, self.parent_pid),
             **_given(LORA_FOLDER_VARIABLE, self.lora_folder),
+            **_given("MANYLORA_SUPERVISOR", self.supervisor_socket),
             "MANYLORA_TRUSTED_PROXIES": ",".join(map(str, self.trusted_proxies)),
             "MANYLORA_WEBHOOK_NETWORKS": ",".join(map(str, self.webhook_networks)),
             "MANYLORA_MAX_RETRY_CREDIT_NANO": str(self.max_retry_credit_nano),
@@ -87,7 +91,7 @@ class Settings:
         return cls(
             database_app_url=_required(environment, "MANYLORA_DATABASE_APP_URL"),
             database_worker_url=_required(environment, "MANYLORA_DATABASE_WORKER_URL"),
-            engine_address=_required(environment, "MANYLORA_ENGINE"),
+            engine_addresses=_addresses(environment, "MANYLORA_ENGINE"),
             engine_secret=_required(environment, "MANYLORA_ENGINE_SECRET"),
             peppers=_peppers(environment, "MANYLORA_PEPPER"),
             store_url=_required(environment, "MANYLORA_STORE_URL"),
@@ -101,6 +105,7 @@ class Settings:
                 environment, "MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT"
             ),
             lora_folder=_path(environment, LORA_FOLDER_VARIABLE),
+            supervisor_socket=_path(environment, "MANYLORA_SUPERVISOR"),
             parent_pid=_optional(environment, PARENT_VARIABLE),
             trusted_proxies=_networks(environment, "MANYLORA_TRUSTED_PROXIES"),
             webhook_networks=_networks(environment, "MANYLORA_WEBHOOK_NETWORKS"),
@@ -113,6 +118,17 @@ def _required(environment: Mapping[str, str], name: str) -> str:
     if not value:
         raise SettingsFault(f"{name} is not set")
     return value
+
+
+def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
+    """One address or several, with commas between them."""
+    addresses = tuple(part.strip() for part in _required(environment, name).split(","))
+    for address in addresses:
+        if not is_address(address):
+            raise SettingsFault(f"{name}: {address!r} is neither unix:/path nor http://host:port")
+    if len(set(addresses)) < len(addresses):
+        raise SettingsFault(f"{name} names an engine twice")
+    return addresses
 
 
 def _path(environment: Mapping[str, str], name: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Keep one host's processes alive: the embedded database, an engine, a gateway.
+"""Keep one host's processes alive: the embedded database, engines, a gateway.
 
 Starts them in order, restarts what dies, ends everything together. Each child dies with this
 process, whatever ends it. Knows nothing of requests.
@@ -16,8 +16,7 @@ import socket
 import stat
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,33 +26,26 @@ import httpx
 from adapters.store import ArtifactStore
 from gateway.addresses import Network
 from gateway.auth import PEPPER_VERSION, Authenticator
+from gateway.base_models import BaseModels
+from gateway.children import CannotServe, Child
 from gateway.database import DATABASE_TROUBLE, Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
+from gateway.engine_room import EngineRoom, ServedModel
 from gateway.errors import InvalidKey
-from gateway.settings import MEBIBYTE, PARENT_VARIABLE, PURGE_AFTER_DAYS, Settings
+from gateway.private_files import write_private
+from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS, Settings
 
 POLL_INTERVAL_S = 0.1
-# A child that died sooner than this after its start is not worth starting at once again.
-SHORT_LIFE_S = 10.0
-MAX_SHORT_LIVES = 3
 # What is done once requests are answered.
 Ready = Callable[[], Coroutine[Any, Any, None]]
-# Exit statuses of children whose settings are wrong: another start would end the same.
-HOPELESS = (2, os.EX_CONFIG)
-# Time to finish streams and to settle before a child is killed.
-STOP_GRACE_S = 20.0
-
-
-class CannotServe(Exception):
-    """The processes cannot be started here; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """What `manylora serve` was told."""
 
-    model: str
-    served_name: str
+    # At least one, each with a name of its own.
+    models: tuple[ServedModel, ...]
     host: str
     port: int
     data_dir: Path
@@ -61,8 +53,10 @@ class ServeOptions:
     database_url: str | None
     # None keeps adapters under the data directory.
     store_url: str | None
-    # Flags that the engine takes as they are.
-    engine_flags: tuple[str, ...]
+    # For engines of models that the command line does not name: as they take them.
+    engine_flags: tuple[str, ...] = ()
+    # Below which operators may have models served that lie there; None for nowhere.
+    model_folder: Path | None = None
     max_upload_bytes: int = 1024 * MEBIBYTE
     purge_after_days: int = PURGE_AFTER_DAYS
     # None for no limit.
@@ -122,17 +116,6 @@ def _store_url(data_dir: Path) -> str:
     return (data_dir / "store").absolute().as_uri()
 
 
-def write_private(path: Path, content: str) -> None:
-    """Write a file that only its owner reads; it appears whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
 class Supervisor:
     """The processes of one host. `say` tells the operator what is being done."""
 
@@ -162,13 +145,14 @@ class Supervisor:
             _check_port(options.host, options.port)
             runtime_dir = _runtime_dir(options.data_dir)
             keys = Secrets.of(options.data_dir / "secrets.json")
+            room = self._engine_room(keys, runtime_dir)
             owner_url = options.database_url or self._start_postgres(stack)
             try:
-                settings = await self._prepare(owner_url, keys, runtime_dir)
+                settings = await self._prepare(owner_url, keys, room)
             except DATABASE_TROUBLE as error:
                 raise CannotServe(f"the database does not answer: {error}") from error
             if not self._stopping.is_set():
-                await self._serve(settings, on_ready)
+                await self._serve(settings, room, on_ready)
             self._say("stopped")
 
     def stop(self) -> None:
@@ -181,7 +165,21 @@ class Supervisor:
         stack.callback(self._postgres.stop)
         return self._postgres.url
 
-    async def _prepare(self, owner_url: str, keys: Secrets, runtime_dir: Path) -> Settings:
+    def _engine_room(self, keys: Secrets, runtime_dir: Path) -> EngineRoom:
+        options = self._options
+        return EngineRoom(
+            options.models,
+            engine_flags=options.engine_flags,
+            model_folder=options.model_folder,
+            runtime_dir=runtime_dir,
+            data_dir=options.data_dir.absolute(),
+            store_url=options.store_url or _store_url(options.data_dir),
+            secret=keys.engine_secret,
+            say=self._say,
+            is_ending=self._stopping.is_set,
+        )
+
+    async def _prepare(self, owner_url: str, keys: Secrets, room: EngineRoom) -> Settings:
         options = self._options
         passwords = {"app_password": keys.app_password, "worker_password": keys.worker_password}
         self._say("database: migrating")
@@ -190,7 +188,8 @@ class Supervisor:
         settings = Settings(
             database_app_url=app_url,
             database_worker_url=worker_url,
-            engine_address=f"unix:{runtime_dir / 'engine.sock'}",
+            engine_addresses=tuple(room.planned),
+            supervisor_socket=room.socket_path,
             engine_secret=keys.engine_secret,
             peppers={PEPPER_VERSION: bytes.fromhex(keys.pepper)},
             store_url=options.store_url or _store_url(options.data_dir),
@@ -207,88 +206,56 @@ class Supervisor:
             max_retry_credit_nano=options.max_retry_credit_nano,
             parent_pid=os.getpid(),
         )
-        await self._ensure_operator_key(settings)
-        return settings
-
-    async def _ensure_operator_key(self, settings: Settings) -> None:
-        """Make an operator key at the first start, or where the kept one is not this database's."""
         database = Database(
             app_url=settings.database_app_url, worker_url=settings.database_worker_url
         )
-        authenticator = Authenticator(database, settings.peppers)
         try:
-            with contextlib.suppress(FileNotFoundError, InvalidKey):
-                await authenticator.authenticate(f"Bearer {self.operator_key}")
-                return
-            async with database.as_worker() as session:
-                _, key = await authenticator.issue_key(
-                    session, tenant_id=None, name="operator", scopes=None, expires_at=None
-                )
-            write_private(self._operator_key_path, key + "\n")
+            await self._ensure_operator_key(database, settings)
+            names = {address: model.name for address, model in room.planned.items()}
+            await BaseModels(database).expect(room.addresses_begin, names)
         finally:
             await database.close()
+        return settings
 
-    async def _serve(self, settings: Settings, on_ready: Ready) -> None:
-        engine = _Child(
-            "engine",
-            self._engine_command(settings),
-            {
-                "MANYLORA_ENGINE_SECRET": settings.engine_secret,
-                PARENT_VARIABLE: str(settings.parent_pid),
-            },
+    async def _ensure_operator_key(self, database: Database, settings: Settings) -> None:
+        """Make an operator key at the first start, or where the kept one is not this database's."""
+        authenticator = Authenticator(database, settings.peppers)
+        with contextlib.suppress(FileNotFoundError, InvalidKey):
+            await authenticator.authenticate(f"Bearer {self.operator_key}")
+            return
+        async with database.as_worker() as session:
+            _, key = await authenticator.issue_key(
+                session, tenant_id=None, name="operator", scopes=None, expires_at=None
+            )
+        write_private(self._operator_key_path, key + "\n")
+
+    async def _serve(self, settings: Settings, room: EngineRoom, on_ready: Ready) -> None:
+        gateway = Child(
+            "gateway",
+            [sys.executable, "-m", "gateway"],
+            settings.to_environment(),
+            say=self._say,
+            is_ending=self._stopping.is_set,
         )
-        gateway = _Child("gateway", [sys.executable, "-m", "gateway"], settings.to_environment())
-        url = f"http://{reachable(settings.host)}:{settings.port}/health/ready"
-        async with asyncio.TaskGroup() as tasks:
+        url = f"http://{reachable(settings.host)}:{settings.port}"
+        async with room.answering(), asyncio.TaskGroup() as tasks:
+            room.start(tasks)
             keepers = [
-                tasks.create_task(self._keep(engine)),
-                tasks.create_task(self._keep(gateway)),
+                tasks.create_task(gateway.keep()),
                 tasks.create_task(self._watch_postgres()),
             ]
             try:
-                if await self._answers(url):
+                if await self._answers(url, room):
                     await self._unless_stopped(on_ready())
                     await self._stopping.wait()
             finally:
                 self._stopping.set()
                 self._say("stopping")
-                # The gateway first: it finishes its streams while the engine still answers.
+                # The gateway first: it finishes its streams while the engines still answer.
                 await gateway.stop()
-                await engine.stop()
+                await room.stop()
                 for keeper in keepers:
                     keeper.cancel()
-
-    def _engine_command(self, settings: Settings) -> list[str]:
-        return [
-            *(sys.executable, "-m", "engine"),
-            *("--model", self._options.model),
-            *("--served-name", self._options.served_name),
-            *("--listen", settings.engine_address),
-            *("--store-url", settings.store_url),
-            *("--cache-dir", str(settings.data_dir / "adapter-cache")),
-            *self._options.engine_flags,
-        ]
-
-    async def _keep(self, child: "_Child") -> None:
-        num_short_lives, has_lived = 0, False
-        while not self._stopping.is_set():
-            started_at = time.monotonic()
-            self._say(f"{child.name}: starting")
-            code = await child.run()
-            if self._stopping.is_set():
-                return
-            is_short = time.monotonic() - started_at < SHORT_LIFE_S
-            has_lived = has_lived or not is_short
-            if code in HOPELESS and not has_lived:
-                raise CannotServe(f"the {child.name} cannot start; its last lines above say why")
-            num_short_lives = num_short_lives + 1 if is_short else 0
-            if num_short_lives >= MAX_SHORT_LIVES:
-                raise CannotServe(
-                    f"the {child.name} ended {num_short_lives} times right after its start"
-                    f" (last exit status {code}); its last lines above say why"
-                )
-            self._say(f"{child.name}: died with exit status {code}; starting it again")
-            await asyncio.sleep(num_short_lives)
 
     async def _watch_postgres(self) -> None:
         while self._postgres is not None:
@@ -308,46 +275,26 @@ class Supervisor:
             working.result()
         working.cancel()
 
-    async def _answers(self, url: str) -> bool:
-        """Wait until `url` answers 200; False when told to stop before."""
-        async with httpx.AsyncClient(trust_env=False) as client:
+    async def _answers(self, url: str, room: EngineRoom) -> bool:
+        """Wait until the gateway answers, for every model; False when told to stop before."""
+        headers = {"authorization": f"Bearer {self.operator_key}"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, trust_env=False) as client:
             while not self._stopping.is_set():
                 with contextlib.suppress(httpx.HTTPError):
-                    if (await client.get(url)).status_code == httpx.codes.OK:
+                    if await _is_whole(client, room.expected):
                         return True
                 await asyncio.sleep(POLL_INTERVAL_S)
         return False
 
 
-class _Child:
-    """A process that is started again and again under one name."""
-
-    def __init__(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
-        self.name = name
-        self._command = command
-        self._environment = {**os.environ, **environment}
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def run(self) -> int:
-        """Start the process and return its exit status."""
-        # A session of its own: Ctrl-C reaches the supervisor alone, which ends things in order.
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command, env=self._environment, start_new_session=True
-        )
-        return await self._process.wait()
-
-    async def stop(self) -> None:
-        """End the process: politely at first, and for good after a while."""
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), STOP_GRACE_S)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
+async def _is_whole(client: httpx.AsyncClient, addresses: set[str]) -> bool:
+    if not (await client.get("/health/ready")).is_success:
+        return False
+    if len(addresses) == 1:
+        return True
+    answer = await client.get("/admin/v1/engines")
+    engines = answer.json()["data"] if answer.is_success else []
+    return addresses <= {engine["address"] for engine in engines if engine["is_connected"]}
 
 
 @contextlib.contextmanager

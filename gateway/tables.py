@@ -147,6 +147,10 @@ class BaseModel(Table):
     context_length: Mapped[int]
     vocab_size: Mapped[int]
     max_lora_rank: Mapped[int]
+    # Grows with each swap; only engines of the same revision get requests for it.
+    revision: Mapped[int] = mapped_column(Integer, server_default="1")
+    # Since when an operator wants it served no more.
+    retired_at: Mapped[datetime.datetime | None]
     created_at: Mapped[datetime.datetime] = _now()
 
 
@@ -239,6 +243,8 @@ class AdapterVersion(Table):
     tenant_id: Mapped[uuid.UUID]
     adapter_id: Mapped[uuid.UUID]
     base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    # Of the base model that it was probed on.
+    base_revision: Mapped[int] = mapped_column(Integer, server_default="1")
     number: Mapped[int] = mapped_column(Integer)
     state: Mapped[str]
     # What slots and KV prefixes are keyed by.
@@ -456,12 +462,16 @@ class GatewayInstance(Table):
 
 
 class EngineReplica(Table):
-    """An engine that gateways may route to."""
+    """An engine that gateways may route to; one that is `gone` is not taken for a new one."""
 
     __tablename__ = "engine_replicas"
+    __table_args__ = (CheckConstraint("state IN ('serving', 'draining', 'gone')", name="state"),)
 
     address: Mapped[str] = mapped_column(primary_key=True)
     base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    # Of its base model.
+    revision: Mapped[int] = mapped_column(Integer, server_default="1")
+    state: Mapped[str] = mapped_column(server_default="serving")
     engine_epoch: Mapped[int]
     device: Mapped[str]
     max_loras: Mapped[int] = mapped_column(Integer)

@@ -6,11 +6,12 @@ nothing of HTTP beyond the bytes of a body, and keeps no rows itself. How files 
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,8 +56,8 @@ logger = logging.getLogger(__name__)
 # An adapter's files, and what trainers leave beside them: a dozen files for each checkpoint.
 MAX_ARCHIVE_FILES = 1024
 
-# Runs fixed prompts with the adapter of that weights digest.
-Probe = Callable[[str], Awaitable[ProbeReport]]
+# Runs fixed prompts on an engine of that base model, with the adapter of that weights digest.
+Probe = Callable[[uuid.UUID, str], Awaitable[ProbeReport]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +157,11 @@ class Uploads:
         self, destination: Destination, form: Form, folder: Path, *, actor_key_id: uuid.UUID
     ) -> Accepted:
         """Take in the files that lie in a staging folder. Raises as `publish` does."""
-        base_model = await self._registry.base_model_for(destination, form.fields.get("base_model"))
-        artifact = await self._judge(form, folder, base_model=base_model)
+        sent = await asyncio.to_thread(self._open, form, folder)
+        base_model = await self._registry.base_model_for(
+            destination, form.fields.get("base_model"), trained_on=sent.trained_on
+        )
+        artifact = await self._judge(sent, base_model)
         published = await self._book(
             destination, artifact, base_model_id=base_model.id, actor_key_id=actor_key_id
         )
@@ -166,23 +170,26 @@ class Uploads:
             raise RejectedUpload(msgspec.convert(version.findings, list[Finding]))
         return Accepted(replace(published, version=version), artifact.ignored_files)
 
-    async def recover(self) -> None:
-        """Finish what an earlier life left: staged files go, versions under probe are probed."""
+    async def sweep(self) -> None:
+        """Remove the staged files that an earlier life left."""
         num_removed = await asyncio.to_thread(self._staging.sweep)
         if num_removed:
             logger.info("staging_swept", extra={"num_folders": num_removed})
-        for version in await self._registry.versions_in_probe():
+
+    async def recover(self, base_model_id: uuid.UUID) -> None:
+        """Have the versions of a base model probed whose probe has not ended."""
+        for version in await self._registry.versions_in_probe(base_model_id):
             try:
                 await self._finish(version, actor_key_id=None)
             except (EngineFailed, Unavailable) as error:
-                # It stays under probe, for the next start or the next upload of the same contents.
+                # It stays under probe, for the next engine or the next upload of the same contents.
                 logger.warning(
                     "probe_failed", extra={"version_id": str(version.id), "reason": error.message}
                 )
 
-    async def _judge(self, form: Form, folder: Path, *, base_model: BaseModel) -> Artifact:
+    async def _judge(self, sent: "_Sent", base_model: BaseModel) -> Artifact:
         """Raises RejectedUpload with all findings, BodyTooLarge, Unavailable."""
-        artifact = await asyncio.to_thread(self._read, form, folder, base_model=base_model)
+        artifact = await asyncio.to_thread(self._read, sent, base_model=base_model)
         bundle, findings = await self._build_bundle(artifact, base_model)
         if artifact.findings or findings:
             raise RejectedUpload([*artifact.findings, *findings])
@@ -199,12 +206,17 @@ class Uploads:
             artifact.text_files, base, num_added_tokens=num_added_tokens
         )
 
-    def _read(self, form: Form, folder: Path, *, base_model: BaseModel) -> Artifact:
-        """Blocking: reads every byte of the artifact. Raises RejectedUpload, BodyTooLarge."""
-        limit_bytes = self._staging.max_upload_bytes
+    def _open(self, form: Form, folder: Path) -> "_Sent":
+        """Blocking: unpack what was sent. Raises RejectedUpload, BodyTooLarge, InvalidRequest."""
         _check_sha256(form)
-        try:
-            artifact = _read(form, folder, base_model=base_model, max_bytes=limit_bytes)
+        with _refusing():
+            return _unpacked(form, folder, max_bytes=self._staging.max_upload_bytes)
+
+    def _read(self, sent: "_Sent", *, base_model: BaseModel) -> Artifact:
+        """Blocking: reads every byte of the artifact. Raises RejectedUpload."""
+        limit_bytes = self._staging.max_upload_bytes
+        with _refusing():
+            artifact = _read(sent, base_model=base_model)
             limits = Limits(max_rank=base_model.max_lora_rank, max_size_bytes=limit_bytes)
             artifact.findings.extend(
                 validate.check(artifact.manifest, _shape_of(base_model), limits=limits)
@@ -212,10 +224,6 @@ class Uploads:
             artifact.findings.extend(
                 validate.check_values(artifact.files[WEIGHTS_FILE].path, artifact.manifest)
             )
-        except InvalidAdapter as error:
-            raise RejectedUpload(error.findings) from error
-        except TooLarge as error:
-            raise too_large(error.limit_bytes) from error
         return artifact
 
     async def _bundle_of(self, base_model: BaseModel) -> TextBundle:
@@ -315,15 +323,17 @@ class Uploads:
         """Have a version probed that was not yet. Raises EngineFailed or Unavailable."""
         if version.state != "probing":
             return version
+        base_model = await self._registry.base_model(version.base_model_id)
         try:
-            report = await self._probe(version.weights_digest)
-        except LinkError as error:
-            kind = Unavailable if error.is_retryable else EngineFailed
+            report = await self._probe(version.base_model_id, version.weights_digest)
+        except (LinkError, Unavailable) as error:
+            is_refusal = isinstance(error, LinkError) and not error.is_retryable
+            kind = EngineFailed if is_refusal else Unavailable
             raise kind(
                 f"The upload is kept as version {version.number}, but no engine could probe it:"
                 f" {error} Send the same upload again to have it probed."
             ) from error
-        verdict = verdict_of(report)
+        verdict = replace(verdict_of(report), base_revision=base_model.revision)
         if verdict.state == "ready" and (examples := await self._examples_of(version)):
             results = await self._rehearse(version, examples)
             verdict = replace(verdict, example_results=msgspec.to_builtins(results))
@@ -362,11 +372,13 @@ class Uploads:
         current = await self._registry.current_version(version)
 
         def contender(of: AdapterVersion) -> Contender:
-            return Contender(of.weights_digest, of.text_bundle_digest or base, base)
+            return Contender(
+                of.base_model_id, of.weights_digest, of.text_bundle_digest or base, base
+            )
 
         return await self._examples.run(
             examples,
-            base=Contender(None, base, base),
+            base=Contender(version.base_model_id, None, base, base),
             current=None if current is None else contender(current),
             this=contender(version),
             current_version=None if current is None else current.number,
@@ -412,7 +424,39 @@ def _probe_finding(report: ProbeReport) -> Finding:
     )
 
 
-def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) -> Artifact:
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """The files of an upload, unpacked and not yet read."""
+
+    files: dict[str, SourceFile]
+    config: bytes
+    ignored_files: list[str]
+    findings: list[Finding]
+
+    @property
+    def trained_on(self) -> str | None:
+        """What the configuration says, as far as it can be read; how it is, is judged later."""
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+            return msgspec.json.decode(self.config, type=_Told).base_model_name_or_path
+        return None
+
+
+class _Told(msgspec.Struct):
+    base_model_name_or_path: str | None = None
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What is wrong with files, in the words of an upload's refusal."""
+    try:
+        yield
+    except InvalidAdapter as error:
+        raise RejectedUpload(error.findings) from error
+    except TooLarge as error:
+        raise too_large(error.limit_bytes) from error
+
+
+def _unpacked(form: Form, folder: Path, *, max_bytes: int) -> _Sent:
     files = {name: SourceFile(each.path, each.sha256) for name, each in form.files.items()}
     ignored_files: list[str] = []
     findings: list[Finding] = []
@@ -428,18 +472,22 @@ def _read(form: Form, folder: Path, *, base_model: BaseModel, max_bytes: int) ->
         # One byte more than allowed is enough for the reader to refuse it.
         config = file.read(lora_config.MAX_SIZE_BYTES + 1)
     findings += _faults_of_examples(files.get(example_files.FILE_NAME))
+    return _Sent(files, config, ignored_files, findings)
+
+
+def _read(sent: _Sent, *, base_model: BaseModel) -> Artifact:
     return Artifact(
         manifest=manifest.read(
-            config,
-            files[WEIGHTS_FILE].path,
+            sent.config,
+            sent.files[WEIGHTS_FILE].path,
             base_model=base_model.name,
             base_shape=_shape_of(base_model),
         ),
-        files=files,
-        text_files={name: file.path for name, file in files.items() if name in TEXT_FILES},
+        files=sent.files,
+        text_files={name: f.path for name, f in sent.files.items() if name in TEXT_FILES},
         text_bundle=None,
-        ignored_files=ignored_files,
-        findings=findings,
+        ignored_files=sent.ignored_files,
+        findings=list(sent.findings),
     )
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 
 from adapters.errors import StoreUnavailable
+from gateway.children import CannotServe
 from gateway.cli.printing import say
 from gateway.cli.server import DEFAULT_DATA_DIR
 from gateway.database import DATABASE_TROUBLE
 from gateway.errors import GatewayError
 from gateway.fsck import Fsck, Report
-from gateway.supervisor import CannotServe, installation
+from gateway.supervisor import installation
 
 
 @click.command()

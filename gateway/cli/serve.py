@@ -13,13 +13,16 @@ from typing import Any
 import click
 
 from gateway.addresses import Network, parse_networks
+from gateway.children import CannotServe
+from gateway.cli import models
 from gateway.cli.printing import say
 from gateway.cli.server import DEFAULT_DATA_DIR
 from gateway.demo import set_up_demo
+from gateway.engine_room import ServedModel
 from gateway.errors import DatabaseRefused, InvalidRequest
 from gateway.lora_modules import LoraModule, parse, register
 from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS
-from gateway.supervisor import CannotServe, ServeOptions, Supervisor, reachable
+from gateway.supervisor import ServeOptions, Supervisor, reachable
 
 LORA_MODULES = "--lora-modules"
 
@@ -28,7 +31,7 @@ REFUSED_FLAGS = {
     "--api-key": "every tenant has keys of its own: POST /admin/v1/tenants/{tenant}/keys",
     "--speculative-config": "speculative decoding is not served",
     "--pipeline-parallel-size": "one process serves the whole model",
-    "--data-parallel-size": "one engine a host is served",
+    "--data-parallel-size": "attach further engines: POST /admin/v1/base-models",
 }
 
 
@@ -90,8 +93,25 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(cls=_Serve)
-@click.option("--model", required=True, help="Folder or hub id of the base model.")
+@click.option(
+    "--model",
+    "model_words",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="Folder or hub id of a base model; may be repeated, and each gets an engine of its own.",
+)
 @click.option("--served-model-name", help="Its public name. [default: the model's last part]")
+@click.option(
+    "--models",
+    "models_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="TOML with a table for each base model: its path, and flags of its engine alone.",
+)
+@click.option(
+    "--model-folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True),
+    help="What POST /admin/v1/base-models may start engines for. [default: nothing]",
+)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True)
 @click.option("--database-url", help="PostgreSQL 14+ as the owner. [default: an embedded one]")
@@ -172,8 +192,10 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--tensor-parallel-size", default=1, callback=_only_one, expose_value=False)
 @_refused_flags
 def serve(
-    model: str,
+    model_words: tuple[str, ...],
     served_model_name: str | None,
+    models_file: Path | None,
+    model_folder: Path | None,
     host: str,
     port: int,
     database_url: str | None,
@@ -191,16 +213,22 @@ def serve(
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
-    """Serve a base model and its adapters."""
+    """Serve base models and their adapters."""
+    engine_flags = models.spelled(engine_options)
+    asked = models.from_words(model_words, served_name=served_model_name, engine_flags=engine_flags)
+    if models_file is not None:
+        asked += models.from_file(
+            models_file, flags=engine_options, known_flags=engine_options.keys()
+        )
     options = ServeOptions(
-        model=model,
-        served_name=served_model_name or Path(model.rstrip("/")).name,
+        models=models.check(asked),
         host=host,
         port=port,
         data_dir=data_dir,
         database_url=database_url,
         store_url=store_url,
-        engine_flags=_engine_flags(engine_options),
+        engine_flags=engine_flags,
+        model_folder=model_folder,
         max_upload_bytes=max_upload_mib * MEBIBYTE,
         purge_after_days=purge_after_days,
         max_adapters_per_tenant=max_adapters_per_tenant,
@@ -232,33 +260,24 @@ def serve(
 def demo(model: Path, host: str, port: int, data_dir: Path) -> None:
     """Serve the small demo model with two tenants and four adapters of theirs."""
     options = ServeOptions(
-        model=str(model),
-        served_name=model.name,
+        models=(ServedModel(model.name, str(model)),),
         host=host,
         port=port,
         data_dir=data_dir,
         database_url=None,
         store_url=None,
-        engine_flags=(),
     )
 
     async def ready(supervisor: Supervisor) -> None:
         await set_up_demo(
             f"http://{host}:{port}",
-            base_model=options.served_name,
+            base_model=model.name,
             admin_key=supervisor.operator_key,
             path=data_dir / "demo.json",
             say=say,
         )
 
     _run(options, ready)
-
-
-def _engine_flags(options: dict[str, object]) -> tuple[str, ...]:
-    given = ((name, value) for name, value in options.items() if value is not None)
-    return tuple(
-        part for name, value in given for part in (f"--{name.replace('_', '-')}", str(value))
-    )
 
 
 def _run(options: ServeOptions, ready: Callable[[Supervisor], Coroutine[Any, Any, None]]) -> None:

@@ -102,9 +102,9 @@ class Plan:
     def flags(self, settings: Settings) -> list[str]:
         """What the engine is started with, after the path of its trace."""
         if self.engine == "words":
-            return [settings.engine_address, SECRET, settings.store_url]
+            return [settings.engine_addresses[0], SECRET, settings.store_url]
         return [
-            *("--model", str(default_folder()), "--listen", settings.engine_address),
+            *("--model", str(default_folder()), "--listen", settings.engine_addresses[0]),
             *("--store-url", settings.store_url),
             *("--cache-dir", str(settings.data_dir / "adapter-cache")),
             *("--num-threads", "1", "--memory-mib", "160"),

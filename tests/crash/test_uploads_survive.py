@@ -161,7 +161,7 @@ async def town(home: Home, database: Database, tmp_path: Path) -> AsyncIterator[
         settings = Settings(
             database_app_url=home.app_url,
             database_worker_url=home.worker_url,
-            engine_address=f"unix:{folder / 'engine.sock'}",
+            engine_addresses=(f"unix:{folder / 'engine.sock'}",),
             engine_secret=SECRET,
             peppers={1: PEPPER},
             store_url=(tmp_path / "store").as_uri(),

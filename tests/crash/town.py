@@ -259,7 +259,7 @@ async def _build(
         Settings(
             database_app_url=app_url,
             database_worker_url=worker_url,
-            engine_address=f"unix:{sockets / 'engine'}",
+            engine_addresses=(f"unix:{sockets / 'engine'}",),
             engine_secret=SECRET,
             peppers={1: PEPPER},
             store_url=(folder / "store").as_uri(),

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import datetime
 import json
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,17 @@ from safetensors.numpy import save
 from adapters import text_bundle
 from adapters.store import ArtifactStore
 from adapters.validate import BaseShape
+from engine.client import EngineLink
 from engine.protocol import PROTOCOL_VERSION, EngineInfo, ProbeReport
 from gateway.aliases import Aliases
 from gateway.api.admin import admin_router
 from gateway.api.lora import load_lora_adapter, unload_lora_adapter
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, create_key, guard, provide_principal
+from gateway.base_models import BaseModels
 from gateway.blobs import Blobs
 from gateway.database import Database
+from gateway.engines import Engines
 from gateway.errors import GatewayError
 from gateway.examples import ExampleRunner
 from gateway.grants import Grants
@@ -131,7 +135,7 @@ class Probe:
         self.answer: Callable[[str], Awaitable[ProbeReport]] = passing_probe
         self.asked_for: list[str] = []
 
-    async def __call__(self, digest: str) -> ProbeReport:
+    async def __call__(self, base_model_id: uuid.UUID, digest: str) -> ProbeReport:
         self.asked_for.append(digest)
         return await self.answer(digest)
 
@@ -178,6 +182,12 @@ class Plane:
             files=[("files", (name, data)) for name, data in files.items()],
             data=fields,
         )
+
+    async def start_anew(self) -> None:
+        """What a gateway does that finds an engine after its start."""
+        await self.uploads.sweep()
+        for entry in await BaseModels(self.database).entries():
+            await self.uploads.recover(entry.base_model.id)
 
     def stored_files(self) -> list[str]:
         """All but the base model's text bundle."""
@@ -235,6 +245,16 @@ async def admin_plane(
         database, uploads=uploads, residency=residency, shelf=retention, root=lora_folder
     )
     parts = {
+        "base_models": BaseModels(database),
+        "engines": Engines(
+            database,
+            engines,
+            connect=_no_link,
+            enroll=registry.register_base_model,
+            given=(),
+            host=None,
+            on_attached=uploads.recover,
+        ),
         "registry": registry,
         "uploads": uploads,
         "resumable_uploads": resumable,
@@ -287,6 +307,10 @@ def _app(database: Database, authenticator: Authenticator, parts: dict[str, Any]
     )
     app.state.authenticator = authenticator
     return app
+
+
+def _no_link(address: str, on_session: Callable[[], None]) -> EngineLink:
+    raise AssertionError("this plane reaches no engine by its address")
 
 
 def _provide(part: Any) -> Provide:

@@ -17,7 +17,7 @@ def settings(tmp_path) -> Settings:
     return Settings(
         database_app_url="postgresql+asyncpg://app:secret@localhost/manylora",
         database_worker_url="postgresql+asyncpg://worker:secret@localhost/manylora",
-        engine_address=f"unix:{tmp_path / 'engine.sock'}",
+        engine_addresses=("unix:/run/engine.sock", "http://[::1]:9000"),
         engine_secret="the-engines-own",
         peppers={1: bytes(32), 2: b"n" * 32},
         store_url="memory://",
@@ -32,6 +32,7 @@ def settings(tmp_path) -> Settings:
         trusted_proxies=(ip_network("10.0.0.0/8"),),
         webhook_networks=(ip_network("192.168.1.7/32"),),
         max_retry_credit_nano=10**9,
+        supervisor_socket=tmp_path / "supervisor.sock",
         parent_pid=17,
     )
 
@@ -49,6 +50,8 @@ def test_settings_survive_the_way_through_the_environment(settings):
     ("variable", "value"),
     [
         ("MANYLORA_ENGINE", ""),
+        ("MANYLORA_ENGINE", "unix:/run/a,localhost:9000"),
+        ("MANYLORA_ENGINE", "unix:/run/a,unix:/run/a"),
         ("MANYLORA_PORT", "eighty"),
         ("MANYLORA_PEPPER", "not hexadecimal"),
         ("MANYLORA_PEPPER", "00"),

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.protocol import ProbeReport
+from gateway.base_models import BaseModels
 from gateway.cli import main
 from gateway.database import Database
 from gateway.routing import Replica, Router
@@ -199,7 +200,7 @@ async def town(database: Database, tmp_path: Path) -> AsyncIterator[Command]:
         link(echo.address) as worker,
         admin_plane(database, tmp_path, router=router) as plane,
     ):
-        (entry,) = await plane.registry.base_models()
+        (entry,) = await BaseModels(database).entries()
         router.attach(Replica(worker, entry.base_model.id, entry.base_model.name))
         await plane.make_tenant("acme")
         yield Command(plane, tmp_path / "home")

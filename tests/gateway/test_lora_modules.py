@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from gateway.children import CannotServe
 from gateway.cli.serve import _spread
 from gateway.database import Database
 from gateway.lora_modules import LoraModule, parse, register
-from gateway.supervisor import CannotServe
 from tests.gateway.admin_plane import INFO, Plane, adapter_files, admin_plane
 
 

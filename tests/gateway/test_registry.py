@@ -12,6 +12,7 @@ from sqlalchemy import select
 from adapters.store import ArtifactStore
 from gateway.aliases import Meaning
 from gateway.auth import Principal
+from gateway.base_models import BaseModels
 from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, Unavailable
@@ -174,7 +175,7 @@ async def test_registering_again_changes_nothing(registry: Registry, database: D
     first = await registry.register_base_model(INFO, ADDRESS)
     second = await registry.register_base_model(INFO, ADDRESS)
     assert first.id == second.id
-    [entry] = await registry.base_models()
+    [entry] = await BaseModels(database).entries()
     assert entry.replicas == [ADDRESS]
     async with database.as_worker() as session:
         assert len((await session.scalars(select(PriceVersion))).all()) == 1
@@ -185,7 +186,9 @@ async def test_gateways_that_start_at_once_agree(registry: Registry) -> None:
     assert len({row.id for row in rows}) == 1
 
 
-async def test_a_name_that_stands_for_another_model_is_refused(registry: Registry) -> None:
+async def test_a_name_that_stands_for_another_model_is_refused(
+    registry: Registry, database: Database
+) -> None:
     await registry.register_base_model(INFO, ADDRESS)
     other = msgspec.structs.replace(INFO, base_digest="e" * 64)
     with pytest.raises(Conflict, match="--served-model-name"):
@@ -193,7 +196,7 @@ async def test_a_name_that_stands_for_another_model_is_refused(registry: Registr
     same_but_for_case = msgspec.structs.replace(other, base_model="TINY-base")
     with pytest.raises(Conflict, match="tiny-base"):
         await registry.register_base_model(same_but_for_case, ADDRESS)
-    assert len(await registry.base_models()) == 1
+    assert len(await BaseModels(database).entries()) == 1
 
 
 async def test_an_engine_that_starts_with_other_limits_is_believed(
@@ -272,14 +275,14 @@ async def test_an_adapter_cannot_take_a_base_models_name(
 
 
 async def test_a_base_model_cannot_take_an_adapters_name(
-    registry: Registry, base: None, acme: Principal
+    registry: Registry, base: None, acme: Principal, database: Database
 ) -> None:
     await publish(registry, acme, "sql")
     with pytest.raises(Conflict, match="'acme-sql'"):
         await registry.register_base_model(
             msgspec.structs.replace(INFO, base_model="ACME-sql"), "unix:/other"
         )
-    assert len(await registry.base_models()) == 1
+    assert len(await BaseModels(database).entries()) == 1
 
 
 @pytest.mark.parametrize("slug", ["", "-a", "a-", "A", "a_b", "a.b", "x" * 33, "ä", "a\n"])

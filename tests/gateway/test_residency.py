@@ -11,6 +11,7 @@ import pytest
 
 from engine.client import EngineLink
 from engine.protocol import ProbeReport
+from gateway.base_models import BaseModels
 from gateway.database import Database
 from gateway.residency import Residency
 from gateway.routing import Replica, Router
@@ -59,7 +60,7 @@ async def town(database: Database, folder: Path, tmp_path: Path) -> AsyncIterato
         link(echo.address) as worker,
         admin_plane(database, tmp_path, router=router) as plane,
     ):
-        (entry,) = await plane.registry.base_models()
+        (entry,) = await BaseModels(database).entries()
         router.attach(Replica(worker, entry.base_model.id, entry.base_model.name))
         plane.probe.answer = certifying_probe
         await plane.make_tenant("acme")
@@ -182,7 +183,7 @@ async def test_pins_come_back_to_an_engine_that_was_started_again(
         admin_plane(database, tmp_path, router=router) as plane,
         residency,
     ):
-        (entry,) = await plane.registry.base_models()
+        (entry,) = await BaseModels(database).entries()
         router.attach(Replica(worker, entry.base_model.id, entry.base_model.name))
         await plane.make_tenant("acme")
         plane.probe.answer = certifying_probe

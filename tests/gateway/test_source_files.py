@@ -394,7 +394,7 @@ async def test_a_new_start_runs_the_examples_that_the_last_one_did_not_come_to(
     plane.probe.answer = unreachable
     assert (await plane.upload(files)).status_code == 503
     plane.probe.answer = passing_probe
-    await plane.uploads.recover()
+    await plane.start_anew()
     recovered = (await plane.client.get(f"{SQL}/versions/1")).json()
     at_once = await uploaded(plane, files, adapter="other")
     assert recovered["state"] == at_once["state"] == "ready"

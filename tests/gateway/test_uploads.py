@@ -455,12 +455,12 @@ async def test_a_new_start_finishes_what_the_last_one_left(plane: Plane) -> None
     left = plane.folder / "staging" / "left"
     left.mkdir(parents=True)
     (left / "adapter_model.safetensors").write_bytes(b"half of")
-    await plane.uploads.recover()
+    await plane.start_anew()
     [version] = (await plane.client.get(VERSIONS)).json()["data"]
     assert version["state"] == "probing"
     assert not left.exists()
     plane.probe.answer = passing_probe
-    await plane.uploads.recover()
+    await plane.start_anew()
     [version] = (await plane.client.get(VERSIONS)).json()["data"]
     assert version["state"] == "ready"
 
@@ -480,7 +480,7 @@ async def test_an_upload_under_way_outlives_the_start_of_another_gateway(plane: 
     upload = asyncio.create_task(plane.client.post(VERSIONS, content=slowly(), headers=HEADERS))
     await started.wait()
     await until(lambda: len(plane.staged_files()) == 2)
-    await plane.uploads.recover()
+    await plane.start_anew()
     may_go.set()
     assert (await upload).status_code == 201
 

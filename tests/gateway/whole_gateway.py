@@ -6,6 +6,7 @@ The engine answers each prompt with itself, one token a step, as fast as the tes
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests.engine.echo_engine import INFO, EchoCore, Engine, short_folder
 from tests.gateway.admin_plane import serve
 
 PEPPER = b"\x06" * 32
+SECRET = "the-engines-own"
 PATIENCE_S = 30
 MODEL = INFO.base_model
 # Nano-USD of one token, in or out.
@@ -116,7 +118,7 @@ async def whole_gateway(
     )
     core = core or EchoCore()
     async with short_folder() as sockets:
-        engine = Engine(sockets / "engine", core=core, secret="the-engines-own", info=info)
+        engine = Engine(sockets / "engine", core=core, secret=SECRET, info=info)
         app = create_app(_settings(home, engine, folder, **settings))
         async with (
             engine.serve(),
@@ -125,6 +127,29 @@ async def whole_gateway(
             speaking(url, await _open_shop(operator)) as client,
         ):
             yield Gateway(url, client, operator, database, core, app)
+
+
+@contextlib.asynccontextmanager
+async def another_engine(
+    gateway: Gateway, *, core: EchoCore | None = None, **changes: Any
+) -> AsyncIterator[Engine]:
+    """An engine that runs, speaks the same words, and that nobody has told the gateway of."""
+    known = (await gateway.operator.get("/admin/v1/base-models")).json()["data"]
+    info = msgspec.structs.replace(
+        INFO,
+        text_bundle_digest=known[0]["text_bundle_digest"],
+        engine_epoch=time.time_ns(),
+        **changes,
+    )
+    shape = msgspec.structs.replace(info.base_shape, base_model=info.base_model)
+    info = msgspec.structs.replace(info, base_shape=shape)
+    async with (
+        short_folder() as sockets,
+        Engine(
+            sockets / "engine", core=core or EchoCore(), secret=SECRET, info=info
+        ).serve() as engine,
+    ):
+        yield engine
 
 
 def _bundle() -> TextBundle:
@@ -146,8 +171,8 @@ def _settings(home: Home, engine: Engine, folder: Path, **settings: Any) -> Sett
     made = Settings(
         database_app_url=home.app_url,
         database_worker_url=home.worker_url,
-        engine_address=engine.address,
-        engine_secret="the-engines-own",
+        engine_addresses=(engine.address,),
+        engine_secret=SECRET,
         peppers={1: PEPPER},
         store_url=(folder / "store").as_uri(),
         data_dir=folder,

@@ -1,18 +1,29 @@
 """Two tenants who have everything, behind one gateway: acme, and globex, who means harm."""
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 
+from engine.protocol import UNIX_PREFIX
 from gateway.database import Database
 from tests.conftest import Cluster, Home
+from tests.engine.echo_engine import INFO, Engine
 from tests.gateway.admin_plane import adapter_files
-from tests.gateway.whole_gateway import Gateway, whole_gateway
-from tests.isolation.estate import MODULES, Estate, TrustingCore, build
+from tests.gateway.whole_gateway import SECRET, Gateway, whole_gateway
+from tests.isolation.estate import (
+    MODULES,
+    SPARE,
+    SPARE_ADDRESSES,
+    Estate,
+    TrustingCore,
+    build,
+)
 
 # Knows both, and has nothing.
 NEIGHBOUR = "initech"
@@ -53,9 +64,23 @@ async def town(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> As
         await gateway.operator.post("/admin/v1/tenants", json={"slug": NEIGHBOUR})
         victim = await build(gateway, "acme", grantee=NEIGHBOUR)
         attacker = await build(gateway, "globex", grantee=NEIGHBOUR)
-        yield Town(gateway, home, victim, attacker)
+        async with spare_engines():
+            yield Town(gateway, home, victim, attacker)
     await database.close()
     await cluster.drop(home)
+
+
+@contextlib.asynccontextmanager
+async def spare_engines() -> AsyncIterator[None]:
+    async with contextlib.AsyncExitStack() as stack:
+        for number, address in enumerate(SPARE_ADDRESSES, start=1):
+            info = msgspec.structs.replace(
+                INFO, base_model=SPARE, engine_epoch=INFO.engine_epoch + number
+            )
+            path = Path(address.removeprefix(UNIX_PREFIX))
+            stack.callback(path.unlink, missing_ok=True)
+            await stack.enter_async_context(Engine(path, secret=SECRET, info=info).serve())
+        yield
 
 
 def write_adapter(folder: Path) -> None:

@@ -8,8 +8,10 @@ import asyncio
 import datetime
 import hashlib
 import json
+import os
 import secrets
 import string
+import tempfile
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +47,12 @@ ROLES = ("owner", "developer", "billing", "viewer")
 UPLOADED = adapter_files(seed=7, modules=MODULES, target_modules=["up_proj"])
 DELETED_VERSION = "3"
 WITHHELD = "withheld-base"
+# Engines of a base model that no tenant has anything to do with: an operator attaches the first
+# one, and swaps it for the second.
+SPARE = "spare-base"
+SPARE_ADDRESSES = tuple(
+    f"unix:{tempfile.gettempdir()}/ml-spare-{os.getpid()}-{number}" for number in (1, 2)
+)
 # The days of a month that is surely over.
 LONG_AGO = datetime.datetime(2026, 3, 14, 15, 9, 26, tzinfo=datetime.UTC)
 PATIENCE_S = 30

@@ -11,7 +11,15 @@ import httpx
 
 from tests.gateway.admin_plane import adapter_files
 from tests.gateway.whole_gateway import MODEL, chat
-from tests.isolation.estate import DELETED_VERSION, LONG_AGO, MODULES, UPLOADED, Names
+from tests.isolation.estate import (
+    DELETED_VERSION,
+    LONG_AGO,
+    MODULES,
+    SPARE,
+    SPARE_ADDRESSES,
+    UPLOADED,
+    Names,
+)
 
 # anybody: there is nothing to keep secret. tenant: with a tenant's key, for its own things.
 # operator: no tenant's key at all.
@@ -175,6 +183,10 @@ def query(make: Callable[[Names], dict[str, str]]) -> Callable[[Names], list[Ask
     return lambda names: [Ask(query=make(names))]
 
 
+def spare(json: Any) -> Callable[[Names], list[Ask]]:
+    return lambda _: [Ask(json, path={"base_model": SPARE})]
+
+
 def admin(method: str, path: str, asks: Callable[[Names], Sequence[Ask]] = lambda _: ()) -> Case:
     return Case(method, f"/admin/v1{path}", "operator", asks)
 
@@ -317,6 +329,9 @@ CASES = [
         "operator",
         body(lambda names: {"lora_name": names.model, "lora_path": "sql", "load_inplace": True}),
     ),
+    admin("POST", "/base-models", body(lambda _: {"address": SPARE_ADDRESSES[0]})),
+    admin("POST", "/base-models/{base_model}/swap", spare({"address": SPARE_ADDRESSES[1]})),
+    admin("POST", "/base-models/{base_model}/retire", spare({})),
     admin("POST", TENANT + "/erase", body(lambda names: {"user": names.end_user})),
     admin("DELETE", UPLOAD),
     admin("DELETE", ADAPTER + "/grants/{grantee}"),

@@ -23,7 +23,12 @@ from gateway.api.admin.aliases import (
     remove_alias,
     roll_back_alias,
 )
-from gateway.api.admin.base_models import list_base_models
+from gateway.api.admin.base_models import (
+    create_base_model,
+    list_base_models,
+    retire_base_model,
+    swap_base_model,
+)
 from gateway.api.admin.budgets import change_budget, create_budget, delete_budget, list_budgets
 from gateway.api.admin.files import get_certificate, get_file, list_files
 from gateway.api.admin.grants import grant_adapter, list_grants, revoke_grant
@@ -118,6 +123,9 @@ admin_router = Router(
         complete_upload,
         delete_upload,
         list_base_models,
+        create_base_model,
+        swap_base_model,
+        retire_base_model,
         list_engines,
         warm_version,
         pin_version,

@@ -39,7 +39,11 @@ class EngineView(msgspec.Struct, frozen=True):
 
     address: str
     base_model: str
+    # Of the base model.
+    revision: int
     is_connected: bool
+    # Whether it only finishes what it has.
+    is_draining: bool
     problem: str | None
     engine_epoch: int | None
     load: EngineLoad | None
@@ -151,7 +155,9 @@ def _engine_view(state: EngineState) -> EngineView:
     return EngineView(
         address=state.replica.link.address,
         base_model=state.replica.base_model,
+        revision=state.replica.revision,
         is_connected=state.replica.link.is_connected,
+        is_draining=state.is_draining,
         problem=state.problem,
         engine_epoch=None if status is None else status.engine_epoch,
         load=None if status is None else _load(status),
