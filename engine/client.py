@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 import httpx
 import msgspec
 
+from adapters.text_bundle import PoolingKind
 from engine.courier import Courier
 from engine.errors import EngineLost, EngineRefused, EngineUnreachable, LinkError, SlowConsumer
 from engine.protocol import (
@@ -225,6 +226,7 @@ class EngineLink:
         weight: float = 1.0,
         priority: int = 0,
         grammar: Grammar | None = None,
+        pooling: PoolingKind | None = None,
     ) -> SequenceStream:
         """Queue a sequence for the POST of this tick. Its id is known at once."""
         self._last_sequence_id += 1
@@ -240,6 +242,7 @@ class EngineLink:
             weight=weight,
             priority=priority,
             grammar=grammar,
+            pooling=pooling,
         )
         stream = SequenceStream(self, command.sequence_id, max_events=self._max_queued_events)
         if self._can_resume:

@@ -34,6 +34,7 @@ from gateway.api import billing as billing_routes
 from gateway.api import (
     chat,
     completions,
+    embeddings,
     estimate,
     exports,
     health,
@@ -45,6 +46,7 @@ from gateway.api import (
     privacy,
     statements,
     tenant,
+    tokens,
 )
 from gateway.api.admin import admin_router
 from gateway.api.attempts import Attempts, Desk
@@ -290,6 +292,7 @@ def create_app(settings: Settings) -> Litestar:
             billing_routes.billing_router,
             chat.chat_completions,
             completions.completions,
+            embeddings.embeddings,
             estimate.estimate,
             exports.exports_router,
             health.live,
@@ -311,6 +314,8 @@ def create_app(settings: Settings) -> Litestar:
             statements.list_own,
             statements.show_own,
             tenant.usage,
+            tokens.detokenize,
+            tokens.tokenize,
             create_static_files_router("/static", [STATIC_DIR], opt={"scope": "public"}),
         ],
         lifespan=[lifespan],
