@@ -175,7 +175,7 @@ async def test_limits_and_budgets_count_them_as_every_request(gateway: Gateway) 
         "tokens_per_minute",
     )
     await gateway.limit()
-    await gateway.budget(4 * TOKEN_NANO)
+    await gateway.budget(2 * TOKEN_NANO)
     assert error_of(await ask(gateway))[:2] == (429, "insufficient_quota")
 
 
