@@ -10,7 +10,6 @@ import msgspec
 
 from adapters.errors import Finding, UnreadableArtifact
 
-
 # What the final hidden states of a text's tokens come together to: the mean of all, or the last.
 PoolingKind = Literal["mean", "last"]
 

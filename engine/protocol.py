@@ -134,8 +134,8 @@ class Submit(
     priority: int = 0
     # None leaves the answer free.
     grammar: Grammar | None = None
-    # None generates. Otherwise no token is, and the last event has the prompt's vector. A mean needs
-    # the states of all tokens, so it takes nothing from the prefix cache; it leaves its own there.
+    # None generates. Otherwise no token is, and the last event has the prompt's vector. A mean is
+    # of the states of all tokens, so it finds none in the prefix cache, and leaves its own there.
     pooling: PoolingKind | None = None
 
 

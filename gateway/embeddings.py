@@ -1,6 +1,6 @@
-"""Texts as vectors, from their admission to the bill: what a request for embeddings is, and its answer.
+"""Texts as vectors: what a request for embeddings is, and its answer, up to the bill.
 
-The same path as a generation's, from the same pools of money, seats and limits; but every input is
+The same path as a generation's, under the same limits and out of the same money; but every input is
 a sequence of its own that generates nothing, and the request owes its prompts alone, once all its
 vectors are there. Knows nothing of HTTP or of how a vector is spelled on the wire.
 """

@@ -37,9 +37,7 @@ NUMBERS_PER_TURN = 1 << 15
 
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
 # A list is of texts, of token ids, or of lists of token ids: `_inputs` looks.
-Inputs = Annotated[
-    list[str | TokenId | TokenIds], msgspec.Meta(min_length=1, max_length=1_000_000)
-]
+Inputs = Annotated[list[str | TokenId | TokenIds], msgspec.Meta(min_length=1, max_length=1_000_000)]
 
 
 class EmbeddingsRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,7 +104,7 @@ async def embeddings(
     request: Request[Any, Any, Any],
     desk: NamedDependency[Desk],
 ) -> Response[Embeddings]:
-    """Pool the final hidden states of each input, with a base model or one of the caller's adapters.
+    """Pool the final hidden states of each input, of a base model or one of the caller's adapters.
 
     Inputs share batches with everything else. Prompt tokens are billed, once all vectors are there.
     """
@@ -146,7 +144,7 @@ def _inputs(given: str | list[str | int | list[int]]) -> list[EmbeddingInput]:
         )
     if len(given) > MAX_INPUTS:
         raise InvalidRequest(
-            f"'input' has {len(given)} inputs, above the {MAX_INPUTS} of one request: send several.",
+            f"'input' has {len(given)} entries, above the {MAX_INPUTS} of a request: send several.",
             param="input",
         )
     return cast("list[EmbeddingInput]", given)

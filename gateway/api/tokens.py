@@ -22,7 +22,7 @@ MAX_BODY_BYTES = 4 << 20
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A text, or a conversation as a chat request would have it: `prompt` or `messages`, not both."""
+    """A text, or a conversation as a chat request has it: `prompt` or `messages`, not both."""
 
     model: str
     prompt: str | None = None

@@ -1,4 +1,4 @@
-"""The vectors of prompts: those of a plain forward pass, told once, whatever happens beside them."""
+"""The vectors of prompts: those of a plain forward pass, whatever happens beside them."""
 
 import gc
 import itertools

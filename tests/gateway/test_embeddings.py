@@ -196,7 +196,9 @@ async def test_one_input_that_the_engine_refuses_fails_the_request_and_nothing_i
 
 async def until_released(gateway: Gateway) -> None:
     async with asyncio.timeout(30):
-        while {hold.state for hold in await holds(gateway)} != {"released"}:
+        while True:
+            if {hold.state for hold in await holds(gateway)} == {"released"}:
+                break
             await asyncio.sleep(0.02)
     assert await gateway.events(0) == []
 

@@ -1,4 +1,4 @@
-"""The engine's vectors are those of transformers' and PEFT's hidden states, on the real small model.
+"""Vectors are those of transformers' and PEFT's hidden states, on the real small model.
 
 In one batch with generations and with each other's adapters, in chunks, short and long.
 """
