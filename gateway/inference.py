@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from adapters.text_bundle import PoolingKind
 from engine.client import EngineLink, SequenceStream
 from engine.errors import LinkError
 from engine.protocol import (
@@ -623,13 +624,13 @@ class Inference:
         """
         target, codec = await self.codec_of(principal, request.model, user=request.user)
         prompts = await request.encode(codec, context_length=target.context_length)
-        request_id = new_id()
+        request_id, watch = new_id(), None
         if principal.policy_id is not None:
             watch = await self._policies.watch(
                 principal, model=target.public_name, request_id=request_id
             )
-            if watch is not None:
-                await watch.admit(request.asked(codec, prompts))
+        if watch is not None:
+            await watch.admit(request.asked(codec, prompts))
         assert principal.tenant_id is not None, "only tenants are billed"
         keep = await self._keep_inputs(principal.tenant_id, request_id, request)
         link = self._router.pick()
@@ -649,18 +650,8 @@ class Inference:
             place.leave()
             raise
         # No await from here on: the journal knows the sequences before their first frame can come.
-        streams = [
-            link.submit(
-                token_ids,
-                sampling=NO_TOKENS,
-                adapter_digest=target.weights_digest,
-                adapter_fingerprint=target.fingerprint,
-                cache_salt=principal.cache_salt,
-                fairness_key=str(principal.tenant_id),
-                pooling=request.pooling or codec.pooling or DEFAULT_POOLING,
-            )
-            for token_ids in prompts
-        ]
+        pooling = request.pooling or codec.pooling or DEFAULT_POOLING
+        streams = _submit_prompts(link, principal, target, prompts, pooling=pooling)
         try:
             meter = self._journal.opened(
                 Opened.of(
@@ -745,6 +736,28 @@ class Inference:
         if not principal.may_call(target.public_name):
             raise model_not_found(model)
         return target
+
+
+def _submit_prompts(
+    link: EngineLink,
+    principal: Principal,
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pooling: PoolingKind,
+) -> list[SequenceStream]:
+    return [
+        link.submit(
+            token_ids,
+            sampling=NO_TOKENS,
+            adapter_digest=target.weights_digest,
+            adapter_fingerprint=target.fingerprint,
+            cache_salt=principal.cache_salt,
+            fairness_key=str(principal.tenant_id),
+            pooling=pooling,
+        )
+        for token_ids in prompts
+    ]
 
 
 def _spelled(prompt: Prompt) -> str:
