@@ -189,7 +189,7 @@ async def test_one_input_that_the_engine_refuses_fails_the_request_and_nothing_i
             super().submit(sequence)
 
     async with whole_gateway(home, database, tmp_path, core=Picky()) as gateway:
-        assert error_of(await ask(gateway, ["w5 w6", "w9"])) == (400, None, "input")
+        assert error_of(await ask(gateway, ["w5 w6", "w9"])) == (400, "invalid_request", "input")
         await until_released(gateway)
         assert await gateway.differences() == []
 
