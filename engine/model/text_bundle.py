@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from adapters.text_bundle import PoolingKind, TextBundle
 from engine.errors import ConfigurationError
