@@ -4,13 +4,18 @@ Knows nothing of transformers: a bundle is made elsewhere, and read here and in 
 """
 
 import hashlib
+from typing import Literal
 
 import msgspec
 
 from adapters.errors import Finding, UnreadableArtifact
 
+# What the final hidden states of a text's tokens come together to: the mean of all, or the last.
+PoolingKind = Literal["mean", "last"]
 
-class TextBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+
+# Without defaults, so that a bundle keeps its digest when the fields that it may have grow.
+class TextBundle(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A tokenizer, a chat template and the numbers that go with them."""
 
     # The file of the `tokenizers` library.
@@ -25,6 +30,8 @@ class TextBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Most tokens of prompt and answer together.
     context_length: int
     vocab_size: int
+    # How its checkpoint says that texts become vectors; None where it says nothing.
+    pooling: PoolingKind | None = None
 
 
 # Sorted, so that equal bundles have equal bytes.

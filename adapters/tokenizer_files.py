@@ -109,6 +109,7 @@ def build(
         generation_defaults=defaults,
         context_length=base.context_length,
         vocab_size=base.vocab_size + num_added_tokens,
+        pooling=base.pooling,
     )
     own = _without_idle_names(own, base)
     outside = [each for each in own.eos_token_ids if not 0 <= each < own.vocab_size]

@@ -122,12 +122,13 @@ class Breaker:
         record.quarantine_s = min(2 * record.quarantine_s, LONGEST_QUARANTINE_S)
 
     def _end_trial(self, event: StepEvent) -> None:
-        """A token is a success; an end without one, as by an abort, lets another try."""
-        if not event.token_ids and not event.state.is_final:
+        """A token or a vector is a success; an end without, as by an abort, lets another try."""
+        has_worked = bool(event.token_ids) or event.vector is not None
+        if not has_worked and not event.state.is_final:
             return
         record = self._records[self._trials[event.key]]
         self._drop_trial(record)
-        if event.token_ids:
+        if has_worked:
             record.until_s = None
             record.reason = ""
             record.faults_s.clear()

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
+from adapters.text_bundle import PoolingKind
 from engine.courier import Courier
 from engine.errors import EngineLost, EngineRefused, EngineUnreachable, LinkError, SlowConsumer
 from engine.protocol import (
@@ -250,6 +251,7 @@ class EngineLink:
         weight: float = 1.0,
         priority: int = 0,
         grammar: Grammar | None = None,
+        pooling: PoolingKind | None = None,
     ) -> SequenceStream:
         """Queue a sequence for the POST of this tick. Its id is known at once."""
         command = Submit(
@@ -264,6 +266,7 @@ class EngineLink:
             weight=weight,
             priority=priority,
             grammar=grammar,
+            pooling=pooling,
         )
         stream = SequenceStream(self, command.sequence_id, max_events=self._max_queued_events)
         if self._can_resume:

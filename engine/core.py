@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -40,7 +41,7 @@ from engine.errors import (
 from engine.fingerprints import Fingerprints, fingerprint_of
 from engine.host_tier import HostTier
 from engine.kernels.threads import compute_alone, dismiss_helpers
-from engine.model import loader, prepared
+from engine.model import loader, pooling, prepared
 from engine.model.loader import LoadedModel
 from engine.model.memory import DeviceMemory
 from engine.model.prepared import PreparedAdapter
@@ -205,7 +206,7 @@ class EngineCore:
             raise InvalidSequence("weight must be above 0 and finite.")
         if not MIN_PRIORITY <= sequence.priority <= MAX_PRIORITY:
             raise InvalidSequence(f"priority must be from {MIN_PRIORITY} to {MAX_PRIORITY}.")
-        _check_sampling(sequence.sampling, self.vocab_size)
+        _check_wish(sequence, self.vocab_size)
         if not sequence.num_prompt_tokens:
             raise InvalidSequence("prompt_token_ids is empty.")
         is_vocabulary_known = sequence.adapter_digest is None
@@ -284,7 +285,9 @@ class EngineCore:
         batch = batches.build(
             scheduled, block_size=self._blocks.block_size, device=self._loaded.device
         )
-        return self._sampler.sample(self._runner.run(batch), scheduled)
+        is_pooled = any(item.sequence.pool is not None for item in scheduled)
+        watch = partial(pooling.pool, batch=batch, scheduled=scheduled) if is_pooled else None
+        return self._sampler.sample(self._runner.run(batch, watch=watch), scheduled)
 
     def _take_compiled_grammars(self) -> None:
         for sequence, outcome in self._compiler.take_results():
@@ -513,6 +516,21 @@ def _check_tokens(sequence: Sequence, vocabulary: Vocabulary) -> None:
 def _is_out_of_memory(error: Exception) -> bool:
     is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return is_named or NO_HOST_MEMORY in str(error)
+
+
+def _check_wish(sequence: Sequence, vocab_size: int) -> None:
+    """Raises InvalidSequence."""
+    if sequence.pool is None:
+        _check_sampling(sequence.sampling, vocab_size)
+    elif (
+        sequence.sampling != SamplingParams(max_tokens=0)
+        or sequence.num_generated_tokens
+        or sequence.grammar is not None
+    ):
+        raise InvalidSequence(
+            "With pooling no token is generated: max_tokens must be 0, and all else that is about"
+            " an answer left out."
+        )
 
 
 def _check_sampling(params: SamplingParams, vocab_size: int) -> None:

@@ -14,6 +14,7 @@ EngineError
 │   ├── AdapterCorrupted       is not what its probe found; is read anew later
 │   ├── AdapterQuarantined     failed again and again; is tried again later
 │   ├── InvalidLogits
+│   │   └── InvalidStates      of a prompt that is pooled
 │   ├── NoTokenLeft
 │   └── OutOfMemory            may go through when less runs beside it
 ├── ProbeError                 a probe could not be run; says nothing about the adapter
@@ -122,6 +123,10 @@ class InvalidLogits(SequenceError):
     """The model gave NaN or infinite logits for this sequence."""
 
     code = "nan_logits"
+
+
+class InvalidStates(InvalidLogits):
+    """The model gave NaN or infinite hidden states for this sequence."""
 
 
 class NoTokenLeft(SequenceError):

@@ -26,9 +26,10 @@ from typing import Literal
 
 import msgspec
 
+from adapters.text_bundle import PoolingKind
 from adapters.validate import BaseShape
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 FRAME_LENGTH = struct.Struct("<I")
 MSGPACK = "application/msgpack"
 # Largest body that an engine reads: a batch of a few million token ids.
@@ -59,7 +60,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     ignoring them. Several answers to one prompt are as many submits, each with a seed of its own.
     """
 
-    # Most tokens to generate, those of an earlier attempt (`generated_token_ids`) included.
+    # Most tokens to generate, those of an earlier attempt (`generated_token_ids`) included; 0 of a
+    # prompt that is pooled.
     max_tokens: int
     # 64-bit unsigned; the gateway draws one when the client named none.
     seed: int = 0
@@ -132,6 +134,9 @@ class Submit(
     priority: int = 0
     # None leaves the answer free.
     grammar: Grammar | None = None
+    # None generates. Otherwise no token is, and the last event has the prompt's vector. A mean is
+    # of the states of all tokens, so it finds none in the prefix cache, and leaves its own there.
+    pooling: PoolingKind | None = None
 
 
 class Abort(
@@ -213,6 +218,8 @@ class SequenceEvent(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprob] | None = None
     # From the submit until the adapter sat in a slot; 0 where it did at once, or none is used.
     adapter_wait_ns: int = 0
+    # Of a prompt that was pooled: float32, little endian, scaled to length one.
+    vector: bytes | None = None
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):

@@ -5,6 +5,8 @@ their logits.
 """
 
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.block_manager import Window
+from engine.model import pooling
 from engine.model.attention import forward
 from engine.model.loader import LoadedModel
 from engine.model.memory import DeviceMemory, block_elements
@@ -38,22 +41,30 @@ class Runner:
         self._copies = torch.Stream(loaded.device) if is_cuda else None
 
     @torch.inference_mode()
-    def run(self, batch: Batch, *, memory: DeviceMemory | None = None) -> Tensor:
+    def run(
+        self,
+        batch: Batch,
+        *,
+        memory: DeviceMemory | None = None,
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """[num_logits, vocab_size] float32: the logits of the batch's `logit_rows`.
 
         Wider where an adapter of these rows adds tokens, with -inf for rows that don't know them.
         `memory` takes the place of the runner's own, for batches that are nobody's sequences.
+        `watch` is given the final hidden states on the way, [num_tokens, hidden_size].
         """
         model, bank, kernels = self._loaded.model, self._loaded.bank, self._loaded.kernels
         bank.begin(batch, kernels)
         try:
-            logits = forward(
-                model,
-                batch,
-                input_ids=bank.changes.input_ids(batch),
-                memory=memory or self._memory,
-                plan=kernels.plan_attention(batch),
-            )
+            with nullcontext() if watch is None else pooling.watched(model, watch):
+                logits = forward(
+                    model,
+                    batch,
+                    input_ids=bank.changes.input_ids(batch),
+                    memory=memory or self._memory,
+                    plan=kernels.plan_attention(batch),
+                )
         finally:
             bank.end()
         return bank.changes.fitted(logits, batch)

@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 
 from engine.block_manager import BlockManager
-from engine.errors import InvalidLogits, SequenceError
+from engine.errors import InvalidLogits, InvalidStates, SequenceError
 from engine.fairness import INPUT_COST, Account, Turns
+from engine.pool import Pool
 from engine.preemption import Preemption, SeatClaims
 from engine.protocol import SequenceState, TokenLogprob
 from engine.sequence import NO_ADAPTER, Sequence, SequenceKey, StepEvent
@@ -36,7 +37,8 @@ class ScheduledSequence:
 
     sequence: Sequence
     num_tokens: int
-    # Whether the step reaches the last token, so that the next one can be sampled.
+    # Whether the step reaches the last token, so that the next one can be sampled. Never of a
+    # prompt that is pooled.
     is_sampled: bool
 
     @property
@@ -47,6 +49,15 @@ class ScheduledSequence:
             return range(0)
         last = min(first + self.num_tokens, self.sequence.num_prompt_tokens - 1)
         return range(max(first, len(found)), last)
+
+    @property
+    def pooled_positions(self) -> range:
+        """Positions of this step whose hidden states the sequence's vector lacks."""
+        sequence, first = self.sequence, self.sequence.num_computed_tokens
+        if sequence.pool is None:
+            return range(0)
+        chunk = range(first, first + self.num_tokens)
+        return sequence.pool.wanted(chunk, num_tokens=sequence.num_tokens)
 
 
 # A struct, because many are made in every step and a dataclass runs Python for each.
@@ -194,6 +205,8 @@ class Scheduler:
             if item.is_sampled:
                 self._turns.catch_up(item.sequence)
                 self._take_token(item.sequence, next(samples))
+            elif item.sequence.pool is not None and not item.sequence.num_uncomputed_tokens:
+                self._take_vector(item.sequence, item.sequence.pool)
 
     def retreat(self, scheduled: list[ScheduledSequence]) -> bool:
         """A step ran out of memory: nothing of it counts, and the next ones are smaller.
@@ -287,7 +300,7 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, plan: _Plan) -> None:
         num_tokens = min(sequence.num_uncomputed_tokens, plan.budget)
-        is_sampled = num_tokens == sequence.num_uncomputed_tokens
+        is_sampled = num_tokens == sequence.num_uncomputed_tokens and sequence.pool is None
         self._turns.charge_input(sequence, num_tokens)
         plan.chosen[sequence] = ScheduledSequence(sequence, num_tokens, is_sampled=is_sampled)
         plan.budget -= num_tokens
@@ -427,6 +440,14 @@ class Scheduler:
         else:
             self._report(sequence, state, sample=sample)
 
+    def _take_vector(self, sequence: Sequence, pool: Pool) -> None:
+        vector = pool.vector()
+        if vector is None:
+            self._blocks.disown(sequence)
+            self._finish(sequence, SequenceState.FAILED, error=InvalidStates())
+        else:
+            self._finish(sequence, SequenceState.STOPPED, vector=vector)
+
     def _finish(
         self,
         sequence: Sequence,
@@ -434,6 +455,7 @@ class Scheduler:
         *,
         sample: SampledToken | None = None,
         error: SequenceError | None = None,
+        vector: bytes | None = None,
     ) -> None:
         self._blocks.release(sequence)
         if sequence.is_pinned and sequence.adapter_digest is not None:
@@ -442,7 +464,7 @@ class Scheduler:
         self._turns.remove(sequence)
         self._running.pop(sequence, None)
         del self._sequences[sequence.key]
-        self._report(sequence, state, sample=sample, error=error)
+        self._report(sequence, state, sample=sample, error=error, vector=vector)
 
     def _report(
         self,
@@ -451,6 +473,7 @@ class Scheduler:
         *,
         sample: SampledToken | None = None,
         error: SequenceError | None = None,
+        vector: bytes | None = None,
     ) -> None:
         logprobs = [sample.logprob] if sample is not None and sample.logprob is not None else None
         prompt_logprobs = None
@@ -469,6 +492,7 @@ class Scheduler:
                 fault=None if error is None else error.fault(),
                 prompt_logprobs=prompt_logprobs,
                 adapter_wait_ns=sequence.adapter_wait_ns,
+                vector=vector,
                 adapter_digest=sequence.adapter_digest,
             )
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from engine.grammar import GrammarWalk
+from engine.pool import Pool
 from engine.protocol import (
     Grammar,
     SamplingParams,
@@ -62,6 +63,9 @@ class Sequence:
     # Of the prompt tokens but the first, as far as they are computed; None where nobody asked, or
     # once they are reported. Filled by the sampler, taken by the scheduler with the first token.
     prompt_logprobs: list[TokenLogprob] | None = None
+    # What the prompt's hidden states have come to; None of one that generates. Filled by the
+    # pooling, taken by the scheduler when it is whole.
+    pool: Pool | None = None
     # Whether the scheduler asked for the slot and it was not to be had.
     awaits_adapter: bool = False
     state: SequenceState = SequenceState.RUNNING
@@ -90,6 +94,7 @@ class Sequence:
                 if submit.sampling.prompt_logprobs is None or submit.generated_token_ids
                 else []
             ),
+            pool=None if submit.pooling is None else Pool(submit.pooling),
         )
 
     @classmethod
@@ -131,18 +136,23 @@ class Sequence:
     def num_skippable_tokens(self) -> int:
         """How many of the first tokens need no computing where their keys and values are at hand.
 
-        The last token's logits are always wanted, and those before a prompt token that is asked
-        about.
+        The last token's logits are always wanted, those before a prompt token that is asked about,
+        and the hidden states of which a mean is made.
         """
         if self.prompt_logprobs is not None:
             return len(self.prompt_logprobs)
+        if self.pool is not None:
+            return self.pool.num_skippable_tokens(len(self.token_ids))
         return len(self.token_ids) - 1
 
     def ending(self) -> SequenceState:
-        """How the last token leaves the sequence: finished, or RUNNING."""
-        if self.num_generated_tokens and self.token_ids[-1] in self.sampling.stop_token_ids:
+        """How the last generated token leaves the sequence: finished, or RUNNING."""
+        num_generated_tokens = self.num_generated_tokens
+        if not num_generated_tokens:
+            return SequenceState.RUNNING
+        if self.token_ids[-1] in self.sampling.stop_token_ids:
             return SequenceState.STOPPED
-        if self.num_generated_tokens >= self.sampling.max_tokens:
+        if num_generated_tokens >= self.sampling.max_tokens:
             return SequenceState.LENGTH
         return SequenceState.RUNNING
 
@@ -162,5 +172,6 @@ class StepEvent:
     fault: SequenceFault | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     adapter_wait_ns: int = 0
+    vector: bytes | None = None
     # For the breaker; stays in the engine.
     adapter_digest: str | None = None

@@ -255,4 +255,5 @@ def _on_the_wire(event: StepEvent) -> SequenceEvent:
         fault=event.fault,
         prompt_logprobs=event.prompt_logprobs,
         adapter_wait_ns=event.adapter_wait_ns,
+        vector=event.vector,
     )

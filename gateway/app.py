@@ -33,6 +33,7 @@ from gateway.api import billing as billing_routes
 from gateway.api import (
     chat,
     completions,
+    embeddings,
     estimate,
     exports,
     health,
@@ -44,6 +45,7 @@ from gateway.api import (
     privacy,
     statements,
     tenant,
+    tokens,
 )
 from gateway.api.admin import admin_router
 from gateway.api.attempts import Attempts, Desk
@@ -314,6 +316,7 @@ def create_app(settings: Settings) -> Litestar:
             billing_routes.billing_router,
             chat.chat_completions,
             completions.completions,
+            embeddings.embeddings,
             estimate.estimate,
             exports.exports_router,
             health.live,
@@ -335,6 +338,8 @@ def create_app(settings: Settings) -> Litestar:
             statements.list_own,
             statements.show_own,
             tenant.usage,
+            tokens.detokenize,
+            tokens.tokenize,
             create_static_files_router("/static", [STATIC_DIR], opt={"scope": "public"}),
         ],
         lifespan=[lifespan],

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine.client import SequenceStream
+from adapters.text_bundle import PoolingKind
+from engine.client import EngineLink, SequenceStream
 from engine.errors import LinkError
 from engine.protocol import (
     Grammar,
@@ -27,6 +28,13 @@ from engine.protocol import (
 )
 from gateway.auth import Principal
 from gateway.database import DATABASE_TROUBLE, Database
+from gateway.embeddings import (
+    DEFAULT_POOLING,
+    ENDPOINT,
+    NO_TOKENS,
+    Embedding,
+    EmbeddingRequest,
+)
 from gateway.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -442,11 +450,7 @@ class Inference:
         grammar = await self._grammar(principal, request.grammar, target, codec)
         keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
-        link = self._router.pick(
-            target.base_model_id,
-            revision=target.base_revision,
-            adapter_digest=target.weights_digest,
-        )
+        link = self._pick(target)
         assert principal.tenant_id is not None, "only tenants are billed"
         place = self._router.room(link).enter(principal.tenant_id)
         try:
@@ -510,6 +514,14 @@ class Inference:
             keeping=keeping,
             watch=watch,
             is_streamed=request.is_streamed,
+        )
+
+    def _pick(self, target: Target) -> EngineLink:
+        """Raises Unavailable where no engine that serves the target can be reached."""
+        return self._router.pick(
+            target.base_model_id,
+            revision=target.base_revision,
+            adapter_digest=target.weights_digest,
         )
 
     async def _admit(self, principal: Principal, target: Target, **asked: Any) -> Admission:
@@ -603,14 +615,126 @@ class Inference:
         if target.weights_digest is None:
             return True
         try:
-            link = self._router.pick(
-                target.base_model_id,
-                revision=target.base_revision,
-                adapter_digest=target.weights_digest,
-            )
+            link = self._pick(target)
             return target.weights_digest in (await link.status()).resident_adapters
         except (LinkError, Unavailable):
             return None
+
+    async def embed(
+        self, principal: Principal, request: EmbeddingRequest, attempt: Attempt = FIRST
+    ) -> Embedding:
+        """Admit a request for vectors and hand its inputs to an engine.
+
+        Raises ModelNotFound, InvalidRequest, PolicyViolation, LimitReached or Unavailable; nothing
+        is held or billed then.
+        """
+        target, codec = await self.codec_of(principal, request.model, user=request.user)
+        prompts = await request.encode(codec, context_length=target.context_length)
+        request_id, watch = new_id(), None
+        if principal.policy_id is not None:
+            watch = await self._policies.watch(
+                principal, model=target.public_name, request_id=request_id
+            )
+        if watch is not None:
+            await watch.admit(request.asked(codec, prompts))
+        assert principal.tenant_id is not None, "only tenants are billed"
+        keep = await self._keep_inputs(principal.tenant_id, request_id, request)
+        link = self._pick(target)
+        place = self._router.room(link).enter(principal.tenant_id)
+        num_tokens = sum(map(len, prompts))
+        try:
+            admission = await self._admit(
+                principal,
+                target,
+                request_id=request_id,
+                endpoint=ENDPOINT,
+                prompt_tokens=num_tokens,
+                max_tokens=0,
+                gateway_instance_id=self._journal.instance_id,
+            )
+        except BaseException:
+            place.leave()
+            raise
+        # No await from here on: the journal knows the sequences before their first frame can come.
+        pooling = request.pooling or codec.pooling or DEFAULT_POOLING
+        streams = _submit_prompts(link, principal, target, prompts, pooling=pooling)
+        try:
+            meter = self._journal.opened(
+                Opened.of(
+                    principal,
+                    target,
+                    admission,
+                    endpoint=ENDPOINT,
+                    is_streamed=False,
+                    prompt_tokens=num_tokens,
+                    sequence_ids=[stream.sequence_id for stream in streams],
+                    end_user=request.user,
+                    attempt_digest=attempt.digest,
+                    is_retry=attempt.is_retry,
+                )
+            )
+        except JournalFailed:
+            for stream in streams:
+                stream.abort()
+            place.leave()
+            raise
+        return Embedding(
+            request_id=request_id,
+            target=target,
+            streams=streams,
+            meter=meter,
+            ledger=self._ledger,
+            admission=admission,
+            place=place,
+            deadline_s=_deadline_s(admission),
+            keep=keep,
+        )
+
+    async def _keep_inputs(
+        self, tenant_id: uuid.UUID, request_id: uuid.UUID, request: EmbeddingRequest
+    ) -> Callable[[], None]:
+        """What keeps the texts of a request, where its tenant wants that."""
+        try:
+            days = await self._contents.keep_days(tenant_id)
+        except DATABASE_TROUBLE as fault:
+            raise Unavailable("The database does not answer. Try again shortly.") from fault
+
+        def keep() -> None:
+            if days is not None:
+                self._contents.keep(
+                    tenant_id,
+                    request_id,
+                    prompt=request.spelled(),
+                    completion="",
+                    end_user=request.user,
+                    days=days,
+                )
+
+        return keep
+
+    async def tokenize(
+        self, principal: Principal, *, model: str, prompt: Prompt, add_special_tokens: bool
+    ) -> tuple[list[int], TextCodec, Target]:
+        """The token ids of a prompt; nothing is charged, held or billed, and no engine is asked.
+
+        Raises ModelNotFound, TemplateFault or InvalidRequest.
+        """
+        target, codec = await self.codec_of(principal, model)
+        if isinstance(prompt, str):
+            [ids] = await codec.encode_texts([prompt], add_special_tokens=add_special_tokens)
+        else:
+            ids = await _encode(codec, prompt, caller=str(principal.tenant_id))
+        return ids, codec, target
+
+    async def codec_of(
+        self, principal: Principal, model: str, *, user: str | None = None
+    ) -> tuple[Target, TextCodec]:
+        """A model, and what turns its text into tokens and back. Raises ModelNotFound."""
+        target = await self.resolve(principal, model, user=user)
+        codec = await self._texts.get(
+            target.text_bundle_digest, base=target.base_text_bundle_digest
+        )
+        return target, codec
 
     async def resolve(self, principal: Principal, model: str, *, user: str | None = None) -> Target:
         """What a name means for this caller. Raises ModelNotFound, also where the key may not."""
@@ -618,6 +742,28 @@ class Inference:
         if not principal.may_call(target.public_name):
             raise model_not_found(model)
         return target
+
+
+def _submit_prompts(
+    link: EngineLink,
+    principal: Principal,
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pooling: PoolingKind,
+) -> list[SequenceStream]:
+    return [
+        link.submit(
+            token_ids,
+            sampling=NO_TOKENS,
+            adapter_digest=target.weights_digest,
+            adapter_fingerprint=target.fingerprint,
+            cache_salt=principal.cache_salt,
+            fairness_key=str(principal.tenant_id),
+            pooling=pooling,
+        )
+        for token_ids in prompts
+    ]
 
 
 def _spelled(prompt: Prompt) -> str:

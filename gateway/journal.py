@@ -7,8 +7,8 @@ processes on the same host are replayed by the living. Knows tokens and prices, 
 A *streamed* request is billed for each token in a frame that was journalled while its client was
 connected; where a stop string may end it, once the text up to that token was searched for one. An
 answer that is not streamed is billed only if its end was journalled as sent, just before its body
-was written. A request without one billable token is free: its hold is released and no usage event
-is written.
+was written. A request that wants no output is such an answer, and owes its prompts alone. A request
+without one billable token is free: its hold is released and no usage event is written.
 
 The cost of a request while it waits for settlement is memory here, but no request begins without a
 hold committed to the same database that settles it, so a database that is down stops the queue
@@ -29,7 +29,7 @@ from typing import Self
 
 import msgspec
 
-from engine.protocol import Frame, SequenceEvent
+from engine.protocol import Frame, SequenceEvent, SequenceState
 from gateway.auth import Principal
 from gateway.errors import JournalCorrupt, JournalFailed, JournalInUse
 from gateway.limits import Admission
@@ -63,7 +63,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     is_streamed: bool
     # Known before the engine is asked; billed once, however many sequences answer it.
     prompt_tokens: int
-    # Over all sequences.
+    # Over all sequences; 0 where the request wants no output, only what its prompts make.
     max_output_tokens: int
     # What the hold pays for at admission.
     funded_output_tokens: int
@@ -309,6 +309,33 @@ class Meter:
         )
 
 
+class PromptMeter(Meter):
+    """Of a request that wants no output: it owes its prompts, all together, once all are read.
+
+    Each sequence is a prompt of its own.
+    """
+
+    def __init__(self, opened: Opened, journal: "Journal") -> None:
+        super().__init__(opened, journal)
+        self._unread = set(opened.sequence_ids)
+
+    def apply(self, event: SequenceEvent) -> None:
+        """Take over the last event of a sequence: there is no other."""
+        super().apply(event)
+        if event.state is SequenceState.STOPPED:
+            self._unread.discard(event.sequence_id)
+
+    def latest(self) -> Count:
+        number, prompt = self.opened.number, self.opened.prompt_tokens
+        if self._unread:
+            return Count(number, 0, 0, 0, 0)
+        sequences = self._sequences.values()
+        cached = sum(each.cached for each in sequences)
+        return Count(
+            number, prompt, min(prompt, cached), 0, sum(each.engine_ns for each in sequences)
+        )
+
+
 def _bill(opened: Opened, count: Count) -> Bill:
     return bill(
         opened.price,
@@ -389,7 +416,7 @@ class Journal:
         self._num_opened += 1
         record = msgspec.structs.replace(record, number=self._num_opened)
         segment = self._append(record)
-        meter = Meter(record, self)
+        meter = Meter(record, self) if record.max_output_tokens else PromptMeter(record, self)
         self._meters[record.request_id] = meter
         self._by_sequence.update(dict.fromkeys(record.sequence_ids, meter))
         self._segment_of[record.request_id] = segment
@@ -486,7 +513,7 @@ class Journal:
 
 
 def _is_billed(meter: Meter, outcome: str, *, sent: bool) -> bool:
-    if not meter.completion_tokens:
+    if not meter.completion_tokens and not meter.prompt_tokens:
         return False
     if meter.opened.is_streamed:
         return True

@@ -44,6 +44,7 @@ class TextCodec:
         self.eos_token_ids = bundle.eos_token_ids
         self.generation_defaults = bundle.generation_defaults
         self.vocab_size = bundle.vocab_size
+        self.pooling = bundle.pooling
         self._tokenizer = tokenizer or _load_tokenizer(bundle.tokenizer_json)
         self._special_tokens = bundle.special_tokens
         source = bundle.chat_template
@@ -100,6 +101,44 @@ class TextCodec:
             return await asyncio.to_thread(encode) if len(text) > LONG_TEXT_CHARACTERS else encode()
         except Exception as error:  # the library raises no narrower one
             raise InvalidRequest(f"The model's tokenizer refused the prompt: {error}") from error
+
+    async def encode_texts(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """As `encode_text`, one after another; others have their turn between them."""
+        found, num_characters = [], 0
+        for text in texts:
+            found.append(await self._encode(text, add_special_tokens=add_special_tokens))
+            num_characters += len(text)
+            if num_characters > LONG_TEXT_CHARACTERS:
+                num_characters = 0
+                await asyncio.sleep(0)
+        return found
+
+    async def spell(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens, special ones as they are written.
+
+        Raises InvalidRequest for an id that the model does not have.
+        """
+        num_ids = max(self.vocab_size, self._tokenizer.get_vocab_size())
+        for place, token_id in enumerate(token_ids):
+            if token_id >= num_ids:
+                raise InvalidRequest(
+                    f"'tokens[{place}]' is {token_id}; this model's ids go to {num_ids - 1}.",
+                    param="tokens",
+                )
+
+        def decode() -> str:
+            # As in `_encode`.
+            [text] = self._tokenizer.decode_batch([list(token_ids)], skip_special_tokens=False)
+            return str(text)
+
+        is_long = len(token_ids) > LONG_TEXT_CHARACTERS
+        return await asyncio.to_thread(decode) if is_long else decode()
+
+    def token_symbols(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as its vocabulary writes it."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer, special tokens left out."""

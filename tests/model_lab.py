@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from adapters import manifest
 from adapters.base_shape import BaseShape
 from adapters.errors import ArtifactMissing
-from adapters.text_bundle import TextBundle
+from adapters.text_bundle import PoolingKind, TextBundle
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.model.loader import LoadedModel
@@ -206,6 +206,14 @@ class Answer:
         return self.last.state
 
     @property
+    def vector(self) -> Tensor:
+        """The one that the last event told; no other may tell any."""
+        assert self.state is SequenceState.STOPPED, self.last.fault
+        told = [event.vector for event in self.events if event.vector is not None]
+        assert told == [self.last.vector]
+        return torch.frombuffer(bytearray(told[0]), dtype=torch.float32)
+
+    @property
     def is_complete(self) -> bool:
         return bool(self.events) and self.state.is_final
 
@@ -250,10 +258,12 @@ class Lab:
         priority: int = 0,
         salt: bytes = b"",
         grammar: Grammar | None = None,
+        pooling: PoolingKind | None = None,
         **sampling: Any,
     ) -> SequenceKey:
         self._num_submitted += 1
-        params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0} | sampling))
+        usual = {"max_tokens": 8, "temperature": 0.0} if pooling is None else {"max_tokens": 0}
+        params = SamplingParams(**(usual | sampling))
         submit = Submit(
             sequence_id=self._num_submitted,
             prompt_token_ids=prompt,
@@ -266,6 +276,7 @@ class Lab:
             priority=priority,
             cache_salt=salt,
             grammar=grammar,
+            pooling=pooling,
         )
         sequence = Sequence.from_submit(submit, worker_id=owner, worker_epoch=1)
         self.core.submit(sequence)
@@ -376,6 +387,14 @@ def num_ties(
     assert best - second < TIE_GAP, f"token {parting} differs, where the gap is {best - second}"
     print(f"tie at token {parting}: gap {best - second:.2g}")
     return 1
+
+
+@torch.inference_mode()
+def pooled_reference(model: Any, prompt: list[int], pooling: PoolingKind) -> Tensor:
+    """What transformers' own hidden states come to: [hidden_size], of length one."""
+    states = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+    pooled = states.double().mean(0) if pooling == "mean" else states[-1].double()
+    return (pooled / pooled.norm()).float()
 
 
 class Alone:

@@ -3,15 +3,24 @@
 Reads a checkpoint's tokenizer and configuration; knows nothing of its weights.
 """
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils.hub import cached_file
 
-from adapters.text_bundle import TextBundle
+from adapters.text_bundle import PoolingKind, TextBundle
 from engine.errors import ConfigurationError
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k")
+# Where sentence-transformers writes how a checkpoint's states are pooled, and in which words.
+POOLING_FILE = "1_Pooling/config.json"
+POOLING_FLAGS: dict[str, PoolingKind] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
 
 
 def export(model: str) -> TextBundle:
@@ -41,7 +50,23 @@ def export(model: str) -> TextBundle:
         generation_defaults=_sampling_defaults(generation),
         context_length=text_config.max_position_embeddings,
         vocab_size=text_config.vocab_size,
+        pooling=_pooling(model),
     )
+
+
+def _pooling(model: str) -> PoolingKind | None:
+    """None where the checkpoint says nothing, or something else than one of the two."""
+    path = cached_file(
+        model,
+        POOLING_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    said = json.loads(Path(path).read_text())
+    found = [kind for flag, kind in POOLING_FLAGS.items() if said.get(flag)]
+    return found[0] if len(found) == 1 else None
 
 
 def _generation_config(model: str, config: Any) -> Any:

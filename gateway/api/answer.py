@@ -7,6 +7,7 @@ from typing import Any
 from litestar import Request
 
 from engine.protocol import TokenLogprob
+from gateway.embeddings import Embedding
 from gateway.errors import GatewayError
 from gateway.inference import Delta, FinishReason, Generation, StoppedBy
 
@@ -29,7 +30,7 @@ class WholeAnswer:
     stopped_by: StoppedBy | None
 
 
-def answer_headers(generation: Generation) -> dict[str, str]:
+def answer_headers(generation: Generation | Embedding) -> dict[str, str]:
     """What really served the call, and how much of its limits is left."""
     headers = {"x-request-id": str(generation.request_id), **generation.levels.headers()}
     target = generation.target

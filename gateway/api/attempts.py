@@ -1,4 +1,4 @@
-"""`Idempotency-Key` and retries, in front of chat and completions.
+"""`Idempotency-Key` and retries, in front of what a model answers.
 
 Reads the headers, and hands out an attempt: it says whether the request came before, keeps the
 answer in the moment before its last byte goes out, and lets go of the name where there is none.
@@ -14,6 +14,7 @@ from litestar import Request, Response
 from gateway.api.answer import answer_headers
 from gateway.api.sse import DONE
 from gateway.auth import Principal
+from gateway.embeddings import Embedding
 from gateway.idempotency import Answers, Claim, KeptAnswer, fingerprint
 from gateway.inference import Attempt, Generation, Inference
 
@@ -107,7 +108,7 @@ class Desk:
 
 
 async def finish_whole(
-    generation: Generation, completion: Body, answering: Answering
+    generation: Generation | Embedding, completion: Body, answering: Answering
 ) -> Response[Body]:
     """Keep an answer, close it, and write it: kept before it is billed, billed before it is sent.
 

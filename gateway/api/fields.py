@@ -34,6 +34,7 @@ TokenIds = Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
+    "dimensions": (None,),
     "echo": (None, False),
     "function_call": (None,),
     "functions": (None, []),

@@ -14,7 +14,7 @@ from gateway.policies.document import Policy
 from gateway.policies.patterns import Pattern, compile_input, compile_output, first_hit
 
 # What every request has.
-ALWAYS_ALLOWED = frozenset({"model", "messages", "prompt"})
+ALWAYS_ALLOWED = frozenset({"model", "messages", "prompt", "input"})
 MAX_TOKENS_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
 # Instructions times characters up to which a search stays on the event loop: 4 ms at worst.
 MAX_WORK_HERE = 1_000_000
@@ -26,8 +26,9 @@ class Asked:
 
     # The names of the fields that the client gave.
     fields: frozenset[str]
-    # "messages" or "prompt"
+    # "messages", "prompt" or "input"
     prompt_field: str
+    # Of the longest, where there are several.
     num_prompt_tokens: int
     # What the answer may have at most, by the client's word or, where it said none, by default.
     max_tokens: int

@@ -7,17 +7,19 @@ it and a gateway worker, over real sockets.
 import asyncio
 import shutil
 import socket
+import struct
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapters.validate import BaseShape
 from engine.client import EngineLink
 from engine.core import CoreStatus
 from engine.errors import AdapterMissing, InvalidSequence, ProbeError, TooManyPins
+from engine.pool import Pool
 from engine.protocol import (
     PROTOCOL_VERSION,
     UNIX_PREFIX,
@@ -41,6 +43,8 @@ DEADLINE_S = 30
 
 class EchoCore:
     """Answers each prompt with itself, again and again, one token of every sequence per step.
+
+    The vector of a prompt is its kind of pooling, its length, and its first token.
 
     It has every adapter at hand but those in `missing`; those in `waiting` find no room.
     """
@@ -178,12 +182,20 @@ class EchoCore:
         return [s for s in self.running.values() if s.owner not in self.held]
 
     def _advance(self, sequence: Sequence) -> StepEvent:
+        if sequence.pool is not None:
+            return self._pool(sequence, sequence.pool)
         token = sequence.token_ids[sequence.num_generated_tokens % sequence.num_prompt_tokens]
         sequence.token_ids.append(token)
         state = sequence.ending()
         if state.is_final:
             del self.running[sequence.key]
         return _event(sequence, state, [token])
+
+    def _pool(self, sequence: Sequence, pool: Pool) -> StepEvent:
+        del self.running[sequence.key]
+        is_mean = pool.num_skippable_tokens(2) == 0
+        vector = struct.pack("<3f", is_mean, sequence.num_prompt_tokens, sequence.token_ids[0])
+        return replace(_event(sequence, SequenceState.STOPPED, []), vector=vector)
 
 
 def _event(sequence: Sequence, state: SequenceState, token_ids: list[int]) -> StepEvent:

@@ -142,3 +142,27 @@ def test_a_model_without_template_or_generation_config_is_exported(checkpoint: P
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=tmp_path.name):
         export(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}, "mean"),
+        ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": True}, None),
+        ({"pooling_mode_cls_token": True}, None),
+    ],
+)
+def test_a_checkpoint_may_say_how_its_texts_become_vectors(
+    checkpoint: Path, said: dict[str, bool], expected: str | None
+) -> None:
+    (checkpoint / "1_Pooling").mkdir()
+    (checkpoint / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    assert export(str(checkpoint)).pooling == expected
+
+
+def test_a_checkpoint_that_does_not_say_has_the_digest_that_it_always_had(
+    bundle: text_bundle.TextBundle,
+) -> None:
+    assert bundle.pooling is None
+    assert b"\xa7pooling" not in text_bundle.encode(bundle)

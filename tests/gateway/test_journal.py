@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from engine.protocol import Frame, SequenceEvent, SequenceState
 from gateway.errors import JournalCorrupt, JournalFailed, JournalInUse
-from gateway.journal import Journal, Settlement
+from gateway.journal import Journal, Opened, Settlement
 from gateway.segments import find_segments
 from tests.gateway.money import a_request, frame_of
 
@@ -123,6 +123,61 @@ def test_a_sent_answer_is_billed_after_a_kill_as_its_client_was_shown(tmp_path: 
     assert found == shown
     assert found.bill is not None
     assert found.bill.completion_tokens == 5
+
+
+def read_through(*sequence_ids: int, cached: int = 0) -> Frame:
+    """One step in which the last token of each of these prompts was computed."""
+    ended = [
+        SequenceEvent(number, SequenceState.STOPPED, [], 5, cached, 0, 7, vector=b"\0" * 4)
+        for number in sequence_ids
+    ]
+    return Frame(1, 1, ended)
+
+
+def a_request_for_vectors(*sequence_ids: int) -> Opened:
+    return a_request(
+        sequence_ids=sequence_ids,
+        is_streamed=False,
+        prompt_tokens=5 * len(sequence_ids),
+        max_output_tokens=0,
+        funded_output_tokens=0,
+    )
+
+
+def test_a_request_for_vectors_owes_all_its_prompts_once_all_are_read(journal: Journal) -> None:
+    request = a_request_for_vectors(1, 2, 3)
+    meter = journal.opened(request)
+    for _ in range(2):
+        journal.on_frame(read_through(1, 2, cached=2))
+        assert meter.usage().prompt_tokens == 0
+    journal.on_frame(read_through(3))
+    found = journal.closed(request.request_id, "stop").bill
+    assert found == meter.usage()
+    assert found is not None
+    assert (found.prompt_tokens, found.cached_tokens, found.completion_tokens) == (15, 4, 0)
+    assert found.engine_ns == 21
+    assert found.cost_nano > 0
+
+
+def test_a_request_for_vectors_that_was_not_sent_or_not_whole_is_free(journal: Journal) -> None:
+    unsent, unread = a_request_for_vectors(1), a_request_for_vectors(2, 3)
+    for request in (unsent, unread):
+        journal.opened(request)
+    journal.on_frame(read_through(1, 2))
+    assert journal.closed(unsent.request_id, "abort", sent=False).bill is None
+    assert journal.closed(unread.request_id, "stop").bill is None
+
+
+def test_vectors_that_were_sent_are_billed_after_a_kill_and_others_not(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path)
+    sent, unsent = a_request_for_vectors(1, 2), a_request_for_vectors(3)
+    for request in (sent, unsent):
+        journal.opened(request)
+    journal.on_frame(read_through(1, 2, 3))
+    shown = journal.closed(sent.request_id, "stop")
+    die(journal)
+    found = left_behind(tmp_path)
+    assert [each.bill for each in found] == [shown.bill, None]
 
 
 def test_what_was_settled_is_not_brought_again(tmp_path: Path) -> None:

@@ -116,6 +116,18 @@ def completion(**fields: Any) -> dict[str, Any]:
     return {"prompt": "w7 w8", "max_tokens": 2, "ignore_eos": True, **fields}
 
 
+def embeddings(**fields: Any) -> dict[str, Any]:
+    return {"input": ["w7 w8", "w9"], **fields}
+
+
+def tokenize(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "w7 w8", "return_token_strs": True, **fields}
+
+
+def detokenize(**fields: Any) -> dict[str, Any]:
+    return {"tokens": [7, 8], **fields}
+
+
 def estimate(**fields: Any) -> dict[str, Any]:
     return {"prompt": "w7 w8", "max_tokens": 2, **fields}
 
@@ -208,7 +220,10 @@ CASES = [
     Case("GET", "/v1/usage", "tenant", nosy_reports, reports, lambda names: reports(names)[0]),
     chatting(),
     generating("/v1/completions", completion),
+    generating("/v1/embeddings", embeddings, is_streamed=False),
     generating("/v1/estimate", estimate, is_streamed=False),
+    generating("/v1/tokenize", tokenize, is_streamed=False),
+    generating("/v1/detokenize", detokenize, is_streamed=False),
     Case("GET", "/v1/keys", "tenant", own=smuggled),
     Case(
         "POST",

@@ -301,8 +301,10 @@ async def test_what_is_said_of_another_tenant_beside_the_question_changes_nothin
 async def test_a_viewer_changes_nothing_of_its_own_tenant(
     town: Town, intruder: Intruder, subtests: pytest.Subtests
 ) -> None:
-    before = await rows_by_owner(town.home.superuser_url)
     names = town.attacker.names
+    # What the policy decided before is written within a minute, or when it is asked for.
+    await town.gateway.operator.get(f"/admin/v1/tenants/{names.tenant}/policy/decisions")
+    before = await rows_by_owner(town.home.superuser_url)
     for case in cases("tenant"):
         if case.method not in CHANGING:
             continue

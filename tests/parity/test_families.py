@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from adapters.text_bundle import PoolingKind
 from engine.config import EngineConfig
 from engine.kernels.choice import Kernels
 from engine.model.loader import LoadedModel, load
@@ -34,6 +35,7 @@ from tests.model_lab import (
     assert_told,
     load_with_peft,
     num_ties,
+    pooled_reference,
     save_adapter,
     save_random_model,
     store,
@@ -369,6 +371,24 @@ def test_a_family_answers_with_the_tokens_of_transformers_and_peft(
     assert report.is_passed, report
     if kernels is COMPILED and request.config.getoption("--write-results"):
         write(row)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_family_pools_the_hidden_states_of_transformers_and_peft(
+    case: Case, pooling: PoolingKind
+) -> None:
+    lab = case.lab(COMPILED)
+    with closing(lab.core):
+        asked = [
+            (adapter, prompt, lab.submit(prompt, adapter=adapter, pooling=pooling))
+            for prompt in PROMPTS
+            for adapter in (BASE, ADAPTER)
+        ]
+        lab.run()
+        lab.assert_nothing_is_left()
+    for adapter, prompt, key in asked:
+        expected = pooled_reference(case.models[adapter].model, prompt, pooling)
+        torch.testing.assert_close(lab.answers[key].vector, expected, atol=1e-5, rtol=0)
 
 
 def test_what_is_particular_to_the_family_changes_its_answers(case: Case) -> None:

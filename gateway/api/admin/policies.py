@@ -12,6 +12,7 @@ from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from gateway import audit, tenants
 from gateway.api.chat import ChatCompletionRequest
 from gateway.api.completions import CompletionRequest
+from gateway.api.embeddings import EmbeddingsRequest
 from gateway.auth import Principal
 from gateway.database import Database
 from gateway.errors import NotFound
@@ -24,7 +25,11 @@ from gateway.tables import TenantPolicy
 TAGS = ["admin: policies"]
 PATH = "/tenants/{tenant:str}/policy"
 PARAMETERS = frozenset(
-    {*ChatCompletionRequest.__struct_fields__, *CompletionRequest.__struct_fields__}
+    {
+        *ChatCompletionRequest.__struct_fields__,
+        *CompletionRequest.__struct_fields__,
+        *EmbeddingsRequest.__struct_fields__,
+    }
 )
 
 
