@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapters.validate import BaseShape
@@ -29,6 +29,7 @@ from engine.protocol import (
     SequenceEvent,
     SequenceState,
     TierReport,
+    TokenLogprob,
 )
 from engine.sequence import Sequence, SequenceKey, StepEvent
 from engine.server import EngineServer, bind
@@ -178,12 +179,30 @@ class EchoCore:
         return [s for s in self.running.values() if s.owner not in self.held]
 
     def _advance(self, sequence: Sequence) -> StepEvent:
+        is_first = not sequence.num_generated_tokens
         token = sequence.token_ids[sequence.num_generated_tokens % sequence.num_prompt_tokens]
         sequence.token_ids.append(token)
         state = sequence.ending()
         if state.is_final:
             del self.running[sequence.key]
-        return _event(sequence, state, [token])
+        event = _event(sequence, state, [token])
+        asked = sequence.sampling.logprobs, sequence.sampling.prompt_logprobs
+        prompt = sequence.token_ids[1 : sequence.num_prompt_tokens]
+        return replace(
+            event,
+            logprobs=None if asked[0] is None else [_logprob(token, asked[0])],
+            prompt_logprobs=(
+                None
+                if asked[1] is None or not is_first
+                else [_logprob(each, asked[1]) for each in prompt]
+            ),
+        )
+
+
+def _logprob(token_id: int, num_top: int) -> TokenLogprob:
+    """The token itself is the likeliest, and its successors follow it."""
+    top = [(token_id + place, -0.25 * (place + 1)) for place in range(num_top)]
+    return TokenLogprob(-0.25, top)
 
 
 def _event(sequence: Sequence, state: SequenceState, token_ids: list[int]) -> StepEvent:
