@@ -756,9 +756,7 @@ def _choice(
     )
 
 
-def _continued(
-    request: GenerationRequest, place: int, prompt_ids: Sequence[int]
-) -> Sequence[int]:
+def _continued(request: GenerationRequest, place: int, prompt_ids: Sequence[int]) -> Sequence[int]:
     """The last tokens of a text that an answer goes on with; in a chat it mostly begins anew."""
     is_text = isinstance(request.prompts[place], str | TokenPrompt)
     if is_text or request.ending is Ending.CONTINUING:

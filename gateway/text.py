@@ -11,6 +11,7 @@ import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakValueDictionary
@@ -28,6 +29,8 @@ from gateway.templates import OwnTemplate, TemplateFault, Templates
 REPLACEMENT = "\ufffd"
 # Above this many characters encoding leaves the event loop: it takes longer than a few ms.
 LONG_TEXT_CHARACTERS = 20_000
+# A prompt's log-probabilities name each of its tokens with as many alternatives; 2 MB of a codec.
+MAX_TOKENS_REMEMBERED = 16384
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 # What a template is told by the gateway alone, besides the names of special tokens.
 OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
@@ -63,6 +66,7 @@ class TextCodec:
         self.vocab_size = bundle.vocab_size
         self._tokenizer = tokenizer or _load_tokenizer(bundle.tokenizer_json)
         self._special_tokens = bundle.special_tokens
+        self._text_of = lru_cache(MAX_TOKENS_REMEMBERED)(self._find_text)
         source = bundle.chat_template
         self._templates = templates
         self._own_template = OwnTemplate.of(source) if source and templates else None
@@ -170,13 +174,14 @@ class TextCodec:
 
     def decode(self, token_ids: Sequence[int], *, shows_special_tokens: bool = False) -> str:
         """The text of an answer."""
-        text: str = self._tokenizer.decode(
-            token_ids, skip_special_tokens=not shows_special_tokens
-        )
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=not shows_special_tokens)
         return text
 
     def token_text(self, token_id: int) -> str:
         """One token within a text, for log-probabilities; half a character shows as U+FFFD."""
+        return self._text_of(token_id)
+
+    def _find_text(self, token_id: int) -> str:
         # Some decoders take a space from the first token: the second of two equal ones has its own.
         once, twice = (
             self._tokenizer.decode([token_id] * times, skip_special_tokens=False)

@@ -45,9 +45,7 @@ def answer_headers(generation: Generation) -> dict[str, str]:
     return headers
 
 
-async def collect(
-    request: Request[Any, Any, Any], generation: Generation
-) -> list[WholeAnswer]:
+async def collect(request: Request[Any, Any, Any], generation: Generation) -> list[WholeAnswer]:
     """Wait for all choices to be whole, or leave them as soon as the client hangs up.
 
     Raises ClientGone then, and what `Generation.deltas` raises.

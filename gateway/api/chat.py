@@ -10,6 +10,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 from litestar.response import Stream
 
+from engine.protocol import TokenLogprob
 from gateway.api.answer import WholeAnswer, answer_headers, collect
 from gateway.api.attempts import Answering, Desk, finish_whole, replay
 from gateway.api.fields import (
@@ -47,6 +48,7 @@ from gateway.api.prompts import (
     PromptLogprobs,
     check_prompt_logprobs,
     prompt_logprobs,
+    spelled,
     told_token_ids,
 )
 from gateway.api.sse import DONE, EventMould, event, event_stream
@@ -358,8 +360,12 @@ async def _whole(
     answers: Sequence[WholeAnswer],
     answering: Answering,
 ) -> Response[ChatCompletion]:
-    bill = generation.bill()
     [prompt], told = generation.prompts, answers[0].prompt_logprobs
+    try:
+        of_prompt = await _of_prompt(generation.codec, data, prompt, told)
+    except BaseException:
+        generation.leave()
+        raise
     completion = ChatCompletion(
         id=_id(generation),
         created=int(generation.created.timestamp()),
@@ -368,17 +374,25 @@ async def _whole(
             _choice(generation.codec, data, answer, index=index)
             for index, answer in enumerate(answers)
         ],
-        usage=Usage.of(bill),
+        usage=Usage.of(generation.bill()),
         service_tier=served_tier(data.service_tier) or msgspec.UNSET,
         metadata=msgspec.UNSET if data.metadata is None else data.metadata,
         prompt_token_ids=list(prompt) if data.return_token_ids else msgspec.UNSET,
-        prompt_logprobs=(
-            msgspec.UNSET
-            if told is None or data.prompt_logprobs is None
-            else prompt_logprobs(generation.codec, prompt, told, num_top=data.prompt_logprobs)
-        ),
+        prompt_logprobs=of_prompt,
     )
     return await finish_whole(generation, completion, answering)
+
+
+async def _of_prompt(
+    codec: TextCodec,
+    data: ChatCompletionRequest,
+    prompt: Sequence[int],
+    told: Sequence[TokenLogprob] | None,
+) -> PromptLogprobs | msgspec.UnsetType:
+    if told is None or data.prompt_logprobs is None:
+        return msgspec.UNSET
+    make = partial(prompt_logprobs, codec, prompt, told, num_top=data.prompt_logprobs)
+    return await spelled(make, told)
 
 
 def _choice(

@@ -45,6 +45,7 @@ from gateway.api.prompts import (
     PromptLogprobs,
     check_prompt_logprobs,
     prompt_logprobs,
+    spelled,
     told_token_ids,
 )
 from gateway.api.sse import DONE, EventMould, event, event_stream
@@ -287,17 +288,25 @@ async def _whole(
     answers: Sequence[WholeAnswer],
     answering: Answering,
 ) -> Response[Completion]:
-    bill = generation.bill()
-    num_each = data.n or 1
-    choices = [
-        # The first of those to one prompt was asked about it for all of them.
-        _Speller(generation, data, index).spell(
-            answer, told=answers[index - index % num_each].prompt_logprobs
-        )
-        for index, answer in enumerate(answers)
-    ]
-    completion = _completion(generation, data, *choices, usage=Usage.of(bill))
+    try:
+        choices = [
+            await _spell_whole(generation, data, answers, index) for index in range(len(answers))
+        ]
+    except BaseException:
+        generation.leave()
+        raise
+    usage = Usage.of(generation.bill())
+    completion = _completion(generation, data, *choices, usage=usage)
     return await finish_whole(generation, completion, answering)
+
+
+async def _spell_whole(
+    generation: Generation, data: CompletionRequest, answers: Sequence[WholeAnswer], index: int
+) -> CompletionChoice:
+    # The first of those to one prompt was asked about it for all of them.
+    told = answers[index - index % (data.n or 1)].prompt_logprobs
+    speller = _Speller(generation, data, index)
+    return await spelled(partial(speller.spell, answers[index], told=told), told)
 
 
 async def _events(generation: Generation, data: CompletionRequest) -> AsyncIterator[bytes]:
@@ -310,8 +319,12 @@ async def _events(generation: Generation, data: CompletionRequest) -> AsyncItera
         if not (delta.text or delta.finish_reason or delta.logprobs or has_ids):
             yield b""
             continue
+        choice = await spelled(
+            partial(spellers[delta.index].spell, delta, told=delta.prompt_logprobs),
+            delta.prompt_logprobs,
+        )
         bill = generation.finish() if generation.is_over else None
-        chunks = mould.cast(spellers[delta.index].spell(delta, told=delta.prompt_logprobs))
+        chunks = mould.cast(choice)
         if bill is not None:
             if data.stream_options and data.stream_options.include_usage:
                 chunks += event(msgspec.structs.replace(bare, usage=Usage.of(bill)))
@@ -320,7 +333,7 @@ async def _events(generation: Generation, data: CompletionRequest) -> AsyncItera
 
 
 class _Speller:
-    """Mutable: spells one choice, whole or piece by piece; the first piece has the prompt's part."""
+    """Mutable: spells one choice, whole or in pieces, of which the first has the prompt's part."""
 
     def __init__(self, generation: Generation, data: CompletionRequest, index: int) -> None:
         self._codec = generation.codec
@@ -354,9 +367,7 @@ class _Speller:
             prompt_logprobs=(
                 msgspec.UNSET
                 if told is None or data.prompt_logprobs is None
-                else prompt_logprobs(
-                    self._codec, self._prompt, told, num_top=data.prompt_logprobs
-                )
+                else prompt_logprobs(self._codec, self._prompt, told, num_top=data.prompt_logprobs)
             ),
         )
 

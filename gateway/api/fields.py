@@ -38,9 +38,7 @@ NumAnswers = Annotated[int, msgspec.Meta(ge=1, le=MAX_ANSWERS)]
 NumLogprobs = Annotated[int, msgspec.Meta(ge=0, le=20)]
 # OpenAI's own bounds.
 Metadata = Annotated[
-    dict[
-        Annotated[str, msgspec.Meta(max_length=64)], Annotated[str, msgspec.Meta(max_length=512)]
-    ],
+    dict[Annotated[str, msgspec.Meta(max_length=64)], Annotated[str, msgspec.Meta(max_length=512)]],
     msgspec.Meta(max_length=16),
 ]
 TemplateVariables = Annotated[dict[str, Any], msgspec.Meta(max_length=64)]

@@ -3,7 +3,9 @@
 The spelling is vLLM's. Decides nothing.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -12,6 +14,10 @@ from gateway.api.answer import WholeAnswer
 from gateway.choices import Delta
 from gateway.errors import InvalidRequest
 from gateway.text import TextCodec
+
+T = TypeVar("T")
+# Log-probabilities, alternatives included, that are spelled in a few milliseconds.
+MAX_SPELLED_HERE = 4096
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):
@@ -34,6 +40,12 @@ def check_prompt_logprobs(asked: int | None, *, is_streamed: bool) -> None:
             "'prompt_logprobs' cannot be streamed: leave it out, or 'stream'.",
             param="prompt_logprobs",
         )
+
+
+async def spelled(make: Callable[[], T], told: Sequence[TokenLogprob] | None) -> T:
+    """What `make` makes of what was told of a prompt; off the event loop where that is much."""
+    num_told = len(told) * (1 + len(told[0].top)) if told else 0
+    return make() if num_told <= MAX_SPELLED_HERE else await asyncio.to_thread(make)
 
 
 def prompt_logprobs(

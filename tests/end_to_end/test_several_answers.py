@@ -57,15 +57,15 @@ async def test_an_echo_tells_how_likely_a_text_is(server):
     """The log-probability of a text's end is the same as a prompt's and as an answer's."""
     model = server.facts["base_model"]
     async with server.client("acme") as client:
-        answer = await complete(client, model, STORY, temperature=0, logprobs=1)
+        ids = {"return_token_ids": True}
+        answer = await complete(client, model, STORY, temperature=0, logprobs=1, extra_body=ids)
         [said] = answer.choices
-        echoed = await complete(client, model, STORY + said.text, echo=True, logprobs=1)
-        told = await complete(
-            client, model, STORY + said.text, extra_body={"prompt_logprobs": 1}
-        )
+        text = [*said.prompt_token_ids, *said.token_ids]
+        echoed = await complete(client, model, text, echo=True, logprobs=1)
+        told = await complete(client, model, text, extra_body={"prompt_logprobs": 1})
     [echo] = echoed.choices
     assert echo.text.startswith(STORY + said.text)
-    num_before = len(echo.logprobs.tokens) - 24
+    num_before = len(said.prompt_token_ids)
     assert echo.logprobs.token_logprobs[0] is None
     assert echo.logprobs.tokens[num_before : num_before + 12] == said.logprobs.tokens
     assert echo.logprobs.token_logprobs[num_before : num_before + 12] == pytest.approx(

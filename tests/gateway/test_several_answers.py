@@ -14,6 +14,7 @@ from sqlalchemy import select
 from gateway.database import Database
 from gateway.tables import Hold
 from tests.conftest import Home
+from tests.engine.echo_engine import until
 from tests.gateway.whole_gateway import (
     MODEL,
     PATIENCE_S,
@@ -43,15 +44,15 @@ def events_of(answer: httpx.Response) -> list[Any]:
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def words(text: str) -> list[str]:
-    return text.split()
+def words(text: str) -> str:
+    return " ".join(text.split())
 
 
 async def test_n_answers_come_in_order_and_the_prompt_is_paid_for_once(gateway: Gateway) -> None:
     answer = (await gateway.client.post(CHAT, json=chat("w1 w2 w3", n=3))).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     for choice in answer["choices"]:
-        assert words(choice["message"]["content"]) == "w1 w2 w3 w1 w2 w3 w1 w2".split()
+        assert words(choice["message"]["content"]) == "w1 w2 w3 w1 w2 w3 w1 w2"
         assert choice["finish_reason"] == "length"
     usage = answer["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 24)
@@ -64,9 +65,7 @@ async def test_n_answers_come_in_order_and_the_prompt_is_paid_for_once(gateway: 
 async def test_each_answer_has_a_seed_of_its_own(gateway: Gateway) -> None:
     gateway.core.allow_steps(0)
     asking = asyncio.create_task(complete(gateway, n=3, seed=7))
-    async with asyncio.timeout(PATIENCE_S):
-        while len(gateway.core.running) < 3:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(gateway.core.running) == 3)
     seeds = [sequence.sampling.seed for sequence in gateway.core.running.values()]
     gateway.core.allow_steps(None)
     await asking
@@ -76,9 +75,7 @@ async def test_each_answer_has_a_seed_of_its_own(gateway: Gateway) -> None:
 async def test_the_hold_covers_the_tokens_of_all_answers(gateway: Gateway) -> None:
     gateway.core.allow_steps(0)
     asking = asyncio.create_task(complete(gateway, prompt=PROMPTS, n=2))
-    async with asyncio.timeout(PATIENCE_S):
-        while len(gateway.core.running) < 4:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(gateway.core.running) == 4)
     async with gateway.database.as_worker() as session:
         [hold] = (await session.scalars(select(Hold))).all()
     gateway.core.allow_steps(None)
@@ -98,7 +95,7 @@ async def test_chunks_of_a_stream_say_whose_they_are(gateway: Gateway) -> None:
     for choices in said.values():
         assert choices[0]["delta"] == {"role": "assistant", "content": ""}
         text = "".join(choice["delta"].get("content") or "" for choice in choices)
-        assert words(text) == "w1 w2 w3 w1 w2 w3 w1 w2".split()
+        assert words(text) == "w1 w2 w3 w1 w2 w3 w1 w2"
         reasons = [choice["finish_reason"] for choice in choices]
         assert reasons == [None] * (len(reasons) - 1) + ["length"]
     first_end = next(n for n, chunk in enumerate(chunks) if chunk["choices"][0]["finish_reason"])
@@ -108,13 +105,11 @@ async def test_chunks_of_a_stream_say_whose_they_are(gateway: Gateway) -> None:
     assert (await gateway.events(1))[0].completion_tokens == 24
 
 
-@pytest.mark.parametrize(
-    "prompts", [PROMPTS, [[1, 2, 3], [4, 5]]], ids=["texts", "token ids"]
-)
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3], [4, 5]]], ids=["texts", "token ids"])
 async def test_a_list_of_prompts_is_answered_in_order(gateway: Gateway, prompts: Any) -> None:
     answer = (await complete(gateway, prompt=prompts, n=2)).json()
     texts = [words(choice["text"]) for choice in answer["choices"]]
-    first, second = "w1 w2 w3 w1 w2 w3".split(), "w4 w5 w4 w5 w4 w5".split()
+    first, second = "w1 w2 w3 w1 w2 w3", "w4 w5 w4 w5 w4 w5"
     assert texts == [first, first, second, second]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert answer["usage"]["prompt_tokens"] == 5
@@ -132,7 +127,7 @@ async def test_a_stop_string_ends_one_answer_and_no_other(gateway: Gateway, stre
     for choice in (choice for chunk in chunks for choice in chunk["choices"]):
         texts[choice["index"]] += choice["text"]
         reasons[choice["index"]] = choice["finish_reason"] or ""
-    assert [words(text) for text in texts] == [["w1"], "w4 w5 w4 w5 w4 w5".split()]
+    assert [words(text) for text in texts] == ["w1", "w4 w5 w4 w5 w4 w5"]
     assert reasons == ["stop", "length"]
     # The token that completes a stop string is the last that is billed.
     assert chunks[-1]["usage"]["completion_tokens"] == 2 + 6
@@ -150,7 +145,7 @@ async def test_a_budget_ends_all_answers_at_their_last_funded_token(
     answer = await complete(gateway, n=2, max_tokens=900, **options)
     chunks = events_of(answer) if stream else [answer.json()]
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
-    assert sum(len(words(choice["text"])) for choice in choices) == 701
+    assert sum(len(choice["text"].split()) for choice in choices) == 701
     ends = [choice for choice in choices if choice["finish_reason"]]
     assert [(each["finish_reason"], each["stopped_by"]) for each in ends] == [
         ("length", "budget")
@@ -162,7 +157,7 @@ async def test_a_budget_ends_all_answers_at_their_last_funded_token(
 
 async def test_what_max_cost_pays_for_is_shared_out(gateway: Gateway) -> None:
     answer = (await complete(gateway, n=2, max_cost=TOKEN_NANO * (3 + 5))).json()
-    assert [len(words(choice["text"])) for choice in answer["choices"]] == [2, 2]
+    assert [len(choice["text"].split()) for choice in answer["choices"]] == [2, 2]
     assert {choice["stopped_by"] for choice in answer["choices"]} == {"max_cost"}
     refused = await complete(gateway, n=6, max_cost=TOKEN_NANO * (3 + 5))
     assert refused.status_code == 400
@@ -186,9 +181,7 @@ async def test_who_leaves_pays_for_what_all_answers_had_said(gateway: Gateway) -
             seen += '"content":"' in line and '"content":""' not in line
             if seen == 10:
                 break
-    async with asyncio.timeout(PATIENCE_S):
-        while gateway.core.running:
-            await asyncio.sleep(0.01)
+    await until(lambda: not gateway.core.running)
     gateway.core.allow_steps(None)
     [event] = await gateway.events(1)
     assert (event.outcome, event.prompt_tokens) == ("abort", 3)
@@ -224,8 +217,8 @@ async def test_an_output_rule_ends_the_answer_that_it_matches_alone(gateway: Gat
     choices = (await complete(gateway, prompt=PROMPTS)).json()["choices"]
     assert [choice["finish_reason"] for choice in choices] == ["length", "content_filter"]
     assert [words(choice["text"]) for choice in choices] == [
-        "w1 w2 w3 w1 w2 w3".split(),
-        ["w4"],
+        "w1 w2 w3 w1 w2 w3",
+        "w4",
     ]
 
 

@@ -19,7 +19,7 @@ from openai.types.completion_create_params import CompletionCreateParamsStreamin
 
 from gateway.database import Database
 from tests.conftest import Home
-from tests.gateway.whole_gateway import MODEL, Gateway, whole_gateway
+from tests.gateway.whole_gateway import MODEL, whole_gateway
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- strictness -->\n", "<!-- /strictness -->\n"
@@ -50,9 +50,7 @@ SAMPLING = (
     Row("seed", (7,), (), (1.5,)),
     Row("stop", ("w2", ["w2", "w9"]), ([],), ("",)),
     Row("stream", (True,), (False,), ("yes",)),
-    Row(
-        "stream_options", ({"include_usage": True},), (), ({"x": 1},), beside={"stream": True}
-    ),
+    Row("stream_options", ({"include_usage": True},), (), ({"x": 1},), beside={"stream": True}),
     Row("temperature", (0.5,), (), (2.5,)),
     Row("top_p", (0.5,), (1,), (0,)),
     Row("user", ("ada",), ("",), (7,)),
@@ -119,13 +117,12 @@ TABLES = {
 async def client(
     home: Home, database: Database, tmp_path: Path
 ) -> AsyncIterator[httpx.AsyncClient]:
-    async with whole_gateway(home, database, tmp_path) as gateway:
-        async with await _hasty(gateway) as client:
-            yield client
-
-
-async def _hasty(gateway: Gateway) -> httpx.AsyncClient:
-    return await gateway.key(scopes=["inference", "priority"])
+    """Speaks with a key that may ask for everything."""
+    async with (
+        whole_gateway(home, database, tmp_path) as gateway,
+        await gateway.key(scopes=["inference", "priority"]) as client,
+    ):
+        yield client
 
 
 @pytest.mark.parametrize("path", TABLES)
