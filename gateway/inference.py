@@ -437,7 +437,7 @@ class Inference:
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
         assert principal.tenant_id is not None, "only tenants are billed"
-        place = self._rooms[link].enter(principal.tenant_id)
+        place = self._rooms[link].enter(principal.tenant_id, num_answers=num_answers)
         try:
             admission = await self._admit(
                 principal,

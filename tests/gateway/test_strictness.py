@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from openai.types.chat.completion_create_params import (
     CompletionCreateParamsStreaming as ChatParams,
 )
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as Params
 
+from gateway.api.chat import ChatCompletionRequest
+from gateway.api.completions import CompletionRequest
 from gateway.database import Database
 from tests.conftest import Home
 from tests.gateway.whole_gateway import MODEL, whole_gateway
@@ -36,6 +39,8 @@ class Row:
     refused: tuple[Any, ...] = ()
     # What the honoured values need beside them.
     beside: dict[str, Any] = field(default_factory=dict)
+    # The one request that has it, where only one has.
+    only: str = ""
     is_required: bool = False
 
     @property
@@ -58,7 +63,7 @@ SAMPLING = (
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 CHAT = (
     Row("model", (MODEL,), (), (None,), is_required=True),
-    Row("messages", ([{"role": "user", "content": "w1"}],), (), ([],), is_required=True),
+    Row("messages", ([{"role": "user", "content": "w999"}],), (), ([],), is_required=True),
     *SAMPLING,
     Row("audio", (), (), ({"format": "wav", "voice": "ash"},)),
     Row("function_call", (), ("none",), ({"name": "f"},)),
@@ -103,13 +108,63 @@ COMPLETIONS = (
     Row("n", (2, 128), (1,), (0, 129)),
     Row("suffix", (), (), ("w9",)),
 )
+CHAT_PATH, PROMPT_PATH = "/v1/chat/completions", "/v1/completions"
+# Answers are echoes: w999 ends them.
+PROMPT = "w1 w2 w3 w999"
+BEGUN = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w999"}]
+# vLLM's, and `max_cost` of our own.
+BEYOND = (
+    Row("add_generation_prompt", (False,), (True,), ("yes",), only=CHAT_PATH),
+    Row("allowed_token_ids", (), (), ([7],)),
+    Row("bad_words", (), ([],), (["w1"],)),
+    Row("chat_template", (), (), ("{{ messages }}",), only=CHAT_PATH),
+    Row("chat_template_kwargs", ({"a": 1},), ({},), ({"messages": []},), only=CHAT_PATH),
+    Row(
+        "continue_final_message",
+        (True,),
+        (False,),
+        (True,),
+        beside={"messages": BEGUN},
+        only=CHAT_PATH,
+    ),
+    Row("documents", (), ([],), ([{"text": "w1"}],), only=CHAT_PATH),
+    Row("guided_choice", (["w1"],), (), ([],)),
+    Row("guided_grammar", ('start: "w1"',), (), ("start: (",)),
+    Row("guided_json", ({"type": "null"},), (), ({"not": {}},)),
+    Row("guided_regex", ("w[1-3]",), (), ("(w",)),
+    Row("ignore_eos", (True,), (False,), ("yes",)),
+    Row("include_stop_str_in_output", (), (False,), (True,)),
+    Row("length_penalty", (), (1,), (2,)),
+    Row("max_cost", (10**9,), (), (0,)),
+    Row("min_p", (0.1,), (0,), (1.5,)),
+    Row("min_tokens", (2,), (0,), (-1,)),
+    Row("priority", (), (0,), (5,)),
+    Row("prompt_logprobs", (2,), (), (21,)),
+    Row("repetition_penalty", (1.2,), (1,), (0,)),
+    Row(
+        "response_format",
+        ({"type": "json_object"},),
+        ({"type": "text"},),
+        ({"type": "xml"},),
+        only=PROMPT_PATH,
+    ),
+    Row("return_token_ids", (True,), (False,), ("yes",)),
+    Row("return_tokens_as_token_ids", (), (False,), (True,)),
+    Row("skip_special_tokens", (False,), (True,), ("yes",)),
+    Row("spaces_between_special_tokens", (), (True,), (False,)),
+    Row("stop_token_ids", ([7],), ([],), ([-1],)),
+    Row("structured_outputs", ({"choice": ["w1"]},), ({},), ({"choice": []},)),
+    Row("top_k", (2,), (0, -1), (-2,)),
+    Row("truncate_prompt_tokens", (), (), (10,)),
+    Row("use_beam_search", (), (False,), (True,)),
+)
 TABLES = {
-    "/v1/chat/completions": (
+    CHAT_PATH: (
         CHAT,
         ChatParams,
-        {"model": MODEL, "messages": [{"role": "user", "content": "w1 w2 w3"}], "max_tokens": 16},
+        {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}]},
     ),
-    "/v1/completions": (COMPLETIONS, Params, {"model": MODEL, "prompt": "w1 w2 w3"}),
+    PROMPT_PATH: (COMPLETIONS, Params, {"model": MODEL, "prompt": PROMPT}),
 }
 
 
@@ -130,19 +185,27 @@ def test_the_table_has_every_field_of_the_sdks_requests_and_no_other(path: str) 
     rows, params, _ = TABLES[path]
     names = [row.name for row in rows]
     assert sorted(names) == sorted(params.__required_keys__ | params.__optional_keys__)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(CHAT_PATH, ChatCompletionRequest), (PROMPT_PATH, CompletionRequest)]
+)
+def test_no_field_that_is_taken_is_in_no_table(path: str, body: type[msgspec.Struct]) -> None:
+    rows = _rows(path)
+    assert sorted(row.name for row in rows) == sorted(body.__struct_fields__)
     for row in rows:
         assert row.honoured or (row.all_neutral and row.refused), row.name
 
 
 @pytest.mark.parametrize("path", TABLES)
 async def test_every_cell_of_the_table_is_true(client: httpx.AsyncClient, path: str) -> None:
-    rows, _, plain = TABLES[path]
+    _, _, plain = TABLES[path]
 
     async def ask(**fields: Any) -> httpx.Response:
         return await client.post(path, json={**plain, **fields})
 
     untouched = (await ask()).json()["choices"]
-    for row in rows:
+    for row in _rows(path):
         for value in row.honoured:
             answer = await ask(**row.beside, **{row.name: value})
             assert answer.status_code == 200, (row.name, value, answer.text)
@@ -168,20 +231,30 @@ def test_the_readme_has_the_table(request: pytest.FixtureRequest) -> None:
         assert text == written, "run it with --write-readme"
 
 
+def _rows(path: str) -> list[Row]:
+    """All that a request may have."""
+    return [*TABLES[path][0], *(row for row in BEYOND if row.only in ("", path))]
+
+
 def _spelled() -> str:
     lines = []
-    for path, (rows, _, _) in TABLES.items():
+    titles = {f"`{path}`": rows for path, (rows, _, _) in TABLES.items()}
+    for title, rows in (titles | {"both, beyond OpenAI": BEYOND}).items():
         lines += [
-            f"| `{path}` | supported | accepted at its default | refused with 400 |",
+            f"| {title} | supported | accepted at its default | refused with 400 |",
             "|---|---|---|---|",
             *(
-                f"| `{row.name}` | {_cell(row.honoured)}{_beside(row)}"
+                f"| `{row.name}`{_only(row)} | {_cell(row.honoured)}{_beside(row)}"
                 f" | {_cell(row.all_neutral)} | {_cell(row.refused)} |"
                 for row in sorted(rows, key=lambda row: row.name)
             ),
             "",
         ]
     return "\n".join(lines)
+
+
+def _only(row: Row) -> str:
+    return f" (`{row.only}`)" if row.only else ""
 
 
 def _beside(row: Row) -> str:
