@@ -422,10 +422,16 @@ STEPS = st.lists(
 def test_a_replay_finds_what_the_meters_showed(
     tmp_path_factory: pytest.TempPathFactory, steps: Sequence[tuple[str, Any]]
 ) -> None:
-    """Three streamed requests of two sequences each, any order of events, then a kill."""
+    """Three streamed requests of two sequences each, any order of events, then a kill.
+
+    The first of them asks two prompts, the others one twice.
+    """
     directory = tmp_path_factory.mktemp("journal")
     journal = Journal.open(directory, max_segment_bytes=700)
-    requests = [a_request(sequence_ids=(2 * n, 2 * n + 1)) for n in range(3)]
+    requests = [
+        a_request(sequence_ids=(2 * n, 2 * n + 1), prompt_lengths=() if n else (6, 4))
+        for n in range(3)
+    ]
     meters = [journal.opened(request) for request in requests]
     generated = [0] * 6
     closed: set[int] = set()
