@@ -32,7 +32,7 @@ def test_a_request_takes_a_place_for_each_of_its_answers() -> None:
     room = WaitingRoom(100)
     place = room.enter(GREEDY, num_answers=30)
     with pytest.raises(Overloaded):
-        room.enter(GREEDY, num_answers=30)
+        room.enter(GREEDY, num_answers=41)
     assert room.num_waiting == 30
     place.leave()
     assert room.num_waiting == 0
