@@ -151,6 +151,47 @@ class SequenceStream:
             self._news.set()
 
 
+class MergedStreams:
+    """The events of several sequences as they come, those of each in order.
+
+    Iterating ends after the last sequence's final event, and raises what iterating any of the
+    streams would. Nobody else may iterate them.
+    """
+
+    def __init__(self, streams: Sequence[SequenceStream]) -> None:
+        # The one whose turn it is comes first.
+        self._streams = deque(streams)
+        self._news = asyncio.Event()
+        for stream in streams:
+            stream._news = self._news
+
+    @property
+    def next_event(self) -> SequenceEvent | None:
+        """What iterating gives next, where that is there already."""
+        return next((each._events[0] for each in self._streams if each._events), None)
+
+    def abort(self) -> None:
+        for stream in self._streams:
+            stream.abort()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> SequenceEvent:
+        while True:
+            for place, stream in enumerate(self._streams):
+                if stream._events:
+                    self._streams.rotate(-place - 1)
+                    return stream._events.popleft()
+            for stream in self._streams:
+                if stream._error is not None:
+                    raise stream._error
+            if all(stream._is_over for stream in self._streams):
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+
+
 class EngineLink:
     """Async context manager; `is_connected` tells whether submits reach the engine now.
 

@@ -49,6 +49,7 @@ from gateway.api import (
 )
 from gateway.api.admin import admin_router
 from gateway.api.attempts import Attempts, Desk
+from gateway.api.unknown_fields import name_ignored, take_out_unknown
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, check_routes, guard, provide_principal
 from gateway.base_models import BaseModels
@@ -354,7 +355,8 @@ def create_app(settings: Settings) -> Litestar:
             HTTPException: answer_http_exception,
             Exception: answer_unexpected,
         },
-        before_send=[_name_request],
+        before_request=take_out_unknown if settings.reports_unknown_fields else None,
+        before_send=[_name_request, *([name_ignored] if settings.reports_unknown_fields else [])],
         openapi_config=_openapi(),
         logging_config=None,
     )

@@ -57,7 +57,9 @@ ROLES: Mapping[str, frozenset[str]] = {
 }
 # Of a key that nobody chose a role or scopes for.
 DEFAULT_ROLE = "developer"
-TENANT_SCOPES = ROLES["owner"]
+# To be served before others. No role has it: operators give it to keys by name.
+PRIORITY = "priority"
+TENANT_SCOPES = ROLES["owner"] | {PRIORITY}
 SCOPES = TENANT_SCOPES | {OPERATOR}
 # What a route says that any key of a tenant may call.
 ANY_TENANT = "tenant"

@@ -9,14 +9,15 @@ import datetime
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import msgspec
 
 from adapters.text_bundle import PoolingKind
-from engine.client import EngineLink, SequenceStream
+from engine.client import EngineLink, MergedStreams, SequenceStream
 from engine.errors import LinkError
 from engine.protocol import (
     Grammar,
@@ -24,9 +25,9 @@ from engine.protocol import (
     SequenceEvent,
     SequenceFault,
     SequenceState,
-    TokenLogprob,
 )
 from gateway.auth import Principal
+from gateway.choices import Choice, Delta, FinishReason
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.embeddings import (
     DEFAULT_POOLING,
@@ -50,9 +51,7 @@ from gateway.journal import Journal, Meter, Opened
 from gateway.ledger import Ledger
 from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
 from gateway.overload import Place
-from gateway.policies.moderation import Judge
 from gateway.policies.rules import Asked
-from gateway.policies.screen import Screen
 from gateway.policies.store import Policies
 from gateway.policies.watch import Watch
 from gateway.prices import Bill, ceiling
@@ -60,16 +59,17 @@ from gateway.privacy import Contents
 from gateway.registry import Registry, Target, model_not_found
 from gateway.routing import Router
 from gateway.tables import new_id
-from gateway.text import TextCodec, TextCodecs, TextStream
+from gateway.text import NO_VARIABLES, Ending, TextCodec, TextCodecs
 
 logger = logging.getLogger(__name__)
 
 # Tokens of which one character may consist: each may be one of its bytes.
 MAX_TOKENS_OF_CHARACTER = 4
 
-FinishReason = Literal["stop", "length", "content_filter"]
-# Why an answer is shorter than was asked for, where money is the reason.
-StoppedBy = Literal["budget", "max_cost"]
+# Says that what came before may go out now.
+NOTHING_NEW = Delta("", [], [], None)
+# What is told of a request with several answers is the first of these that one of them came to.
+WORST_FIRST: Sequence[FinishReason] = ("content_filter", "length", "stop")
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -94,7 +94,8 @@ class GenerationRequest:
     # Whom the client asks for, in its own words: reports can be grouped by it, and one user always
     # gets the same side of a canary.
     user: str | None
-    prompt: Prompt
+    # Usually one; each is answered `num_choices` times.
+    prompts: Sequence[Prompt]
     is_streamed: bool
     # None where the client named none.
     max_tokens: int | None
@@ -114,6 +115,17 @@ class GenerationRequest:
     ignore_eos: bool
     # How many alternatives beside each token's own log-probability; None for neither.
     logprobs: int | None
+    # How many alternatives beside the log-probability of each prompt token; None for neither.
+    prompt_logprobs: int | None = None
+    num_choices: int = 1
+    # How a chat template ends the prompt, and what else it is told.
+    ending: Ending = Ending.ASKING
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    shows_special_tokens: bool = False
+    # Whether the client is told token ids, so that no delta without a text may be passed over.
+    tells_token_ids: bool = False
+    # The engine's class: of what waits, the least goes first.
+    priority: int = 0
     # Nano-USD that the client will pay at most.
     max_cost_nano: int | None = None
     # Names the fields that the client gave, where a policy asks.
@@ -143,30 +155,18 @@ class Keeping:
     days: int
     prompt: str
     end_user: str | None
-    # Pieces of the completion, filled as they come.
-    pieces: list[str]
 
-    def keep(self, request_id: uuid.UUID) -> None:
+    def keep(self, request_id: uuid.UUID, completions: Sequence[str]) -> None:
+        """Several are kept as a list in JSON."""
+        several = len(completions) > 1
         self.contents.keep(
             self.tenant_id,
             request_id,
             prompt=self.prompt,
-            completion="".join(self.pieces),
+            completion=_json(completions) if several else "".join(completions),
             end_user=self.end_user,
             days=self.days,
         )
-
-
-class Delta(msgspec.Struct, frozen=True):
-    """What one engine step added to an answer. The last one has a finish reason.
-
-    A struct, because there is one of each token: it is made in a seventh of the time.
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
-    finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class Estimate:
 
 
 class Generation:
-    """One answer while it grows; whoever iterates it must `finish` or `leave` it.
+    """The answers to one request while they grow; whoever iterates it must `finish` or `leave` it.
 
     Every way out ends in the ledger exactly once.
     """
@@ -195,67 +195,78 @@ class Generation:
         request_id: uuid.UUID,
         target: Target,
         codec: TextCodec,
-        stream: SequenceStream,
+        prompts: Sequence[Sequence[int]],
+        choices: Sequence[Choice],
         meter: Meter,
         ledger: Ledger,
         admission: Admission,
         place: Place,
-        stops: Sequence[str],
-        after: Sequence[int] = (),
+        is_searched: bool,
+        tells_token_ids: bool,
         keeping: Keeping | None = None,
-        watch: Watch | None = None,
-        is_streamed: bool = False,
     ) -> None:
         self.request_id = request_id
         self.target = target
         self.levels = admission.levels
-        # Filled with the last delta.
-        self.stopped_by: StoppedBy | None = None
         self.codec = codec
+        # Their token ids; the choices answer them in order, as many each.
+        self.prompts = prompts
+        self.num_choices = len(choices)
         self.created = datetime.datetime.now(datetime.UTC)
-        self._stream = stream
+        self._choices = {choice.sequence_id: choice for choice in choices}
+        self._num_open = len(choices)
+        self._stream = _merged([choice.stream for choice in choices])
         self._meter = meter
         self._ledger = ledger
         self._admission = admission
         # Held until the first token.
         self._place = place
         self._deadline_s = _deadline_s(admission)
-        self._text: TextStream | Screen = codec.stream(stops, after=after)
-        # What a policy puts between the text and its client; None where there is none.
-        self._screen: Screen | None = None
-        self._judge: Judge | None = None
-        if watch is not None:
-            self._screen = watch.screen(self._text)
-            self._text = self._screen or self._text
-            self._judge = watch.judge(is_streamed=is_streamed)
-        # Whether the answer may end before the last token that the engine made for it.
-        self._is_searched = bool(stops) or watch is not None
+        # Whether an answer may end before the last token that the engine made for it.
+        self._is_searched = is_searched
+        self._is_judged = any(choice.is_judged for choice in choices)
+        self._tells_token_ids = tells_token_ids
+        # Of all answers.
         self._num_tokens = 0
         self._adapter_wait_ns = 0
-        self._outcome: FinishReason | None = None
         self._is_closed = False
         # None where nothing of what is said is kept.
         self._keeping = keeping
 
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """The answer, step by step. An empty one says that all before it may go out now.
+    @property
+    def is_over(self) -> bool:
+        """Whether every answer has had its last delta."""
+        return not self._num_open
 
-        Raises EngineFailed or Unavailable where the engine could not finish it, LimitReached where
-        it waited longer for its first token than it may.
+    def prompt_of(self, index: int) -> Sequence[int]:
+        """The prompt that a choice answers."""
+        return self.prompts[index * len(self.prompts) // self.num_choices]
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """The answers, step by step. An empty delta says that all before it may go out now.
+
+        Raises EngineFailed or Unavailable where the engine could not finish one, LimitReached where
+        the first token was waited for longer than it may.
         """
         try:
-            while (event := await self._next()) is not None:
+            while self._num_open and (event := await self._next()) is not None:
+                choice = self._choices[event.sequence_id]
+                if choice.outcome is not None:
+                    # What its sequence did before it learnt that it had ended.
+                    if not self.has_next():
+                        yield NOTHING_NEW
+                    continue
                 if self._is_short_of_money(event):
                     await self._fund(event)
-                delta = self._apply(event)
-                if self._judge is not None:
-                    delta = await self._judged(self._judge, delta)
+                delta = self._apply(choice, event)
+                if self._is_judged:
+                    delta = await choice.judge(delta)
                 if self._keeping is not None:
-                    self._keeping.pieces.append(delta.text)
-                if delta.text or delta.finish_reason or delta.logprobs or not self.has_next():
-                    yield delta
+                    choice.pieces.append(delta.text)
                 if delta.finish_reason:
-                    return
+                    self._num_open -= 1
+                if self._is_news(delta) or not self.has_next():
+                    yield delta
         except LinkError as fault:
             self._close("error")
             raise self._with_levels(
@@ -266,9 +277,17 @@ class Generation:
             self._with_levels(error)
             raise
 
+    def _is_news(self, delta: Delta) -> bool:
+        return bool(
+            delta.text
+            or delta.finish_reason
+            or delta.logprobs
+            or (self._tells_token_ids and delta.token_ids)
+        )
+
     def has_next(self) -> bool:
         """Whether the next delta is there already: asking for it waits for nothing."""
-        if self._judge is not None:
+        if self._is_judged:
             return False
         event = self._stream.next_event
         return event is not None and not self._is_short_of_money(event)
@@ -291,16 +310,6 @@ class Generation:
             self._place.leave()
         return event
 
-    async def _judged(self, judge: Judge, delta: Delta) -> Delta:
-        """What of the answer its moderation allows by now."""
-        allowed = await judge.hear(delta.text, is_last=delta.finish_reason is not None)
-        if allowed is not None:
-            return msgspec.structs.replace(delta, text=allowed)
-        if self._outcome is None:
-            self._stream.abort()
-        self._outcome, self.stopped_by = "content_filter", None
-        return msgspec.structs.replace(delta, text="", finish_reason="content_filter")
-
     async def _fund(self, event: SequenceEvent) -> None:
         """Ask for more money now, where a step outran the heartbeat."""
         while self._is_short_of_money(event):
@@ -311,19 +320,23 @@ class Generation:
 
     def _is_short_of_money(self, event: SequenceEvent) -> bool:
         meter = self._meter
-        return meter.is_budgeted and event.generated_tokens > meter.funded_output_tokens
+        return (
+            meter.is_budgeted
+            and self._num_tokens + len(event.token_ids) > meter.funded_output_tokens
+        )
 
     def bill(self) -> Bill:
         """What `finish` is going to say, once the last delta is there."""
         return self._meter.usage()
 
     def finish(self) -> Bill:
-        """Close a whole answer; call it just before its last byte is written."""
-        assert self._outcome is not None, "an answer is finished after its last delta"
+        """Close whole answers; call it just before their last byte is written."""
+        assert self.is_over, "answers are finished after their last deltas"
+        outcome = _worst(choice.outcome for choice in self._choices.values())
         self._is_closed = True
         self._place.leave()
-        self._end(self._outcome)
-        return self._ledger.close(self.request_id, self._outcome)
+        self._end(outcome)
+        return self._ledger.close(self.request_id, outcome)
 
     def leave(self) -> None:
         """The client is gone, or nobody wants the rest. Does nothing once the answer is closed."""
@@ -341,7 +354,8 @@ class Generation:
 
     def _end(self, outcome: str) -> None:
         if self._keeping is not None:
-            self._keeping.keep(self.request_id)
+            completions = ["".join(choice.pieces) for choice in self._choices.values()]
+            self._keeping.keep(self.request_id, completions)
         logger.info(
             "generation_ended",
             extra={
@@ -353,48 +367,23 @@ class Generation:
             },
         )
 
-    def _apply(self, event: SequenceEvent) -> Delta:
-        self._adapter_wait_ns = event.adapter_wait_ns
+    def _apply(self, choice: Choice, event: SequenceEvent) -> Delta:
+        self._adapter_wait_ns = max(self._adapter_wait_ns, event.adapter_wait_ns)
         if event.state in (SequenceState.FAILED, SequenceState.ABORTED):
             raise _translate(event.fault)
-        text, token_ids = "", self._paid(event.token_ids)
-        is_cut = len(token_ids) < len(event.token_ids)
-        for num_used, token_id in enumerate(token_ids, start=1):
-            text += self._text.feed(token_id)
-            if self._text.is_stopped:
-                # Tokens that the engine made since are its own affair.
-                self._stream.abort()
-                self._outcome = "stop"
-                token_ids = token_ids[:num_used]
-                break
-        self._num_tokens += len(token_ids)
-        if self._is_searched:
-            self._meter.cap(self._stream.sequence_id, self._num_tokens)
-        if self._outcome is None and is_cut:
-            self._stream.abort()
-            self._outcome, self.stopped_by = "length", "budget"
-            text += self._text.finish()
-        elif self._outcome is None and event.state.is_final:
-            self._outcome = "length" if event.state is SequenceState.LENGTH else "stop"
-            if self._outcome == "length" and self._admission.is_cut_by_max_cost:
-                self.stopped_by = "max_cost"
-            text += self._text.finish()
-            # The token that ended the answer is counted, not shown.
-            token_ids = token_ids[:-1] if self._outcome == "stop" else token_ids
-        if self._screen is not None and self._screen.is_refused:
-            self._outcome, self.stopped_by = "content_filter", None
-        return Delta(
-            text=text,
-            token_ids=token_ids,
-            logprobs=(event.logprobs or [])[: len(token_ids)],
-            finish_reason=self._outcome,
-        )
+        num_before = choice.num_tokens
+        delta = choice.take(event, max_tokens=self._num_paid(event))
+        self._num_tokens += choice.num_tokens - num_before
+        # Of what is cut for want of money nothing may be billed that a later tranche would pay for.
+        if self._is_searched or delta.stopped_by == "budget":
+            self._meter.cap(choice.sequence_id, choice.num_tokens)
+        return delta
 
-    def _paid(self, token_ids: list[int]) -> list[int]:
-        """Those that the hold pays for; the others are the engine's own affair."""
-        if not self._meter.is_budgeted:
-            return token_ids
-        return token_ids[: max(self._meter.funded_output_tokens - self._num_tokens, 0)]
+    def _num_paid(self, event: SequenceEvent) -> int | None:
+        """How many more tokens the hold pays for; the others are the engine's own affair."""
+        if not self._is_short_of_money(event):
+            return None
+        return max(self._meter.funded_output_tokens - self._num_tokens, 0)
 
 
 class Inference:
@@ -435,8 +424,9 @@ class Inference:
         codec = await self._texts.get(
             target.text_bundle_digest, base=target.base_text_bundle_digest
         )
-        prompt_ids = await _encode(codec, request.prompt, caller=str(principal.tenant_id))
-        max_tokens = _fit(request.max_tokens, len(prompt_ids), target.context_length)
+        prompts = await _encode_all(codec, request, caller=str(principal.tenant_id))
+        num_answers = len(prompts) * request.num_choices
+        max_tokens = _fit(request.max_tokens, max(map(len, prompts)), target.context_length)
         request_id, watch = new_id(), None
         if principal.policy_id is not None:
             watch = await self._policies.watch(
@@ -444,7 +434,7 @@ class Inference:
             )
         if watch is not None:
             max_tokens = await watch.admit(
-                _asked(request.prompt, codec, prompt_ids, request.fields(), max_tokens=max_tokens)
+                _asked(request.prompts, codec, prompts, request.fields(), max_tokens=max_tokens)
             )
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
         grammar = await self._grammar(principal, request.grammar, target, codec)
@@ -452,68 +442,96 @@ class Inference:
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._pick(target)
         assert principal.tenant_id is not None, "only tenants are billed"
-        place = self._router.room(link).enter(principal.tenant_id)
+        place = self._router.room(link).enter(principal.tenant_id, num_answers=num_answers)
         try:
             admission = await self._admit(
                 principal,
                 target,
                 request_id=request_id,
                 endpoint=request.endpoint,
-                prompt_tokens=len(prompt_ids),
+                prompt_tokens=sum(map(len, prompts)),
                 max_tokens=max_tokens,
+                num_sequences=num_answers,
                 gateway_instance_id=self._journal.instance_id,
                 max_cost_nano=request.max_cost_nano,
             )
         except BaseException:
             place.leave()
             raise
-        # No await from here on: the journal knows the sequence before its first frame can come.
-        stream = link.submit(
-            prompt_ids,
-            sampling=_sampling(request, codec, admission.max_output_tokens),
-            adapter_digest=target.weights_digest,
-            adapter_fingerprint=target.fingerprint,
-            cache_salt=principal.cache_salt,
-            fairness_key=str(principal.tenant_id),
-            grammar=grammar,
+
+        record = partial(
+            Opened.of,
+            principal,
+            target,
+            admission,
+            endpoint=request.endpoint,
+            is_streamed=request.is_streamed,
+            prompt_tokens=sum(map(len, prompts)),
+            prompt_lengths=[len(each) for each in prompts] if len(prompts) > 1 else (),
+            end_user=request.user,
+            attempt_digest=attempt.digest,
+            is_retry=attempt.is_retry,
         )
+        if admission.max_output_tokens < num_answers:
+            place.leave()
+            self._journal.opened(record(sequence_ids=()))
+            self._ledger.close(request_id, "error", sent=False)
+            raise _too_little(request, num_answers)
+        # No await from here on: the journal knows the sequences before their first frame can come.
+        streams = [
+            link.submit(
+                prompt_ids,
+                sampling=_sampling(
+                    request, codec, admission.max_output_tokens // num_answers, number=number
+                ),
+                adapter_digest=target.weights_digest,
+                adapter_fingerprint=target.fingerprint,
+                cache_salt=principal.cache_salt,
+                fairness_key=str(principal.tenant_id),
+                priority=request.priority,
+                grammar=grammar,
+            )
+            for prompt_ids in prompts
+            for number in range(request.num_choices)
+        ]
         try:
             meter = self._journal.opened(
-                Opened.of(
-                    principal,
-                    target,
-                    admission,
-                    endpoint=request.endpoint,
-                    is_streamed=request.is_streamed,
-                    prompt_tokens=len(prompt_ids),
-                    sequence_ids=[stream.sequence_id],
-                    end_user=request.user,
-                    attempt_digest=attempt.digest,
-                    is_retry=attempt.is_retry,
-                )
+                record(sequence_ids=[stream.sequence_id for stream in streams])
             )
         except JournalFailed:
             # What cannot be billed is not served; the sweeper releases the hold.
-            stream.abort()
+            _merged(streams).abort()
             place.leave()
             raise
         meter.is_budgeted = admission.is_budgeted
-        if request.stops or watch is not None:
+        is_searched = bool(request.stops) or watch is not None
+        if is_searched:
             meter.await_caps()
+        choices = [
+            _choice(
+                request,
+                codec,
+                stream=stream,
+                prompts=prompts,
+                index=index,
+                watch=watch,
+                is_cut_by_max_cost=admission.is_cut_by_max_cost,
+            )
+            for index, stream in enumerate(streams)
+        ]
         return Generation(
             request_id=request_id,
             target=target,
             codec=codec,
-            stream=stream,
+            prompts=prompts,
+            choices=choices,
             meter=meter,
             ledger=self._ledger,
             admission=admission,
             place=place,
-            stops=request.stops,
-            after=_continued(request.prompt, prompt_ids),
+            is_searched=is_searched,
+            tells_token_ids=request.tells_token_ids,
             keeping=keeping,
-            watch=watch,
-            is_streamed=request.is_streamed,
         )
 
     def _pick(self, target: Target) -> EngineLink:
@@ -556,8 +574,9 @@ class Inference:
             raise Unavailable("The database does not answer. Try again shortly.") from fault
         if days is None:
             return None
-        prompt = _spelled(request.prompt)
-        return Keeping(self._contents, principal.tenant_id, days, prompt, request.user, [])
+        spelled = [_spelled(prompt) for prompt in request.prompts]
+        prompt = spelled[0] if len(spelled) == 1 else _json(spelled)
+        return Keeping(self._contents, principal.tenant_id, days, prompt, request.user)
 
     async def estimate(
         self,
@@ -567,6 +586,7 @@ class Inference:
         prompt: Prompt,
         max_tokens: int | None,
         max_cost_nano: int | None,
+        num_choices: int = 1,
     ) -> Estimate:
         """What a request would take; nothing is charged or held.
 
@@ -576,15 +596,18 @@ class Inference:
         codec = await self._texts.get(
             target.text_bundle_digest, base=target.base_text_bundle_digest
         )
-        prompt_ids = await _encode(codec, prompt, caller=str(principal.tenant_id))
+        [prompt_ids] = prompts = [
+            await _encode(codec, prompt, caller=str(principal.tenant_id), ending=Ending.ASKING)
+        ]
         most = _fit(max_tokens, len(prompt_ids), target.context_length)
         violation: PolicyViolation | None = None
         if principal.policy_id is not None:
-            given = {"max_tokens": max_tokens, "max_cost": max_cost_nano}
+            several = num_choices if num_choices > 1 else None
+            given = {"max_tokens": max_tokens, "max_cost": max_cost_nano, "n": several}
             fields = frozenset(name for name, value in given.items() if value is not None)
             try:
                 most = await self._policies.check(
-                    principal, _asked(prompt, codec, prompt_ids, fields, max_tokens=most)
+                    principal, _asked([prompt], codec, prompts, fields, max_tokens=most)
                 )
             except PolicyViolation as error:
                 violation = error
@@ -594,6 +617,7 @@ class Inference:
             prompt_tokens=len(prompt_ids),
             max_tokens=most,
             gateway_instance_id=self._journal.instance_id,
+            num_sequences=num_choices,
             max_cost_nano=max_cost_nano,
         )
         answer = await rehearse(self._database, principal, target, ask)
@@ -723,7 +747,9 @@ class Inference:
         if isinstance(prompt, str):
             [ids] = await codec.encode_texts([prompt], add_special_tokens=add_special_tokens)
         else:
-            ids = await _encode(codec, prompt, caller=str(principal.tenant_id))
+            ids = await _encode(
+                codec, prompt, caller=str(principal.tenant_id), ending=Ending.ASKING
+            )
         return ids, codec, target
 
     async def codec_of(
@@ -766,21 +792,25 @@ def _submit_prompts(
     ]
 
 
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
 def _spelled(prompt: Prompt) -> str:
     """A prompt as its client sent it: text, or JSON."""
     match prompt:
         case TokenPrompt():
-            return msgspec.json.encode(prompt.token_ids).decode()
+            return _json(prompt.token_ids)
         case str():
             return prompt
         case _:
-            return msgspec.json.encode(list(prompt)).decode()
+            return _json(list(prompt))
 
 
 def _asked(
-    prompt: Prompt,
+    prompts: Sequence[Prompt],
     codec: TextCodec,
-    prompt_ids: Sequence[int],
+    encoded: Sequence[Sequence[int]],
     fields: frozenset[str],
     *,
     max_tokens: int,
@@ -788,18 +818,21 @@ def _asked(
     """A request as its policy sees it: every message by itself, token ids as their text."""
 
     def texts() -> list[str]:
-        match prompt:
-            case TokenPrompt():
-                return [codec.decode(prompt_ids)]
-            case str():
-                return [prompt]
-            case _:
-                return [message["content"] for message in prompt]
+        found: list[str] = []
+        for prompt, prompt_ids in zip(prompts, encoded, strict=True):
+            match prompt:
+                case TokenPrompt():
+                    found.append(codec.decode(prompt_ids))
+                case str():
+                    found.append(prompt)
+                case _:
+                    found += [message["content"] for message in prompt]
+        return found
 
     return Asked(
         fields=fields,
-        prompt_field="prompt" if isinstance(prompt, str | TokenPrompt) else "messages",
-        num_prompt_tokens=len(prompt_ids),
+        prompt_field="prompt" if isinstance(prompts[0], str | TokenPrompt) else "messages",
+        num_prompt_tokens=max(map(len, encoded)),
         max_tokens=max_tokens,
         texts=texts,
     )
@@ -812,20 +845,90 @@ def _deadline_s(admission: Admission) -> float | None:
     return asyncio.get_running_loop().time() + admission.queue_time_ms / 1000
 
 
-async def _encode(codec: TextCodec, prompt: Prompt, *, caller: str) -> list[int]:
+async def _encode_all(
+    codec: TextCodec, request: GenerationRequest, *, caller: str
+) -> list[list[int]]:
+    return [
+        await _encode(
+            codec,
+            prompt,
+            caller=caller,
+            ending=request.ending,
+            variables=request.template_variables,
+        )
+        for prompt in request.prompts
+    ]
+
+
+async def _encode(
+    codec: TextCodec,
+    prompt: Prompt,
+    *,
+    caller: str,
+    ending: Ending,
+    variables: Mapping[str, Any] = NO_VARIABLES,
+) -> list[int]:
     match prompt:
         case TokenPrompt():
             return prompt.token_ids
         case str():
             return await codec.encode_text(prompt)
         case _:
-            return await codec.encode_chat(prompt, caller=caller)
+            return await codec.encode_chat(
+                prompt, caller=caller, ending=ending, variables=variables
+            )
 
 
-def _continued(prompt: Prompt, prompt_ids: list[int]) -> list[int]:
-    """The last tokens of a text that an answer goes on with; in a chat it begins anew."""
-    is_text = isinstance(prompt, str | TokenPrompt)
-    return prompt_ids[-MAX_TOKENS_OF_CHARACTER:] if is_text else []
+def _merged(streams: Sequence[SequenceStream]) -> SequenceStream | MergedStreams:
+    """Almost always there is but one."""
+    return streams[0] if len(streams) == 1 else MergedStreams(streams)
+
+
+def _choice(
+    request: GenerationRequest,
+    codec: TextCodec,
+    *,
+    stream: SequenceStream,
+    prompts: Sequence[Sequence[int]],
+    index: int,
+    watch: Watch | None,
+    is_cut_by_max_cost: bool,
+) -> Choice:
+    place = index // request.num_choices
+    text = codec.stream(
+        request.stops,
+        after=_continued(request, place, prompts[place]),
+        shows_special_tokens=request.shows_special_tokens,
+    )
+    return Choice(
+        stream,
+        text if watch is None else watch.screen(text) or text,
+        index=index,
+        judge=None if watch is None else watch.judge(is_streamed=request.is_streamed),
+        is_cut_by_max_cost=is_cut_by_max_cost,
+        shows_special_tokens=request.shows_special_tokens,
+    )
+
+
+def _continued(request: GenerationRequest, place: int, prompt_ids: Sequence[int]) -> Sequence[int]:
+    """The last tokens of a text that an answer goes on with; in a chat it mostly begins anew."""
+    is_text = isinstance(request.prompts[place], str | TokenPrompt)
+    if is_text or request.ending is Ending.CONTINUING:
+        return prompt_ids[-MAX_TOKENS_OF_CHARACTER:]
+    return ()
+
+
+def _worst(outcomes: Iterable[FinishReason | None]) -> FinishReason:
+    found = set(outcomes)
+    return next(each for each in WORST_FIRST if each in found)
+
+
+def _too_little(request: GenerationRequest, num_answers: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"'max_cost' is {request.max_cost_nano} nano-USD, which does not pay for the prompt and one"
+        f" token of each of {num_answers} answers: raise it or ask for fewer.",
+        param="max_cost",
+    )
 
 
 def _fit(max_tokens: int | None, num_prompt_tokens: int, context_length: int) -> int:
@@ -855,7 +958,10 @@ def _check_tokens(request: GenerationRequest, *, max_tokens: int, vocab_size: in
         )
 
 
-def _sampling(request: GenerationRequest, codec: TextCodec, max_tokens: int) -> SamplingParams:
+def _sampling(
+    request: GenerationRequest, codec: TextCodec, max_tokens: int, *, number: int
+) -> SamplingParams:
+    """Of one answer: its number among those to the same prompt is added to the seed."""
     defaults = codec.generation_defaults
     eos = () if request.ignore_eos else codec.eos_token_ids
 
@@ -864,7 +970,7 @@ def _sampling(request: GenerationRequest, codec: TextCodec, max_tokens: int) -> 
 
     return SamplingParams(
         max_tokens=max_tokens,
-        seed=request.seed % 2**64 if request.seed is not None else secrets.randbits(64),
+        seed=secrets.randbits(64) if request.seed is None else (request.seed + number) % 2**64,
         temperature=choose(request.temperature, "temperature", 1.0),
         top_p=choose(request.top_p, "top_p", 1.0),
         top_k=int(choose(request.top_k, "top_k", 0)),
@@ -877,6 +983,8 @@ def _sampling(request: GenerationRequest, codec: TextCodec, max_tokens: int) -> 
         min_tokens=min(request.min_tokens, max_tokens),
         stop_token_ids=(*eos, *request.stop_token_ids),
         logprobs=request.logprobs,
+        # Computing them passes over the cache, so one answer does it for all that can wait for it.
+        prompt_logprobs=request.prompt_logprobs if request.is_streamed or not number else None,
     )
 
 

@@ -61,7 +61,8 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     price: Price
     endpoint: str
     is_streamed: bool
-    # Known before the engine is asked; billed once, however many sequences answer it.
+    # Known before the engine is asked, of all prompts together; each is billed once, however many
+    # sequences answer it.
     prompt_tokens: int
     # Over all sequences; 0 where the request wants no output, only what its prompts make.
     max_output_tokens: int
@@ -74,6 +75,8 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     # What it has in common with other attempts at it, and whether it came after one.
     attempt_digest: bytes | None = None
     is_retry: bool = False
+    # Where there are several prompts: the sequences answer them in order, as many each.
+    prompt_lengths: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -89,6 +92,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
         end_user: str | None = None,
         attempt_digest: bytes | None = None,
         is_retry: bool = False,
+        prompt_lengths: Sequence[int] = (),
     ) -> Self:
         assert principal.tenant_id is not None, "only tenants are billed"
         return cls(
@@ -112,6 +116,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
             end_user=end_user,
             attempt_digest=attempt_digest,
             is_retry=is_retry,
+            prompt_lengths=tuple(prompt_lengths),
         )
 
 
@@ -265,18 +270,31 @@ class Meter:
         if len(sequences) == 1:
             [only] = sequences
             return self._latest_of_one(only)
-        begun = [each for each in sequences if each.billable]
-        if not begun:
-            return Count(self.opened.number, 0, 0, 0, 0)
+        prompt_tokens, cached_tokens = self._prompts_begun(list(sequences))
         return Count(
             self.opened.number,
-            self.opened.prompt_tokens,
-            # With several sequences the first computes the prompt and the others find it cached:
-            # the prompt was computed once and is billed as that one found it.
-            min(self.opened.prompt_tokens, *(each.cached for each in begun)),
-            self._payable(sum(each.billable for each in begun)),
-            sum(each.engine_ns for each in sequences),
+            prompt_tokens,
+            cached_tokens,
+            self._payable(sum(each.billable for each in sequences)),
+            sum(each.engine_ns for each in sequences) if prompt_tokens else 0,
         )
+
+    def _prompts_begun(self, sequences: Sequence[_SequenceCount]) -> tuple[int, int]:
+        """Tokens of the prompts to which an answer has begun, and how many of them were cached.
+
+        Of several sequences that answer one prompt the first computes it and the others find it
+        cached: it was computed once, and is billed as that one found it.
+        """
+        lengths = self.opened.prompt_lengths or (self.opened.prompt_tokens,)
+        num_answers = len(sequences) // len(lengths)
+        prompt_tokens = cached_tokens = 0
+        for place, length in enumerate(lengths):
+            answers = sequences[place * num_answers : (place + 1) * num_answers]
+            found = [each.cached for each in answers if each.billable]
+            if found:
+                prompt_tokens += length
+                cached_tokens += min(length, *found)
+        return prompt_tokens, cached_tokens
 
     def _latest_of_one(self, sequence: _SequenceCount) -> Count:
         """What almost every request has, on the way of every token."""

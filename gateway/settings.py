@@ -13,6 +13,7 @@ from gateway.errors import InvalidRequest
 MEBIBYTE = 1 << 20
 PURGE_AFTER_DAYS = 30
 LORA_FOLDER_VARIABLE = "MANYLORA_LORA_FOLDER"
+UNKNOWN_FIELDS_VARIABLE = "MANYLORA_UNKNOWN_FIELDS"
 # The engine reads the same one.
 PARENT_VARIABLE = "MANYLORA_PARENT_PID"
 
@@ -56,6 +57,8 @@ class Settings:
     max_retry_credit_nano: int = 0
     # Where the supervisor of this host takes orders; None where engines are no affair of its.
     supervisor_socket: Path | None = None
+    # Whether fields of requests that are not known are told of instead of refused.
+    reports_unknown_fields: bool = False
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -83,6 +86,7 @@ class Settings:
             "MANYLORA_TRUSTED_PROXIES": ",".join(map(str, self.trusted_proxies)),
             "MANYLORA_WEBHOOK_NETWORKS": ",".join(map(str, self.webhook_networks)),
             "MANYLORA_MAX_RETRY_CREDIT_NANO": str(self.max_retry_credit_nano),
+            UNKNOWN_FIELDS_VARIABLE: "report" if self.reports_unknown_fields else "refuse",
         }
 
     @classmethod
@@ -110,6 +114,10 @@ class Settings:
             trusted_proxies=_networks(environment, "MANYLORA_TRUSTED_PROXIES"),
             webhook_networks=_networks(environment, "MANYLORA_WEBHOOK_NETWORKS"),
             max_retry_credit_nano=_integer(environment, "MANYLORA_MAX_RETRY_CREDIT_NANO", 0),
+            reports_unknown_fields=_choice(
+                environment, UNKNOWN_FIELDS_VARIABLE, ("refuse", "report")
+            )
+            == "report",
         )
 
 
@@ -146,6 +154,14 @@ def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
 
 def _optional(environment: Mapping[str, str], name: str) -> int | None:
     return _integer(environment, name, 0) if environment.get(name) else None
+
+
+def _choice(environment: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
+    """The first where nothing is said."""
+    value = environment.get(name) or choices[0]
+    if value not in choices:
+        raise SettingsFault(f"{name} must be one of {', '.join(choices)}: {value!r}")
+    return value
 
 
 def _given(name: str, value: int | Path | None) -> dict[str, str]:

@@ -68,6 +68,8 @@ class ServeOptions:
     webhook_networks: tuple[Network, ...] = ()
     # Back to a tenant in a day, for streams that were left and asked for again.
     max_retry_credit_nano: int = 0
+    # Instead of refusing them.
+    reports_unknown_fields: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,7 @@ class Supervisor:
             trusted_proxies=options.trusted_proxies,
             webhook_networks=options.webhook_networks,
             max_retry_credit_nano=options.max_retry_credit_nano,
+            reports_unknown_fields=options.reports_unknown_fields,
             parent_pid=os.getpid(),
         )
         database = Database(

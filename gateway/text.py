@@ -5,10 +5,14 @@ nothing of requests or money.
 """
 
 import asyncio
+import enum
 import hashlib
 import re
+import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -25,6 +29,22 @@ from gateway.templates import OwnTemplate, TemplateFault, Templates
 REPLACEMENT = "\ufffd"
 # Above this many characters encoding leaves the event loop: it takes longer than a few ms.
 LONG_TEXT_CHARACTERS = 20_000
+# A prompt's log-probabilities name each of its tokens with as many alternatives; 2 MB of a codec.
+MAX_TOKENS_REMEMBERED = 16384
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
+# What a template is told by the gateway alone, besides the names of special tokens.
+OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
+
+
+class Ending(enum.Enum):
+    """How the prompt of a conversation ends."""
+
+    # Where the assistant is to speak.
+    ASKING = enum.auto()
+    # Behind the last message, with nothing that asks for another.
+    PLAIN = enum.auto()
+    # Within the last message, which the answer goes on with.
+    CONTINUING = enum.auto()
 
 
 class TextCodec:
@@ -47,6 +67,7 @@ class TextCodec:
         self.pooling = bundle.pooling
         self._tokenizer = tokenizer or _load_tokenizer(bundle.tokenizer_json)
         self._special_tokens = bundle.special_tokens
+        self._text_of = lru_cache(MAX_TOKENS_REMEMBERED)(self._find_text)
         source = bundle.chat_template
         self._templates = templates
         self._own_template = OwnTemplate.of(source) if source and templates else None
@@ -55,25 +76,75 @@ class TextCodec:
         )
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, caller: str = ""
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        caller: str = "",
+        ending: Ending = Ending.ASKING,
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> list[int]:
-        """Render the conversation, ending where the assistant is to speak, and encode it.
+        """Render the conversation and encode it; `variables` are the template's, beside our own.
 
         `caller` is who takes turns with others for the rendering of adapters' own templates.
         Raises TemplateFault where the model has no template or the template refuses the messages,
-        and LimitReached where too many of the caller's conversations wait for it.
+        InvalidRequest where a variable is not for the client to say, and LimitReached where too
+        many of the caller's conversations wait for it.
         """
-        text = await self._render(messages, caller=caller)
+        if variables:
+            self._check_variables(variables)
+        if ending is Ending.CONTINUING:
+            text = await self._render_continued(messages, variables, caller=caller)
+        else:
+            text = await self._render(
+                messages, variables, caller=caller, asks=ending is Ending.ASKING
+            )
         return await self._encode(text, add_special_tokens=False)
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        taken = variables.keys() & (OWN_VARIABLES | self._special_tokens.keys())
+        if taken:
+            raise InvalidRequest(
+                f"'chat_template_kwargs' may not say '{min(taken)}': leave it out.",
+                param="chat_template_kwargs",
+            )
+
+    async def _render_continued(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, caller: str
+    ) -> str:
+        """Up to the end of what the last message says.
+
+        The place is found by a mark that nobody can know; the space behind it shows whether the
+        template takes spaces off the ends of messages, as it would of the message without a mark.
+        """
+        mark = secrets.token_hex(16)
+        *before, last = messages
+        marked = {**last, "content": f"{last['content']}{mark} "}
+        text = await self._render([*before, marked], variables, caller=caller, asks=False)
+        said, found, rest = text.rpartition(mark)
+        if not found:
+            raise TemplateFault(
+                "The chat template does not end with what the last message says, so it cannot be"
+                " continued.",
+                param="continue_final_message",
+            )
+        return said if rest.startswith(" ") else said.rstrip()
 
     async def encode_text(self, text: str) -> list[int]:
         """Encode a bare prompt the way that the model's tokenizer does by default."""
         return await self._encode(text, add_special_tokens=True)
 
-    async def _render(self, messages: Sequence[Mapping[str, Any]], *, caller: str) -> str:
+    async def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+        *,
+        caller: str,
+        asks: bool,
+    ) -> str:
         variables = {
+            **extra,
             "messages": messages,
-            "add_generation_prompt": True,
+            "add_generation_prompt": asks,
             **self._special_tokens,
         }
         if self._templates is not None and self._own_template is not None:
@@ -140,13 +211,16 @@ class TextCodec:
         """Each token as its vocabulary writes it."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of an answer, special tokens left out."""
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, shows_special_tokens: bool = False) -> str:
+        """The text of an answer."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=not shows_special_tokens)
         return text
 
     def token_text(self, token_id: int) -> str:
         """One token within a text, for log-probabilities; half a character shows as U+FFFD."""
+        return self._text_of(token_id)
+
+    def _find_text(self, token_id: int) -> str:
         # Some decoders take a space from the first token: the second of two equal ones has its own.
         once, twice = (
             self._tokenizer.decode([token_id] * times, skip_special_tokens=False)
@@ -166,12 +240,24 @@ class TextCodec:
                 return [_BYTE_OF_SYMBOL[symbol] for symbol in symbols]
         return list(text.encode())
 
-    def stream(self, stops: Sequence[str] = (), *, after: Sequence[int] = ()) -> "TextStream":
+    def stream(
+        self,
+        stops: Sequence[str] = (),
+        *,
+        after: Sequence[int] = (),
+        shows_special_tokens: bool = False,
+    ) -> "TextStream":
         """`after`: the last tokens of a text that the answer continues; none of an answer that
         begins one."""
         # A client that encodes its prompt itself may name any number.
         known = [token_id for token_id in after if token_id < self.vocab_size]
-        return TextStream(self, self._tokenizer, stops, after=self._last_whole(known))
+        return TextStream(
+            self,
+            self._tokenizer,
+            stops,
+            after=self._last_whole(known),
+            shows_special_tokens=shows_special_tokens,
+        )
 
     def _last_whole(self, token_ids: Sequence[int]) -> Sequence[int]:
         """The shortest end that is whole characters."""
@@ -205,10 +291,12 @@ class TextStream:
         stops: Sequence[str],
         *,
         after: Sequence[int],
+        shows_special_tokens: bool,
     ) -> None:
         self._codec = codec
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._shows_special_tokens = shows_special_tokens
+        self._decoder = DecodeStream(skip_special_tokens=not shows_special_tokens)
         # Whether the first token keeps its space depends on what was before it.
         for token_id in after:
             self._decoder.step(tokenizer, token_id)
@@ -238,9 +326,9 @@ class TextStream:
         """The rest: text held back for a stop that did not come, and broken characters."""
         if self.is_stopped:
             return ""
-        whole = self._codec.decode(self._token_ids)
+        whole = self._decode(self._token_ids)
         if not whole.startswith(self._text):
-            whole = self._text + self._codec.decode(self._token_ids[self._num_decoded :])
+            whole = self._text + self._decode(self._token_ids[self._num_decoded :])
         self._text = whole
         rest, self._shown = self._text[self._shown :], len(self._text)
         return rest
@@ -251,10 +339,13 @@ class TextStream:
         Vocabularies with a token for each byte decode a run of bytes as a whole: a letter that was
         shown already is none any more when a byte behind it breaks the run. It stays as shown.
         """
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._decoder = DecodeStream(skip_special_tokens=not self._shows_special_tokens)
         # The next token's text depends on the one before it.
         self._decoder.step(self._tokenizer, token_id)
-        return self._codec.decode(self._token_ids[self._num_decoded :])
+        return self._decode(self._token_ids[self._num_decoded :])
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._codec.decode(token_ids, shows_special_tokens=self._shows_special_tokens)
 
     def _advance(self, num_new: int) -> str:
         if not self._stops:

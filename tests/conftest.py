@@ -30,6 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="let tests that measure something write it to benchmarks/results",
     )
+    parser.addoption(
+        "--write-readme",
+        action="store_true",
+        help="let the tests of README's tables write them",
+    )
     parser.addoption("--crash-seed", type=int, help="kill by this plan instead of a new one")
 
 

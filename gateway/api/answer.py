@@ -1,15 +1,17 @@
 """What chat and completions do alike with a generation: headers, waiting, leaving."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from litestar import Request
 
 from engine.protocol import TokenLogprob
+from gateway.choices import Delta, FinishReason, StoppedBy
 from gateway.embeddings import Embedding
 from gateway.errors import GatewayError
-from gateway.inference import Delta, FinishReason, Generation, StoppedBy
+from gateway.inference import Generation
 
 
 class ClientGone(GatewayError):
@@ -20,7 +22,7 @@ class ClientGone(GatewayError):
 
 @dataclass(frozen=True, slots=True)
 class WholeAnswer:
-    """All deltas of a generation put together."""
+    """All deltas of one choice put together."""
 
     text: str
     token_ids: list[int]
@@ -28,6 +30,10 @@ class WholeAnswer:
     finish_reason: FinishReason
     # Where money ended it.
     stopped_by: StoppedBy | None
+    # The token that ended it, which `token_ids` leave out.
+    end_token_id: int | None
+    # Of its prompt's tokens but the first, where it was asked for them.
+    prompt_logprobs: list[TokenLogprob] | None
 
 
 def answer_headers(generation: Generation | Embedding) -> dict[str, str]:
@@ -40,8 +46,8 @@ def answer_headers(generation: Generation | Embedding) -> dict[str, str]:
     return headers
 
 
-async def collect(request: Request[Any, Any, Any], generation: Generation) -> WholeAnswer:
-    """Wait for the whole answer, or leave it as soon as the client hangs up.
+async def collect(request: Request[Any, Any, Any], generation: Generation) -> list[WholeAnswer]:
+    """Wait for all choices to be whole, or leave them as soon as the client hangs up.
 
     Raises ClientGone then, and what `Generation.deltas` raises.
     """
@@ -75,16 +81,25 @@ async def wait_unless_gone(
         await asyncio.wait({gone})
 
 
-async def _put_together(generation: Generation) -> WholeAnswer:
-    deltas: list[Delta] = [delta async for delta in generation.deltas()]
-    finish_reason = deltas[-1].finish_reason
-    assert finish_reason is not None, "the last delta has a finish reason"
+async def _put_together(generation: Generation) -> list[WholeAnswer]:
+    parts: list[list[Delta]] = [[] for _ in range(generation.num_choices)]
+    async for delta in generation.deltas():
+        parts[delta.index].append(delta)
+    return [_whole(deltas) for deltas in parts]
+
+
+def _whole(deltas: Sequence[Delta]) -> WholeAnswer:
+    last = next(delta for delta in reversed(deltas) if delta.finish_reason is not None)
+    assert last.finish_reason is not None
+    told = (delta.prompt_logprobs for delta in deltas)
     return WholeAnswer(
         text="".join(delta.text for delta in deltas),
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
         logprobs=[logprob for delta in deltas for logprob in delta.logprobs],
-        finish_reason=finish_reason,
-        stopped_by=generation.stopped_by,
+        finish_reason=last.finish_reason,
+        stopped_by=last.stopped_by,
+        end_token_id=last.end_token_id,
+        prompt_logprobs=next((each for each in told if each is not None), None),
     )
 
 

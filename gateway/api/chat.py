@@ -1,6 +1,6 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -10,21 +10,28 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 from litestar.response import Stream
 
+from engine.protocol import TokenLogprob
 from gateway.api.answer import WholeAnswer, answer_headers, collect
 from gateway.api.attempts import Answering, Desk, finish_whole, replay
 from gateway.api.fields import (
     LogitBias,
     MaxCost,
+    Metadata,
     MinP,
     MinTokens,
+    NumAnswers,
+    NumLogprobs,
     NumTokens,
     Penalty,
     RepetitionPenalty,
     Seed,
+    ServedTier,
+    ServiceTier,
     StopString,
     StopStrings,
     StreamOptions,
     Temperature,
+    TemplateVariables,
     TokenIds,
     TopK,
     TopP,
@@ -32,8 +39,17 @@ from gateway.api.fields import (
     User,
     end_user,
     given_fields,
+    priority_of,
     refuse_unserved,
+    served_tier,
     stop_strings,
+)
+from gateway.api.prompts import (
+    PromptLogprobs,
+    check_prompt_logprobs,
+    prompt_logprobs,
+    spelled,
+    told_token_ids,
 )
 from gateway.api.sse import DONE, EventMould, event, event_stream
 from gateway.api.structured import (
@@ -43,17 +59,12 @@ from gateway.api.structured import (
     StructuredOutputs,
     asked_grammar,
 )
-from gateway.auth import caller_of
+from gateway.auth import Principal, caller_of
+from gateway.choices import Delta, FinishReason, StoppedBy
 from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
-from gateway.inference import (
-    Delta,
-    FinishReason,
-    Generation,
-    GenerationRequest,
-    StoppedBy,
-)
-from gateway.text import TextCodec
+from gateway.inference import Generation, GenerationRequest
+from gateway.text import Ending, TextCodec
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,7 +115,9 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    top_logprobs: NumLogprobs | None = None
+    # So many answers to the one conversation, which is paid for once.
+    n: NumAnswers | None = None
     # What the answer has to look like; at most one of these. It goes before `min_tokens`.
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -116,25 +129,49 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     max_cost: MaxCost | None = None
     # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.
     user: User | None = None
-    # Accepted for the client's own use; they change nothing here.
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    # The newer word for it.
+    safety_identifier: User | None = None
+    # Comes back with a whole answer.
+    metadata: Metadata | None = None
+    # A hint where to look for the prompt's beginning. There is one place to look.
+    prompt_cache_key: Annotated[str, msgspec.Meta(max_length=512)] | None = None
+    # Who may wait, and who may not be kept waiting.
+    service_tier: ServiceTier | None = None
+    # What the chat template is told, and how it ends the prompt.
+    chat_template_kwargs: TemplateVariables | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    # What is shown, and told beside the text.
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: NumLogprobs | None = None
+    return_token_ids: bool | None = None
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
     audio: Any | None = None
     function_call: Any | None = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None
-    n: int | None = None
+    moderation: Any | None = None
     parallel_tool_calls: bool | None = None
     prediction: Any | None = None
+    prompt_cache_options: Any | None = None
+    prompt_cache_retention: str | None = None
     reasoning_effort: str | None = None
-    service_tier: str | None = None
     store: bool | None = None
     tool_choice: Any | None = None
     tools: list[Any] | None = None
     verbosity: str | None = None
     web_search_options: Any | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    chat_template: str | None = None
+    documents: list[Any] | None = None
+    include_stop_str_in_output: bool | None = None
+    length_penalty: float | None = None
+    priority: int | None = None
+    return_tokens_as_token_ids: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    use_beam_search: bool | None = None
 
 
 class ChatTopLogprob(msgspec.Struct, frozen=True):
@@ -167,6 +204,8 @@ class ChatChoice(msgspec.Struct, frozen=True):
     index: int = 0
     # Ours: what ended the answer, where that was money.
     stopped_by: StoppedBy | msgspec.UnsetType = msgspec.UNSET
+    # vLLM's, with the one that ended the answer.
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
@@ -178,6 +217,11 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    service_tier: ServedTier | msgspec.UnsetType = msgspec.UNSET
+    metadata: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    # vLLM's.
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -191,6 +235,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     logprobs: ChatLogprobs | None = None
     index: int = 0
     stopped_by: StoppedBy | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True):
@@ -202,6 +247,9 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True):
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    service_tier: ServedTier | msgspec.UnsetType = msgspec.UNSET
+    # vLLM's, in the first chunk.
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 @post(
@@ -218,7 +266,8 @@ async def chat_completions(
     desk: NamedDependency[Desk],
 ) -> Response[ChatCompletion] | Stream:
     """Answer a conversation with a base model or one of the caller's adapters."""
-    principal, asked = caller_of(request), _read(data)
+    principal = caller_of(request)
+    asked = _read(data, principal)
     answering = await desk.attempts.begin(request, principal, is_streamed=asked.is_streamed)
     if isinstance(answering, KeptAnswer):
         return replay(answering)
@@ -241,7 +290,7 @@ async def chat_completions(
     )
 
 
-def _read(data: ChatCompletionRequest) -> GenerationRequest:
+def _read(data: ChatCompletionRequest, principal: Principal) -> GenerationRequest:
     refuse_unserved(data)
     for number, message in enumerate(data.messages):
         refuse_unserved(message, place=f"messages[{number}].")
@@ -249,11 +298,12 @@ def _read(data: ChatCompletionRequest) -> GenerationRequest:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
     if data.top_logprobs is not None and not data.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
+    check_prompt_logprobs(data.prompt_logprobs, is_streamed=bool(data.stream))
     return GenerationRequest(
         endpoint="chat.completions",
         model=data.model,
-        user=end_user(data.user),
-        prompt=[message.for_template() for message in data.messages],
+        user=end_user(data.user or data.safety_identifier),
+        prompts=[[message.for_template() for message in data.messages]],
         is_streamed=bool(data.stream),
         max_tokens=data.max_completion_tokens or data.max_tokens,
         temperature=data.temperature,
@@ -270,10 +320,34 @@ def _read(data: ChatCompletionRequest) -> GenerationRequest:
         stop_token_ids=tuple(data.stop_token_ids or ()),
         ignore_eos=bool(data.ignore_eos),
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
+        prompt_logprobs=data.prompt_logprobs,
+        num_choices=data.n or 1,
+        ending=_ending(data),
+        template_variables=data.chat_template_kwargs or {},
+        shows_special_tokens=data.skip_special_tokens is False,
+        tells_token_ids=bool(data.return_token_ids),
+        priority=priority_of(data.service_tier, principal),
         max_cost_nano=data.max_cost,
         fields=partial(given_fields, data),
         grammar=asked_grammar(data),
     )
+
+
+def _ending(data: ChatCompletionRequest) -> Ending:
+    if not data.continue_final_message:
+        return Ending.PLAIN if data.add_generation_prompt is False else Ending.ASKING
+    if data.add_generation_prompt:
+        raise InvalidRequest(
+            "'continue_final_message' and 'add_generation_prompt' exclude each other: the answer"
+            " goes on with a message, or begins one.",
+            param="add_generation_prompt",
+        )
+    if data.messages[-1].role != "assistant":
+        raise InvalidRequest(
+            "'continue_final_message' needs a last message with the role assistant.",
+            param="continue_final_message",
+        )
+    return Ending.CONTINUING
 
 
 def _id(generation: Generation) -> str:
@@ -283,26 +357,55 @@ def _id(generation: Generation) -> str:
 async def _whole(
     generation: Generation,
     data: ChatCompletionRequest,
-    answer: WholeAnswer,
+    answers: Sequence[WholeAnswer],
     answering: Answering,
 ) -> Response[ChatCompletion]:
-    bill = generation.bill()
-    logprobs = _logprobs(generation.codec, answer) if data.logprobs else None
+    [prompt], told = generation.prompts, answers[0].prompt_logprobs
+    try:
+        of_prompt = await _of_prompt(generation.codec, data, prompt, told)
+    except BaseException:
+        generation.leave()
+        raise
     completion = ChatCompletion(
         id=_id(generation),
         created=int(generation.created.timestamp()),
         model=data.model,
         choices=[
-            ChatChoice(
-                AssistantMessage(answer.text),
-                answer.finish_reason,
-                logprobs,
-                stopped_by=answer.stopped_by or msgspec.UNSET,
-            )
+            _choice(generation.codec, data, answer, index=index)
+            for index, answer in enumerate(answers)
         ],
-        usage=Usage.of(bill),
+        usage=Usage.of(generation.bill()),
+        service_tier=served_tier(data.service_tier) or msgspec.UNSET,
+        metadata=msgspec.UNSET if data.metadata is None else data.metadata,
+        prompt_token_ids=list(prompt) if data.return_token_ids else msgspec.UNSET,
+        prompt_logprobs=of_prompt,
     )
     return await finish_whole(generation, completion, answering)
+
+
+async def _of_prompt(
+    codec: TextCodec,
+    data: ChatCompletionRequest,
+    prompt: Sequence[int],
+    told: Sequence[TokenLogprob] | None,
+) -> PromptLogprobs | msgspec.UnsetType:
+    if told is None or data.prompt_logprobs is None:
+        return msgspec.UNSET
+    make = partial(prompt_logprobs, codec, prompt, told, num_top=data.prompt_logprobs)
+    return await spelled(make, told)
+
+
+def _choice(
+    codec: TextCodec, data: ChatCompletionRequest, answer: WholeAnswer, *, index: int
+) -> ChatChoice:
+    return ChatChoice(
+        AssistantMessage(answer.text),
+        answer.finish_reason,
+        _logprobs(codec, answer) if data.logprobs else None,
+        index=index,
+        stopped_by=answer.stopped_by or msgspec.UNSET,
+        token_ids=told_token_ids(answer) if data.return_token_ids else msgspec.UNSET,
+    )
 
 
 async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncIterator[bytes]:
@@ -312,27 +415,54 @@ async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncI
         created=int(generation.created.timestamp()),
         model=data.model,
         choices=[],
+        service_tier=served_tier(data.service_tier) or msgspec.UNSET,
     )
     mould = EventMould(bare)
-    opening = mould.cast(ChatChunkChoice(ChatDelta(role="assistant", content="")))
+    opening = _opening(generation, data, bare)
     async for delta in generation.deltas():
         chunks, opening = opening, b""
-        if delta.text or delta.logprobs:
+        token_ids = told_token_ids(delta) if data.return_token_ids else msgspec.UNSET
+        if delta.text or delta.logprobs or token_ids:
             logprobs = _logprobs(generation.codec, delta) if data.logprobs else None
-            chunks += mould.cast(ChatChunkChoice(ChatDelta(content=delta.text), logprobs=logprobs))
+            chunks += mould.cast(
+                ChatChunkChoice(
+                    ChatDelta(content=delta.text),
+                    logprobs=logprobs,
+                    index=delta.index,
+                    token_ids=token_ids,
+                )
+            )
         if delta.finish_reason:
-            bill = generation.finish()
+            bill = generation.finish() if generation.is_over else None
             chunks += mould.cast(
                 ChatChunkChoice(
                     ChatDelta(),
                     finish_reason=delta.finish_reason,
-                    stopped_by=generation.stopped_by or msgspec.UNSET,
+                    index=delta.index,
+                    stopped_by=delta.stopped_by or msgspec.UNSET,
                 )
             )
-            if data.stream_options and data.stream_options.include_usage:
-                chunks += event(msgspec.structs.replace(bare, usage=Usage.of(bill)))
-            chunks += DONE
+            if bill is not None:
+                if data.stream_options and data.stream_options.include_usage:
+                    chunks += event(msgspec.structs.replace(bare, usage=Usage.of(bill)))
+                chunks += DONE
         yield chunks
+
+
+def _opening(
+    generation: Generation, data: ChatCompletionRequest, bare: ChatCompletionChunk
+) -> bytes:
+    """Says who speaks, in each of the choices."""
+    first = bare
+    if data.return_token_ids:
+        [prompt] = generation.prompts
+        first = msgspec.structs.replace(bare, prompt_token_ids=list(prompt))
+    return b"".join(
+        EventMould(bare if index else first).cast(
+            ChatChunkChoice(ChatDelta(role="assistant", content=""), index=index)
+        )
+        for index in range(generation.num_choices)
+    )
 
 
 def _logprobs(codec: TextCodec, answer: Delta | WholeAnswer) -> ChatLogprobs:

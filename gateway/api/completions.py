@@ -1,8 +1,9 @@
 """POST /v1/completions."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from itertools import accumulate
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from litestar import Request, Response, post
@@ -10,13 +11,17 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 from litestar.response import Stream
 
+from engine.protocol import TokenLogprob
 from gateway.api.answer import WholeAnswer, answer_headers, collect
 from gateway.api.attempts import Answering, Desk, finish_whole, replay
 from gateway.api.fields import (
+    MAX_ANSWERS,
     LogitBias,
     MaxCost,
     MinP,
     MinTokens,
+    NumAnswers,
+    NumLogprobs,
     NumTokens,
     Penalty,
     RepetitionPenalty,
@@ -25,6 +30,7 @@ from gateway.api.fields import (
     StopStrings,
     StreamOptions,
     Temperature,
+    TokenId,
     TokenIds,
     TopK,
     TopP,
@@ -35,6 +41,13 @@ from gateway.api.fields import (
     refuse_unserved,
     stop_strings,
 )
+from gateway.api.prompts import (
+    PromptLogprobs,
+    check_prompt_logprobs,
+    prompt_logprobs,
+    spelled,
+    told_token_ids,
+)
 from gateway.api.sse import DONE, EventMould, event, event_stream
 from gateway.api.structured import (
     Choices,
@@ -44,27 +57,21 @@ from gateway.api.structured import (
     asked_grammar,
 )
 from gateway.auth import caller_of
+from gateway.choices import Delta, FinishReason, StoppedBy
 from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
-from gateway.inference import (
-    Delta,
-    FinishReason,
-    Generation,
-    GenerationRequest,
-    StoppedBy,
-    TokenPrompt,
-)
-from gateway.text import TextCodec
+from gateway.inference import Generation, GenerationRequest, Prompt, TokenPrompt
 
 # OpenAI's own default for this endpoint.
 DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """OpenAI's completion request for one prompt, as text or as token ids."""
+    """OpenAI's completion request, for one prompt or several, as text or as token ids."""
 
     model: str
-    prompt: str | TokenIds
+    # One text or its token ids, or a list of one kind: a list within a list is a prompt's ids.
+    prompt: str | Annotated[list[str | TokenId | TokenIds], msgspec.Meta(max_length=1_000_000)]
     max_tokens: NumTokens | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -81,7 +88,13 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    logprobs: NumLogprobs | None = None
+    # So many answers to each prompt, which is paid for once. All of them come back, so the best of
+    # more cannot be chosen.
+    n: NumAnswers | None = None
+    best_of: NumAnswers | None = None
+    # Begin each answer with its prompt, and its log-probabilities with those of the prompt.
+    echo: bool | None = None
     # What the answer has to look like; at most one of these. It goes before `min_tokens`.
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -93,20 +106,31 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     max_cost: MaxCost | None = None
     # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.
     user: User | None = None
+    # What is shown, and told beside the text.
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: NumLogprobs | None = None
+    return_token_ids: bool | None = None
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
-    best_of: int | None = None
-    echo: bool | None = None
-    n: int | None = None
     suffix: str | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    length_penalty: float | None = None
+    priority: int | None = None
+    return_tokens_as_token_ids: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    use_beam_search: bool | None = None
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
     """Parallel lists, one entry a token, as this endpoint has always had them."""
 
     tokens: list[str]
-    token_logprobs: list[float]
+    # Null for the first token of a prompt, of which nothing can be said.
+    token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float]]
-    # Where each token's text begins, counted in characters from the answer's first.
+    # Where each token's text begins, counted in characters from the choice's first.
     text_offset: list[int]
 
 
@@ -117,6 +141,11 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     index: int = 0
     # Ours: what ended the answer, where that was money.
     stopped_by: StoppedBy | msgspec.UnsetType = msgspec.UNSET
+    # vLLM's; of a stream, the prompt's are in the first chunk of the choice. The answer's are with
+    # the one that ended it.
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -169,15 +198,25 @@ async def completions(
 
 def _read(data: CompletionRequest) -> GenerationRequest:
     refuse_unserved(data)
-    if not data.prompt:
-        raise InvalidRequest("'prompt' is empty: give at least one token.", param="prompt")
+    prompts = _prompts(data.prompt)
     if data.stream_options is not None and not data.stream:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+    if data.best_of is not None and data.best_of != (data.n or 1):
+        raise InvalidRequest(
+            "'best_of' is supported where it equals 'n': all answers come back.", param="best_of"
+        )
+    if len(prompts) * (data.n or 1) > MAX_ANSWERS:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts with {data.n or 1} answers each are more than the"
+            f" {MAX_ANSWERS} answers that a request may have: ask for fewer.",
+            param="n" if len(prompts) <= MAX_ANSWERS else "prompt",
+        )
+    check_prompt_logprobs(data.prompt_logprobs, is_streamed=bool(data.stream))
     return GenerationRequest(
         endpoint="completions",
         model=data.model,
         user=end_user(data.user),
-        prompt=data.prompt if isinstance(data.prompt, str) else TokenPrompt(data.prompt),
+        prompts=prompts,
         is_streamed=bool(data.stream),
         max_tokens=data.max_tokens or DEFAULT_MAX_TOKENS,
         temperature=data.temperature,
@@ -194,10 +233,38 @@ def _read(data: CompletionRequest) -> GenerationRequest:
         stop_token_ids=tuple(data.stop_token_ids or ()),
         ignore_eos=bool(data.ignore_eos),
         logprobs=data.logprobs,
+        prompt_logprobs=_num_of_prompt(data),
+        num_choices=data.n or 1,
+        shows_special_tokens=data.skip_special_tokens is False,
+        tells_token_ids=bool(data.return_token_ids),
         max_cost_nano=data.max_cost,
         fields=partial(given_fields, data),
         grammar=asked_grammar(data),
     )
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
+    """Raises InvalidRequest for what is empty, and for a list of several kinds."""
+    if not prompt or (isinstance(prompt, list) and not all(each or each == 0 for each in prompt)):
+        raise InvalidRequest("'prompt' is empty: give at least one token.", param="prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(each) for each in prompt}
+    if kinds == {int}:
+        return [TokenPrompt(cast(list[int], prompt))]
+    if kinds == {str}:
+        return cast(list[Prompt], prompt)
+    if kinds == {list}:
+        return [TokenPrompt(each) for each in cast(list[list[int]], prompt)]
+    raise InvalidRequest(
+        "'prompt' must be a text, token ids, or a list of one of these kinds.", param="prompt"
+    )
+
+
+def _num_of_prompt(data: CompletionRequest) -> int | None:
+    """How many alternatives to ask for beside each prompt token."""
+    asked = [data.prompt_logprobs, data.logprobs if data.echo else None]
+    return max((each for each in asked if each is not None), default=None)
 
 
 def _completion(
@@ -216,58 +283,133 @@ def _completion(
 
 
 async def _whole(
-    generation: Generation, data: CompletionRequest, answer: WholeAnswer, answering: Answering
+    generation: Generation,
+    data: CompletionRequest,
+    answers: Sequence[WholeAnswer],
+    answering: Answering,
 ) -> Response[Completion]:
-    bill = generation.bill()
-    logprobs = None if data.logprobs is None else _logprobs(generation.codec, answer, offset=0)
-    choice = CompletionChoice(
-        answer.text,
-        answer.finish_reason,
-        logprobs,
-        stopped_by=answer.stopped_by or msgspec.UNSET,
-    )
-    completion = _completion(generation, data, choice, usage=Usage.of(bill))
+    try:
+        choices = [
+            await _spell_whole(generation, data, answers, index) for index in range(len(answers))
+        ]
+    except BaseException:
+        generation.leave()
+        raise
+    usage = Usage.of(generation.bill())
+    completion = _completion(generation, data, *choices, usage=usage)
     return await finish_whole(generation, completion, answering)
+
+
+async def _spell_whole(
+    generation: Generation, data: CompletionRequest, answers: Sequence[WholeAnswer], index: int
+) -> CompletionChoice:
+    # The first of those to one prompt was asked about it for all of them.
+    told = answers[index - index % (data.n or 1)].prompt_logprobs
+    speller = _Speller(generation, data, index)
+    return await spelled(partial(speller.spell, answers[index], told=told), told)
 
 
 async def _events(generation: Generation, data: CompletionRequest) -> AsyncIterator[bytes]:
     """The chunks of each delta, in one piece."""
     bare = _completion(generation, data)
     mould = EventMould(bare)
-    offset = 0
+    spellers = [_Speller(generation, data, index) for index in range(generation.num_choices)]
     async for delta in generation.deltas():
-        if not (delta.text or delta.finish_reason or delta.logprobs):
+        has_ids = data.return_token_ids and delta.token_ids
+        if not (delta.text or delta.finish_reason or delta.logprobs or has_ids):
             yield b""
             continue
-        bill = generation.finish() if delta.finish_reason else None
-        logprobs = (
-            None if data.logprobs is None else _logprobs(generation.codec, delta, offset=offset)
+        choice = await spelled(
+            partial(spellers[delta.index].spell, delta, told=delta.prompt_logprobs),
+            delta.prompt_logprobs,
         )
-        offset += len(delta.text)
-        chunks = mould.cast(
-            CompletionChoice(
-                delta.text,
-                delta.finish_reason,
-                logprobs,
-                stopped_by=generation.stopped_by or msgspec.UNSET,
-            )
-        )
-        if bill:
+        bill = generation.finish() if generation.is_over else None
+        chunks = mould.cast(choice)
+        if bill is not None:
             if data.stream_options and data.stream_options.include_usage:
                 chunks += event(msgspec.structs.replace(bare, usage=Usage.of(bill)))
             chunks += DONE
         yield chunks
 
 
-def _logprobs(codec: TextCodec, answer: Delta | WholeAnswer, *, offset: int) -> CompletionLogprobs:
-    tokens = [codec.token_text(token_id) for token_id in answer.token_ids]
-    offsets = [offset + sum(map(len, tokens[:place])) for place in range(len(tokens))]
-    return CompletionLogprobs(
-        tokens=tokens,
-        token_logprobs=[found.logprob for found in answer.logprobs],
-        top_logprobs=[
-            {codec.token_text(other): logprob for other, logprob in found.top}
-            for found in answer.logprobs
-        ],
-        text_offset=offsets,
-    )
+class _Speller:
+    """Mutable: spells one choice, whole or in pieces, of which the first has the prompt's part."""
+
+    def __init__(self, generation: Generation, data: CompletionRequest, index: int) -> None:
+        self._codec = generation.codec
+        self._data = data
+        self._index = index
+        self._prompt = generation.prompt_of(index)
+        self._is_first = True
+        # Characters of the text before the next piece.
+        self._offset = 0
+
+    def spell(
+        self, piece: Delta | WholeAnswer, *, told: Sequence[TokenLogprob] | None
+    ) -> CompletionChoice:
+        """`told` is what was told of the prompt."""
+        data, is_first, self._is_first = self._data, self._is_first, False
+        echo = self._echo() if is_first and data.echo else ""
+        logprobs = None
+        if data.logprobs is not None:
+            logprobs = self._logprobs(piece, echo, told=(told if is_first and data.echo else None))
+        self._offset += len(echo) + len(piece.text)
+        return CompletionChoice(
+            echo + piece.text,
+            piece.finish_reason,
+            logprobs,
+            index=self._index,
+            stopped_by=piece.stopped_by or msgspec.UNSET,
+            prompt_token_ids=(
+                list(self._prompt) if is_first and data.return_token_ids else msgspec.UNSET
+            ),
+            token_ids=told_token_ids(piece) if data.return_token_ids else msgspec.UNSET,
+            prompt_logprobs=(
+                msgspec.UNSET
+                if told is None or data.prompt_logprobs is None
+                else prompt_logprobs(self._codec, self._prompt, told, num_top=data.prompt_logprobs)
+            ),
+        )
+
+    def _echo(self) -> str:
+        """The prompt as it came, where it came as a text."""
+        prompt = self._data.prompt
+        if isinstance(prompt, str):
+            return prompt
+        one = prompt[self._index // (self._data.n or 1)] if isinstance(prompt[0], str) else None
+        if isinstance(one, str):
+            return one
+        shows_special_tokens = self._data.skip_special_tokens is False
+        return self._codec.decode(self._prompt, shows_special_tokens=shows_special_tokens)
+
+    def _logprobs(
+        self, piece: Delta | WholeAnswer, echo: str, *, told: Sequence[TokenLogprob] | None
+    ) -> CompletionLogprobs:
+        answered = self._listed(piece.token_ids, piece.logprobs, offset=self._offset + len(echo))
+        if told is None:
+            return answered
+        asked = self._listed(self._prompt, [None, *told], offset=self._offset)
+        return CompletionLogprobs(
+            *(getattr(asked, name) + getattr(answered, name) for name in asked.__struct_fields__)
+        )
+
+    def _listed(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprob | None],
+        *,
+        offset: int,
+    ) -> CompletionLogprobs:
+        codec, num_top = self._codec, self._data.logprobs
+        tokens = [codec.token_text(token_id) for token_id in token_ids]
+        return CompletionLogprobs(
+            tokens=tokens,
+            token_logprobs=[None if found is None else found.logprob for found in logprobs],
+            top_logprobs=[
+                {codec.token_text(other): logprob for other, logprob in found.top[:num_top]}
+                if found
+                else {}
+                for found in logprobs
+            ],
+            text_offset=list(accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else [],
+        )

@@ -8,7 +8,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
 from gateway.api.chat import ChatMessage
-from gateway.api.fields import MaxCost, NumTokens, TokenIds, refuse_unserved
+from gateway.api.fields import MaxCost, NumAnswers, NumTokens, TokenIds, refuse_unserved
 from gateway.auth import Principal
 from gateway.errors import GatewayError, InvalidRequest, LimitReached
 from gateway.inference import Inference, Prompt, TokenPrompt
@@ -23,6 +23,7 @@ class EstimateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # The rest of the context where it is left out.
     max_tokens: NumTokens | None = None
     max_cost: MaxCost | None = None
+    n: NumAnswers | None = None
 
 
 class WhyNot(msgspec.Struct, frozen=True):
@@ -39,6 +40,7 @@ class EstimateView(msgspec.Struct, frozen=True):
 
     model: str
     prompt_tokens: int
+    # Of all answers together.
     max_output_tokens: int
     # What the prompt alone costs at most, and with all of the output.
     prompt_cost_nano: int
@@ -69,6 +71,7 @@ async def estimate(
         prompt=_prompt(data),
         max_tokens=data.max_tokens,
         max_cost_nano=data.max_cost,
+        num_choices=data.n or 1,
     )
     refusal = found.refusal
     return EstimateView(

@@ -4,11 +4,13 @@ A field that is known but not served is accepted where its value changes nothing
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from functools import cache
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from gateway.errors import InvalidRequest
+from gateway.auth import PRIORITY, Principal
+from gateway.errors import InvalidRequest, NotAllowed
 from gateway.prices import Bill
 
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
@@ -28,48 +30,117 @@ StopStrings = Annotated[list[StopString], msgspec.Meta(max_length=16)]
 MaxCost = Annotated[int, msgspec.Meta(ge=1, le=10**18)]
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 User = Annotated[str, msgspec.Meta(max_length=512)]
-TokenIds = Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=1_000_000)]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
+TokenIds = Annotated[list[TokenId], msgspec.Meta(max_length=1_000_000)]
+# OpenAI's own bound; over all prompts of a request here.
+MAX_ANSWERS = 128
+NumAnswers = Annotated[int, msgspec.Meta(ge=1, le=MAX_ANSWERS)]
+NumLogprobs = Annotated[int, msgspec.Meta(ge=0, le=20)]
+# OpenAI's own bounds.
+Metadata = Annotated[
+    dict[Annotated[str, msgspec.Meta(max_length=64)], Annotated[str, msgspec.Meta(max_length=512)]],
+    msgspec.Meta(max_length=16),
+]
+TemplateVariables = Annotated[dict[str, Any], msgspec.Meta(max_length=64)]
+ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
+ServedTier = Literal["default", "flex", "priority"]
 
-# Known fields that are not served, with the values that change nothing.
+# Known fields that are not served, with the values beside null that change nothing: what the API
+# that they come from does where nothing is said.
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "best_of": (None, 1),
-    "dimensions": (None,),
-    "echo": (None, False),
-    "function_call": (None,),
-    "functions": (None, []),
-    "modalities": (None, ["text"]),
-    "n": (None, 1),
-    "parallel_tool_calls": (None, True),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None,),
-    "tool_calls": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "verbosity": (None,),
-    "web_search_options": (None,),
+    # OpenAI's
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True,),
+    "prediction": (),
+    "prompt_cache_options": ({}, {"mode": "implicit"}),
+    "prompt_cache_retention": ("in_memory",),
+    "reasoning_effort": (),
+    "store": (False,),
+    "suffix": (),
+    "tool_calls": ([],),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # vLLM's
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "documents": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "priority": (0,),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
 }
+
+
+@cache
+def _not_served(kind: type[msgspec.Struct]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    return tuple(
+        (name, NEUTRAL_VALUES[name]) for name in kind.__struct_fields__ if name in NEUTRAL_VALUES
+    )
 
 
 def refuse_unserved(body: msgspec.Struct, *, place: str = "") -> None:
     """Raise InvalidRequest naming the first field whose value would have to change the answer."""
-    for name in body.__struct_fields__:
-        neutral = NEUTRAL_VALUES.get(name)
+    for name, neutral in _not_served(type(body)):
         value = getattr(body, name)
-        if neutral is not None and not any(value == other for other in neutral):
+        if value is not None and value not in neutral:
             raise InvalidRequest(
                 f"'{place}{name}' is not supported with this value: leave it out.",
                 param=f"{place}{name}",
             )
 
 
+# OpenAI's tiers as classes of the engine's, which are strict: the least goes first.
+_CLASSES: Mapping[str, tuple[ServedTier, int]] = {
+    "auto": ("default", 0),
+    "default": ("default", 0),
+    "flex": ("flex", 10),
+    "priority": ("priority", -10),
+    "fast": ("priority", -10),
+}
+
+
+def served_tier(asked: ServiceTier | None) -> ServedTier | None:
+    """What an answer says; nothing to those who said nothing."""
+    return None if asked is None else _CLASSES[asked][0]
+
+
+def priority_of(asked: ServiceTier | None, principal: Principal) -> int:
+    """Raises NotAllowed where the key may not go before others."""
+    priority = _CLASSES[asked or "auto"][1]
+    if priority < 0 and PRIORITY not in principal.scopes:
+        raise NotAllowed(
+            f"'service_tier' {asked!r} needs a key with the scope {PRIORITY!r}, which operators"
+            " give: leave it out.",
+            param="service_tier",
+        )
+    return priority
+
+
+# Where nothing is said they are true, so it is false that says something.
+_TRUE_BY_DEFAULT = frozenset(
+    {"add_generation_prompt", "parallel_tool_calls", "skip_special_tokens"}
+)
+
+
 def given_fields(body: msgspec.Struct) -> frozenset[str]:
-    """The names of the fields that the client gave; null and false are as if it had not."""
+    """The names of the fields that the client gave; null and a switch left as it is are as if it
+    had not."""
     given = msgspec.structs.asdict(body).items()
-    return frozenset(name for name, value in given if value is not None and value is not False)
+    return frozenset(
+        name
+        for name, value in given
+        if value is not None and value is not (name in _TRUE_BY_DEFAULT)
+    )
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

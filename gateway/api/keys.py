@@ -31,6 +31,7 @@ class NewKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     role: str | None = None
+    # `priority`, which is in no role, lets a key ask for the service tier of that name.
     scopes: list[str] | None = None
     expires_at: datetime.datetime | None = None
     # Names of models, in which * stands for anything; all where it is left out.

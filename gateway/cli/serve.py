@@ -156,6 +156,14 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
     metavar="NANO_USD",
     help="Most that a tenant gets back in a day for streams that it left and asked for again.",
 )
+@click.option(
+    "--unknown-fields",
+    type=click.Choice(["refuse", "report"]),
+    default="refuse",
+    show_default=True,
+    help="What becomes of requests with fields that are not known here: a 400, or an answer that "
+    "names them in the header x-ignored-fields.",
+)
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
 @click.option(
@@ -210,6 +218,7 @@ def serve(
     trusted_proxies: tuple[Network, ...],
     webhook_networks: tuple[Network, ...],
     credit_retries: int,
+    unknown_fields: str,
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -237,6 +246,7 @@ def serve(
         trusted_proxies=trusted_proxies,
         webhook_networks=webhook_networks,
         max_retry_credit_nano=credit_retries,
+        reports_unknown_fields=unknown_fields == "report",
     )
 
     async def ready(supervisor: Supervisor) -> None:

@@ -15,6 +15,8 @@ from gateway.policies.patterns import Pattern, compile_input, compile_output, fi
 
 # What every request has.
 ALWAYS_ALLOWED = frozenset({"model", "messages", "prompt", "input"})
+# What they tell would spell the text that is held back.
+SPELLING_FIELDS = frozenset({"logprobs", "return_token_ids"})
 MAX_TOKENS_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
 # Instructions times characters up to which a search stays on the event loop: 4 ms at worst.
 MAX_WORK_HERE = 1_000_000
@@ -78,13 +80,13 @@ class Rules:
                 param=name,
                 policy_rule=f"parameters/{name}",
             )
-        if "logprobs" in fields and (self.deny_output or self._is_answer_moderated):
-            # They would spell the text that is held back.
+        spelling = sorted(fields & SPELLING_FIELDS)
+        if spelling and (self.deny_output or self._is_answer_moderated):
             raise PolicyViolation(
-                "The policy reads answers before they are sent, so 'logprobs' cannot be had: leave"
-                " it out.",
-                param="logprobs",
-                policy_rule="parameters/logprobs",
+                f"The policy reads answers before they are sent, so '{spelling[0]}' cannot be had:"
+                " leave it out.",
+                param=spelling[0],
+                policy_rule=f"parameters/{spelling[0]}",
             )
 
     @property

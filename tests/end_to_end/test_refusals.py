@@ -115,7 +115,7 @@ def test_a_huge_body_is_413(server):
     ("fields", "param"),
     [
         ({"extra_body": {"frobnicate": 1}}, "frobnicate"),
-        ({"n": 2}, "n"),
+        ({"n": 129}, "n"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json"}}, "response_format.type"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
@@ -126,7 +126,7 @@ def test_a_huge_body_is_413(server):
         ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty"),
         ({"extra_body": {"min_p": 1.5}}, "min_p"),
         ({"extra_body": {"min_tokens": 9}, "max_tokens": 8}, "min_tokens"),
-        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs"),
+        ({"extra_body": {"prompt_logprobs": 1}, "stream": True}, "prompt_logprobs"),
         ({"store": True}, "store"),
         ({"temperature": 2.5}, "temperature"),
         ({"top_p": 0}, "top_p"),

@@ -31,6 +31,7 @@ from engine.protocol import (
     SequenceEvent,
     SequenceState,
     TierReport,
+    TokenLogprob,
 )
 from engine.sequence import Sequence, SequenceKey, StepEvent
 from engine.server import EngineServer, bind
@@ -184,18 +185,36 @@ class EchoCore:
     def _advance(self, sequence: Sequence) -> StepEvent:
         if sequence.pool is not None:
             return self._pool(sequence, sequence.pool)
+        is_first = not sequence.num_generated_tokens
         token = sequence.token_ids[sequence.num_generated_tokens % sequence.num_prompt_tokens]
         sequence.token_ids.append(token)
         state = sequence.ending()
         if state.is_final:
             del self.running[sequence.key]
-        return _event(sequence, state, [token])
+        event = _event(sequence, state, [token])
+        asked = sequence.sampling.logprobs, sequence.sampling.prompt_logprobs
+        prompt = sequence.token_ids[1 : sequence.num_prompt_tokens]
+        return replace(
+            event,
+            logprobs=None if asked[0] is None else [_logprob(token, asked[0])],
+            prompt_logprobs=(
+                None
+                if asked[1] is None or not is_first
+                else [_logprob(each, asked[1]) for each in prompt]
+            ),
+        )
 
     def _pool(self, sequence: Sequence, pool: Pool) -> StepEvent:
         del self.running[sequence.key]
         is_mean = pool.num_skippable_tokens(2) == 0
         vector = struct.pack("<3f", is_mean, sequence.num_prompt_tokens, sequence.token_ids[0])
         return replace(_event(sequence, SequenceState.STOPPED, []), vector=vector)
+
+
+def _logprob(token_id: int, num_top: int) -> TokenLogprob:
+    """The token itself is the likeliest, and its successors follow it."""
+    top = [(token_id + place, -0.25 * (place + 1)) for place in range(num_top)]
+    return TokenLogprob(-0.25, top)
 
 
 def _event(sequence: Sequence, state: SequenceState, token_ids: list[int]) -> StepEvent:

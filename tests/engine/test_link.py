@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.client import EngineLink
+from engine.client import EngineLink, MergedStreams
 from engine.errors import EngineLost, EngineRefused, EngineUnreachable, SlowConsumer
 from engine.protocol import Abort, Frame, SequenceState
 from engine.sessions import LinkLimits
@@ -413,3 +413,31 @@ async def test_a_session_is_announced_when_the_engine_knows_nothing_of_what_was(
         await until(lambda: not worker._can_resume)
         wire.mend()
         await until(lambda: len(sessions) == 2)
+
+
+async def test_the_events_of_several_sequences_come_as_they_happen(echo: Engine) -> None:
+    async with link(echo.address) as worker:
+        lengths = (5, 1, 3)
+        streams = [worker.submit([9], sampling=greedy(length)) for length in lengths]
+        merged = MergedStreams(streams)
+        events = await collect(merged)
+        assert merged.next_event is None
+    assert [event.sequence_id for event in events[:3]] == [s.sequence_id for s in streams]
+    for stream, length in zip(streams, lengths, strict=True):
+        own = [event for event in events if event.sequence_id == stream.sequence_id]
+        assert [event.generated_tokens for event in own] == list(range(1, length + 1))
+        assert own[-1].state is SequenceState.LENGTH
+
+
+async def test_several_sequences_are_aborted_and_lost_together(echo: Engine) -> None:
+    async with link(echo.address) as worker:
+        merged = MergedStreams([worker.submit([9], sampling=greedy(10**6)) for _ in range(2)])
+        told = [await anext(merged) for _ in range(4)]
+        assert len({event.sequence_id for event in told}) == 2
+        merged.abort()
+        ends = [event for event in await collect(merged) if event.state.is_final]
+        assert [event.state for event in ends] == [SequenceState.ABORTED] * 2
+        lost = MergedStreams([worker.submit([9], sampling=greedy(10**6)) for _ in range(2)])
+        await anext(lost)
+    with pytest.raises(EngineLost):
+        await collect(lost)

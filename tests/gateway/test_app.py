@@ -33,6 +33,7 @@ def settings(tmp_path) -> Settings:
         webhook_networks=(ip_network("192.168.1.7/32"),),
         max_retry_credit_nano=10**9,
         supervisor_socket=tmp_path / "supervisor.sock",
+        reports_unknown_fields=True,
         parent_pid=17,
     )
 
@@ -57,6 +58,7 @@ def test_settings_survive_the_way_through_the_environment(settings):
         ("MANYLORA_PEPPER", "00"),
         ("MANYLORA_PEPPER", "new:" + "00" * 32),
         ("MANYLORA_TRUSTED_PROXIES", "10.0.0.1/8"),
+        ("MANYLORA_UNKNOWN_FIELDS", "ignore"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(settings, variable, value):

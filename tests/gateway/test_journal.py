@@ -369,6 +369,16 @@ def test_the_prompt_counts_once_whatever_the_number_of_sequences(journal: Journa
     assert (meter.prompt_tokens, meter.cached_tokens, meter.completion_tokens) == (50, 16, 11)
 
 
+def test_each_of_several_prompts_counts_once_an_answer_to_it_has_begun(journal: Journal) -> None:
+    request = a_request(sequence_ids=(1, 2, 3, 4), prompt_tokens=70, prompt_lengths=(50, 20))
+    meter = journal.opened(request)
+    journal.on_frame(frame_of((2, 1), cached=32))
+    assert (meter.prompt_tokens, meter.cached_tokens, meter.completion_tokens) == (50, 32, 1)
+    journal.on_frame(frame_of((1, 4), cached=0))
+    journal.on_frame(frame_of((3, 2), (4, 2), cached=16))
+    assert (meter.prompt_tokens, meter.cached_tokens, meter.completion_tokens) == (70, 16, 9)
+
+
 def test_no_token_means_no_prompt_to_pay_for(journal: Journal) -> None:
     request = a_request(sequence_ids=(1,))
     meter = journal.opened(request)
@@ -467,10 +477,16 @@ STEPS = st.lists(
 def test_a_replay_finds_what_the_meters_showed(
     tmp_path_factory: pytest.TempPathFactory, steps: Sequence[tuple[str, Any]]
 ) -> None:
-    """Three streamed requests of two sequences each, any order of events, then a kill."""
+    """Three streamed requests of two sequences each, any order of events, then a kill.
+
+    The first of them asks two prompts, the others one twice.
+    """
     directory = tmp_path_factory.mktemp("journal")
     journal = Journal.open(directory, max_segment_bytes=700)
-    requests = [a_request(sequence_ids=(2 * n, 2 * n + 1)) for n in range(3)]
+    requests = [
+        a_request(sequence_ids=(2 * n, 2 * n + 1), prompt_lengths=() if n else (6, 4))
+        for n in range(3)
+    ]
     meters = [journal.opened(request) for request in requests]
     generated = [0] * 6
     closed: set[int] = set()

@@ -28,6 +28,17 @@ def test_one_tenant_alone_leaves_room_for_others() -> None:
     room.enter(MODEST)
 
 
+def test_a_request_takes_a_place_for_each_of_its_answers() -> None:
+    room = WaitingRoom(100)
+    place = room.enter(GREEDY, num_answers=30)
+    with pytest.raises(Overloaded):
+        room.enter(GREEDY, num_answers=41)
+    assert room.num_waiting == 30
+    place.leave()
+    assert room.num_waiting == 0
+    room.enter(GREEDY, num_answers=50)
+
+
 def test_a_tenant_with_many_waiting_is_refused_before_one_with_few() -> None:
     room = WaitingRoom(100)
     fill(room, GREEDY)

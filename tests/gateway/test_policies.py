@@ -338,7 +338,7 @@ async def test_a_stream_is_sent_as_far_as_it_was_judged(
     moderator.words = ["w150"]
     answer, events = await stream(gateway, prompt=prompt, max_tokens=200)
     assert reasons_of(events) == ["content_filter"]
-    # Two windows of a hundred characters were allowed: forty words with a space before each.
+    # Two windows of a hundred characters were allowed; the third ends with the 60th word.
     assert words_of(events) == prompt.split()[:40]
     assert "w150" not in answer.text
     [_, event] = await gateway.events(2)

@@ -1,6 +1,7 @@
 """Nothing that people say is kept unless they want it, and who is erased leaves the books whole."""
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from gateway.bookkeeping import keep_books
 from gateway.database import Database
 from gateway.tables import AuditEntry, EndUser, StoredContent, UsageEvent
 from tests.conftest import Home, execute
-from tests.gateway.whole_gateway import Gateway, chat, whole_gateway
+from tests.gateway.whole_gateway import MODEL, Gateway, chat, whole_gateway
 
 CHAT = "/v1/chat/completions"
 POLICY = "/admin/v1/tenants/acme/retention"
@@ -67,6 +68,16 @@ async def test_without_a_wish_nothing_that_was_said_is_in_any_table(
     assert "secret word" not in await everything(home, gateway.database)
     missing = await gateway.client.get(f"/v1/contents/{request_id}")
     assert missing.status_code == httpx.codes.NOT_FOUND
+
+
+async def test_several_texts_of_a_request_are_kept_as_lists(gateway: Gateway) -> None:
+    await want_texts_kept(gateway, 7)
+    body = {"model": MODEL, "prompt": ["w1", "w2"], "max_tokens": 2}
+    answer = await gateway.client.post("/v1/completions", json=body)
+    assert answer.status_code == httpx.codes.OK, answer.text
+    [kept] = await contents(gateway, 1)
+    assert json.loads(kept.prompt) == ["w1", "w2"]
+    assert json.loads(kept.completion) == [" w1 w1", " w2 w2"]
 
 
 async def test_a_wish_keeps_prompts_and_completions_for_its_time(

@@ -13,7 +13,7 @@ from adapters.text_bundle import TextBundle
 from engine.model.text_bundle import export
 from gateway.errors import InvalidRequest
 from gateway.templates import TemplateFault, Templates
-from gateway.text import TextCodec, TextCodecs
+from gateway.text import Ending, TextCodec, TextCodecs
 from tests.tokenizer_lab import KINDS, save_tokenizer
 
 CONVERSATIONS = [
@@ -57,6 +57,41 @@ async def test_a_conversation_becomes_the_ids_that_transformers_makes_of_it(
         messages, add_generation_prompt=True, return_dict=False, tokenize=True
     )
     assert await codec.encode_chat(messages) == list(expected)
+
+
+@pytest.mark.parametrize("template", [None, "trimming"])
+@pytest.mark.parametrize("said", ["Hello", "Hello, ", " a \n\n", "<|im_end|> in the text"])
+async def test_a_message_is_continued_where_transformers_continues_it(reference, template, said):
+    source = reference.chat_template
+    if template:
+        source = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} \n{% endfor %}"
+    messages = [*CONVERSATIONS[0], {"role": "assistant", "content": said}]
+    expected = reference.apply_chat_template(
+        messages,
+        chat_template=source,
+        continue_final_message=True,
+        return_dict=False,
+        tokenize=True,
+    )
+    codec = TextCodec(_bundle(source))
+    assert await codec.encode_chat(messages, ending=Ending.CONTINUING) == list(expected)
+
+
+async def test_a_template_that_hides_the_last_message_cannot_continue_it():
+    codec = TextCodec(_bundle("{{ messages[0].content }}"))
+    messages = [*CONVERSATIONS[0], {"role": "assistant", "content": "Hello"}]
+    with pytest.raises(TemplateFault, match="continued"):
+        await codec.encode_chat(messages, ending=Ending.CONTINUING)
+
+
+async def test_a_template_is_told_variables_but_none_of_our_own(codec):
+    told = TextCodec(_bundle("{{ mood }}{{ messages[0].content }}"))
+    [message] = CONVERSATIONS[0]
+    expected = await codec.encode_text("good" + message["content"])
+    assert await told.encode_chat([message], variables={"mood": "good"}) == expected
+    for name in ("messages", "add_generation_prompt", "tools", "bos_token"):
+        with pytest.raises(InvalidRequest, match=name):
+            await told.encode_chat([message], variables={name: "x"})
 
 
 async def test_a_bare_prompt_becomes_the_ids_that_transformers_makes_of_it(codec, reference):
@@ -193,6 +228,15 @@ def test_pieces_of_any_tokens_add_up_to_the_whole_text(codec, seed):
     token_ids = [rng.randrange(49152) for _ in range(200)]
     text, _ = _streamed(codec, token_ids)
     assert text == codec.decode(token_ids)
+
+
+def test_special_tokens_are_shown_where_they_are_asked_for(codec, reference):
+    token_ids = reference("<|im_start|>one<|im_end|> two<|im_end|>").input_ids
+    stream = codec.stream(shows_special_tokens=True)
+    pieces = [stream.feed(token_id) for token_id in token_ids]
+    text = "".join([*pieces, stream.finish()])
+    assert text == "<|im_start|>one<|im_end|> two<|im_end|>"
+    assert _streamed(codec, token_ids)[0] == "one two"
 
 
 @pytest.mark.parametrize("family", KINDS)
