@@ -142,7 +142,7 @@ def build(settings: Settings) -> Parts:
         on_session=residency.look,
     )
     blobs = Blobs(database, store)
-    texts = TextCodecs(store, templates=templates)
+    texts = TextCodecs(store, templates=templates, tool_call_parser=settings.tool_call_parser)
     uploads = Uploads(
         registry,
         store,

@@ -54,13 +54,19 @@ from gateway.registry import Registry, Target, model_not_found
 from gateway.routing import Router
 from gateway.tables import new_id
 from gateway.text import TextCodec, TextCodecs, TextStream
+from gateway.tools.json_calls import strings_in
+from gateway.tools.notation import CallableTool, CallForm
+from gateway.tools.pieces import Piece
+from gateway.tools.reader import Reader
+from gateway.tools.reasoning import Thinking, ThoughtCount
+from gateway.tools.toolbox import Toolbox
 
 logger = logging.getLogger(__name__)
 
 # Tokens of which one character may consist: each may be one of its bytes.
 MAX_TOKENS_OF_CHARACTER = 4
 
-FinishReason = Literal["stop", "length", "content_filter"]
+FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 # Why an answer is shorter than was asked for, where money is the reason.
 StoppedBy = Literal["budget", "max_cost"]
 
@@ -113,6 +119,8 @@ class GenerationRequest:
     fields: Callable[[], frozenset[str]] = frozenset
     # None leaves the answer free.
     grammar: AskedGrammar | None = None
+    # What the answer may call; None for nothing.
+    tools: Toolbox | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +168,8 @@ class Delta(msgspec.Struct, frozen=True):
     token_ids: list[int]
     logprobs: list[TokenLogprob]
     finish_reason: FinishReason | None
+    # What the text was read as, of an answer with calls or thoughts in it; None of any other.
+    pieces: list[Piece] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +208,8 @@ class Generation:
         keeping: Keeping | None = None,
         watch: Watch | None = None,
         is_streamed: bool = False,
+        tools: Toolbox | None = None,
+        thinking: Thinking = "never",
     ) -> None:
         self.request_id = request_id
         self.target = target
@@ -213,7 +225,15 @@ class Generation:
         # Held until the first token.
         self._place = place
         self._deadline_s = _deadline_s(admission)
-        self._text: TextStream | Screen = codec.stream(stops, after=after)
+        self._text: TextStream | ThoughtCount | Screen = codec.stream(stops, after=after)
+        # None where the answer is only text, as it is of most requests.
+        self._reader: Reader | None = None
+        self._thoughts: ThoughtCount | None = None
+        if tools is not None or thinking != "never":
+            self._reader = _reader(codec, tools, thinking, watch)
+            self._text = codec.marked_stream(stops)
+        if thinking != "never":
+            self._text = self._thoughts = ThoughtCount(self._text, thinking)
         # What a policy puts between the text and its client; None where there is none.
         self._screen: Screen | None = None
         self._judge: Judge | None = None
@@ -245,6 +265,8 @@ class Generation:
                     delta = await self._judged(self._judge, delta)
                 if self._keeping is not None:
                     self._keeping.pieces.append(delta.text)
+                if self._reader is not None:
+                    delta = self._read(self._reader, delta)
                 if delta.text or delta.finish_reason or delta.logprobs or not self.has_next():
                     yield delta
                 if delta.finish_reason:
@@ -258,6 +280,16 @@ class Generation:
             self._close("error")
             self._with_levels(error)
             raise
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its deltas have pieces."""
+        return self._reader is not None
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """How many it thought with so far; None of a model that does not."""
+        return None if self._thoughts is None else self._thoughts.num_tokens
 
     def has_next(self) -> bool:
         """Whether the next delta is there already: asking for it waits for nothing."""
@@ -293,6 +325,19 @@ class Generation:
             self._stream.abort()
         self._outcome, self.stopped_by = "content_filter", None
         return msgspec.structs.replace(delta, text="", finish_reason="content_filter")
+
+    def _read(self, reader: Reader, delta: Delta) -> Delta:
+        """The same with what its text was read as."""
+        pieces, reason = reader.feed(delta.text), delta.finish_reason
+        if reason is not None:
+            pieces += reader.finish(is_cut=reason != "stop")
+        if reader.is_refused:
+            if self._outcome is None:
+                self._stream.abort()
+            self._outcome, self.stopped_by, reason = "content_filter", None, "content_filter"
+        elif reason == "stop" and reader.has_calls:
+            reason = "tool_calls"
+        return msgspec.structs.replace(delta, pieces=pieces, finish_reason=reason)
 
     async def _fund(self, event: SequenceEvent) -> None:
         """Ask for more money now, where a step outran the heartbeat."""
@@ -430,7 +475,10 @@ class Inference:
         codec = await self._texts.get(
             target.text_bundle_digest, base=target.base_text_bundle_digest
         )
-        prompt_ids = await _encode(codec, request.prompt, caller=str(principal.tenant_id))
+        prompt_ids = await _encode(
+            codec, request.prompt, caller=str(principal.tenant_id), tools=request.tools
+        )
+        thinking = _thinking(codec, request.prompt, prompt_ids)
         max_tokens = _fit(request.max_tokens, len(prompt_ids), target.context_length)
         request_id, watch = new_id(), None
         if principal.policy_id is not None:
@@ -439,10 +487,20 @@ class Inference:
             )
         if watch is not None:
             max_tokens = await watch.admit(
-                _asked(request.prompt, codec, prompt_ids, request.fields(), max_tokens=max_tokens)
+                _asked(
+                    request.prompt,
+                    codec,
+                    prompt_ids,
+                    request.fields(),
+                    max_tokens=max_tokens,
+                    tools=request.tools,
+                )
             )
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
-        grammar = await self._grammar(principal, request.grammar, target, codec)
+        asked = request.grammar
+        if request.tools is not None:
+            asked = _call_grammar(request.tools, codec, thinking, otherwise=asked)
+        grammar = await self._grammar(principal, asked, target, codec)
         keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._router.pick()
@@ -509,6 +567,8 @@ class Inference:
             keeping=keeping,
             watch=watch,
             is_streamed=request.is_streamed,
+            tools=request.tools,
+            thinking=thinking,
         )
 
     async def _admit(self, principal: Principal, target: Target, **asked: Any) -> Admission:
@@ -554,6 +614,7 @@ class Inference:
         prompt: Prompt,
         max_tokens: int | None,
         max_cost_nano: int | None,
+        tools: Toolbox | None = None,
     ) -> Estimate:
         """What a request would take; nothing is charged or held.
 
@@ -563,7 +624,7 @@ class Inference:
         codec = await self._texts.get(
             target.text_bundle_digest, base=target.base_text_bundle_digest
         )
-        prompt_ids = await _encode(codec, prompt, caller=str(principal.tenant_id))
+        prompt_ids = await _encode(codec, prompt, caller=str(principal.tenant_id), tools=tools)
         most = _fit(max_tokens, len(prompt_ids), target.context_length)
         violation: PolicyViolation | None = None
         if principal.policy_id is not None:
@@ -571,7 +632,8 @@ class Inference:
             fields = frozenset(name for name, value in given.items() if value is not None)
             try:
                 most = await self._policies.check(
-                    principal, _asked(prompt, codec, prompt_ids, fields, max_tokens=most)
+                    principal,
+                    _asked(prompt, codec, prompt_ids, fields, max_tokens=most, tools=tools),
                 )
             except PolicyViolation as error:
                 violation = error
@@ -632,8 +694,12 @@ def _asked(
     fields: frozenset[str],
     *,
     max_tokens: int,
+    tools: Toolbox | None,
 ) -> Asked:
-    """A request as its policy sees it: every message by itself, token ids as their text."""
+    """A request as its policy sees it: every message by itself, token ids as their text.
+
+    The calls in a message are a text of their own, and so is what is said of each tool.
+    """
 
     def texts() -> list[str]:
         match prompt:
@@ -642,7 +708,10 @@ def _asked(
             case str():
                 return [prompt]
             case _:
-                return [message["content"] for message in prompt]
+                said = [message["content"] for message in prompt]
+                called = [message["tool_calls"] for message in prompt if "tool_calls" in message]
+                told = tools.definitions if tools is not None else []
+                return [*said, *("\n".join(strings_in(value)) for value in (*called, *told))]
 
     return Asked(
         fields=fields,
@@ -660,14 +729,73 @@ def _deadline_s(admission: Admission) -> float | None:
     return asyncio.get_running_loop().time() + admission.queue_time_ms / 1000
 
 
-async def _encode(codec: TextCodec, prompt: Prompt, *, caller: str) -> list[int]:
+async def _encode(
+    codec: TextCodec, prompt: Prompt, *, caller: str, tools: Toolbox | None
+) -> list[int]:
     match prompt:
         case TokenPrompt():
             return prompt.token_ids
         case str():
             return await codec.encode_text(prompt)
         case _:
-            return await codec.encode_chat(prompt, caller=caller)
+            definitions = tools.definitions if tools is not None else ()
+            return await codec.encode_chat(prompt, caller=caller, tools=definitions)
+
+
+def _thinking(codec: TextCodec, prompt: Prompt, prompt_ids: Sequence[int]) -> Thinking:
+    """Thoughts are told from the answer in conversations alone."""
+    is_text = isinstance(prompt, str | TokenPrompt)
+    return "never" if is_text else codec.thinking_after(prompt_ids)
+
+
+def _reader(
+    codec: TextCodec, tools: Toolbox | None, thinking: Thinking, watch: Watch | None
+) -> Reader:
+    return Reader(
+        codec.syntax if tools is not None else None,
+        tools.names if tools is not None else frozenset(),
+        thinking=thinking,
+        allows=watch.allows if watch is not None and watch.reads_answers else None,
+    )
+
+
+def _call_grammar(
+    tools: Toolbox, codec: TextCodec, thinking: Thinking, *, otherwise: AskedGrammar | None
+) -> AskedGrammar | None:
+    """What an answer with calls has to look like; `otherwise` is a schema for one without.
+
+    None leaves it to the model's manners. Raises InvalidRequest.
+    """
+    if not tools.is_enforced and otherwise is None:
+        return None
+    try:
+        form = CallForm(
+            codec.syntax.name,
+            [
+                CallableTool(
+                    tool.name,
+                    dict(tool.parameters) if tools.must_call or tool.is_strict else None,
+                )
+                for tool in tools.callable
+            ],
+            must_call=tools.must_call,
+            is_parallel=tools.is_parallel,
+            thinking=thinking,
+            token_ids=codec.mark_token_ids,
+            otherwise=None if otherwise is None else _schema(otherwise),
+        )
+        text = msgspec.json.encode(form).decode()
+    except (msgspec.MsgspecError, OverflowError, UnicodeError, RecursionError) as error:
+        raise InvalidRequest(f"'tools' cannot be read: {error}", param="tools") from error
+    return AskedGrammar("calls", text, "tools")
+
+
+def _schema(asked: AskedGrammar) -> Any:
+    assert asked.form == "json_schema", "no other form stands beside calls"
+    try:
+        return msgspec.json.decode(asked.text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise InvalidRequest(f"'{asked.param}' is no JSON: {error}", param=asked.param) from error
 
 
 def _continued(prompt: Prompt, prompt_ids: list[int]) -> list[int]:

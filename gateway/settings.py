@@ -8,10 +8,12 @@ from pathlib import Path
 
 from gateway.addresses import Network, parse_networks
 from gateway.errors import InvalidRequest
+from gateway.tools import syntaxes
 
 MEBIBYTE = 1 << 20
 PURGE_AFTER_DAYS = 30
 LORA_FOLDER_VARIABLE = "MANYLORA_LORA_FOLDER"
+PARSER_VARIABLE = "MANYLORA_TOOL_CALL_PARSER"
 # The engine reads the same one.
 PARENT_VARIABLE = "MANYLORA_PARENT_PID"
 
@@ -53,6 +55,8 @@ class Settings:
     webhook_networks: tuple[Network, ...] = ()
     # What retries of streams that were left may give back to a tenant in a day; 0 for nothing.
     max_retry_credit_nano: int = 0
+    # How models call functions; None leaves it to their chat templates.
+    tool_call_parser: str | None = None
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -79,6 +83,7 @@ class Settings:
             "MANYLORA_TRUSTED_PROXIES": ",".join(map(str, self.trusted_proxies)),
             "MANYLORA_WEBHOOK_NETWORKS": ",".join(map(str, self.webhook_networks)),
             "MANYLORA_MAX_RETRY_CREDIT_NANO": str(self.max_retry_credit_nano),
+            **_given(PARSER_VARIABLE, self.tool_call_parser),
         }
 
     @classmethod
@@ -105,6 +110,7 @@ class Settings:
             trusted_proxies=_networks(environment, "MANYLORA_TRUSTED_PROXIES"),
             webhook_networks=_networks(environment, "MANYLORA_WEBHOOK_NETWORKS"),
             max_retry_credit_nano=_integer(environment, "MANYLORA_MAX_RETRY_CREDIT_NANO", 0),
+            tool_call_parser=_parser(environment, PARSER_VARIABLE),
         )
 
 
@@ -132,7 +138,14 @@ def _optional(environment: Mapping[str, str], name: str) -> int | None:
     return _integer(environment, name, 0) if environment.get(name) else None
 
 
-def _given(name: str, value: int | Path | None) -> dict[str, str]:
+def _parser(environment: Mapping[str, str], name: str) -> str | None:
+    value = environment.get(name) or None
+    if value is not None and value not in syntaxes.NAMES:
+        raise SettingsFault(f"{name} is none of {', '.join(syntaxes.NAMES)}: {value!r}")
+    return value
+
+
+def _given(name: str, value: int | str | Path | None) -> dict[str, str]:
     return {} if value is None else {name: str(value)}
 
 

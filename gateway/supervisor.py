@@ -74,6 +74,8 @@ class ServeOptions:
     webhook_networks: tuple[Network, ...] = ()
     # Back to a tenant in a day, for streams that were left and asked for again.
     max_retry_credit_nano: int = 0
+    # How models call functions; None leaves it to their chat templates.
+    tool_call_parser: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,7 @@ class Supervisor:
             trusted_proxies=options.trusted_proxies,
             webhook_networks=options.webhook_networks,
             max_retry_credit_nano=options.max_retry_credit_nano,
+            tool_call_parser=options.tool_call_parser,
             parent_pid=os.getpid(),
         )
         await self._ensure_operator_key(settings)

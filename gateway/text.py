@@ -20,11 +20,14 @@ from adapters.text_bundle import TextBundle
 from gateway import chat_template
 from gateway.errors import InvalidRequest
 from gateway.templates import OwnTemplate, TemplateFault, Templates
+from gateway.tools import reasoning, syntaxes
 
 # What a decoder answers for bytes that are no whole character yet.
 REPLACEMENT = "\ufffd"
 # Above this many characters encoding leaves the event loop: it takes longer than a few ms.
 LONG_TEXT_CHARACTERS = 20_000
+# Of a prompt's end, to see whether it begins thoughts: the mark and blanks behind it.
+TOKENS_OF_MARK = 16
 
 
 class TextCodec:
@@ -40,6 +43,7 @@ class TextCodec:
         *,
         templates: Templates | None = None,
         tokenizer: Tokenizer | None = None,
+        tool_call_parser: str | None = None,
     ) -> None:
         self.eos_token_ids = bundle.eos_token_ids
         self.generation_defaults = bundle.generation_defaults
@@ -52,29 +56,41 @@ class TextCodec:
         self._template = (
             chat_template.compiled(source) if source and self._own_template is None else None
         )
+        # How its model calls functions, and whether it thinks before it answers.
+        self.syntax = syntaxes.spoken_in(source or "", name=tool_call_parser)
+        self._reads_tools = syntaxes.reads_tools(source or "")
+        self._thinks = reasoning.thinks(source or "")
+        self._marks = _tokens_of(self._tokenizer, (*self.syntax.marks, *reasoning.MARKS))
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, caller: str = ""
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        caller: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Render the conversation, ending where the assistant is to speak, and encode it.
 
-        `caller` is who takes turns with others for the rendering of adapters' own templates.
+        `caller` is who takes turns with others for the rendering of adapters' own templates;
+        `tools` are the functions that the model is told of, in OpenAI's form.
         Raises TemplateFault where the model has no template or the template refuses the messages,
         and LimitReached where too many of the caller's conversations wait for it.
         """
-        text = await self._render(messages, caller=caller)
+        variables = {
+            "messages": self.syntax.for_template(messages, tools),
+            # As transformers has it where there are none.
+            "tools": list(tools) if tools and self._reads_tools else None,
+            "add_generation_prompt": True,
+            **self._special_tokens,
+        }
+        text = await self._render(variables, caller=caller)
         return await self._encode(text, add_special_tokens=False)
 
     async def encode_text(self, text: str) -> list[int]:
         """Encode a bare prompt the way that the model's tokenizer does by default."""
         return await self._encode(text, add_special_tokens=True)
 
-    async def _render(self, messages: Sequence[Mapping[str, Any]], *, caller: str) -> str:
-        variables = {
-            "messages": messages,
-            "add_generation_prompt": True,
-            **self._special_tokens,
-        }
+    async def _render(self, variables: dict[str, Any], *, caller: str) -> str:
         if self._templates is not None and self._own_template is not None:
             return await self._templates.render(self._own_template, variables, caller=caller)
         if self._template is None:
@@ -133,6 +149,22 @@ class TextCodec:
         # A client that encodes its prompt itself may name any number.
         known = [token_id for token_id in after if token_id < self.vocab_size]
         return TextStream(self, self._tokenizer, stops, after=self._last_whole(known))
+
+    def marked_stream(self, stops: Sequence[str] = ()) -> "TextStream":
+        """The stream of an answer in a chat in which the marks of calls and thoughts are shown."""
+        return MarkedTextStream(self, self._tokenizer, stops, marks=self._marks)
+
+    def thinking_after(self, prompt_ids: Sequence[int]) -> reasoning.Thinking:
+        """Whether an answer to this conversation begins with thoughts."""
+        if not self._thinks:
+            return "never"
+        end: str = self._tokenizer.decode(prompt_ids[-TOKENS_OF_MARK:], skip_special_tokens=False)
+        return reasoning.at_end_of(end)
+
+    @property
+    def mark_token_ids(self) -> dict[str, int]:
+        """The marks of calls and thoughts that are single tokens."""
+        return {mark: token_id for token_id, mark in self._marks.items()}
 
     def _last_whole(self, token_ids: Sequence[int]) -> Sequence[int]:
         """The shortest end that is whole characters."""
@@ -246,6 +278,38 @@ class TextStream:
         return piece
 
 
+class MarkedTextStream(TextStream):
+    """The same, where some special tokens are text too."""
+
+    def __init__(
+        self,
+        codec: TextCodec,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        marks: Mapping[int, str],
+    ) -> None:
+        super().__init__(codec, tokenizer, stops, after=())
+        self._marks = marks
+
+    def feed(self, token_id: int) -> str:
+        mark = self._marks.get(token_id)
+        if mark is None:
+            return super().feed(token_id)
+        if broken := self._codec.decode(self._token_ids[self._num_decoded :]):
+            self._decoder = DecodeStream(skip_special_tokens=True)
+        self._token_ids.append(token_id)
+        self._num_decoded = len(self._token_ids)
+        self._text += broken + mark
+        return self._advance(len(broken) + len(mark))
+
+
+def _tokens_of(tokenizer: Tokenizer, marks: Iterable[str]) -> dict[int, str]:
+    """The marks for which the tokenizer has a token, by its id."""
+    found = ((tokenizer.token_to_id(mark), mark) for mark in marks)
+    return {token_id: mark for token_id, mark in found if token_id is not None}
+
+
 def _load_tokenizer(tokenizer_json: bytes) -> Tokenizer:
     tokenizer = Tokenizer.from_buffer(tokenizer_json)
     tokenizer.no_truncation()
@@ -256,8 +320,17 @@ def _load_tokenizer(tokenizer_json: bytes) -> Tokenizer:
 class TextCodecs:
     """The codecs in use, by bundle digest; the least used leave memory first."""
 
-    def __init__(self, store: ArtifactStore, *, templates: Templates, max_codecs: int = 64) -> None:
+    def __init__(
+        self,
+        store: ArtifactStore,
+        *,
+        templates: Templates,
+        max_codecs: int = 64,
+        tool_call_parser: str | None = None,
+    ) -> None:
+        """`tool_call_parser` names how all models call functions; None leaves it to templates."""
         self._store = store
+        self._tool_call_parser = tool_call_parser
         self._templates = templates
         self._max_codecs = max_codecs
         # By (digest, whether it is an adapter's own).
@@ -291,7 +364,12 @@ class TextCodecs:
         content = hashlib.sha256(bundle.tokenizer_json).digest()
         tokenizer = self._tokenizers.get(content) or _load_tokenizer(bundle.tokenizer_json)
         self._tokenizers[content] = tokenizer
-        return TextCodec(bundle, templates=self._templates if is_own else None, tokenizer=tokenizer)
+        return TextCodec(
+            bundle,
+            templates=self._templates if is_own else None,
+            tokenizer=tokenizer,
+            tool_call_parser=self._tool_call_parser,
+        )
 
     def _forget(self, keys: Iterable[tuple[str, bool]]) -> None:
         for key in list(keys)[: -self._max_codecs]:

@@ -9,6 +9,7 @@ from litestar import Request
 from engine.protocol import TokenLogprob
 from gateway.errors import GatewayError
 from gateway.inference import Delta, FinishReason, Generation, StoppedBy
+from gateway.tools.pieces import Piece
 
 
 class ClientGone(GatewayError):
@@ -27,6 +28,8 @@ class WholeAnswer:
     finish_reason: FinishReason
     # Where money ended it.
     stopped_by: StoppedBy | None
+    # What the text was read as; None where it is only text.
+    pieces: list[Piece] | None
 
 
 def answer_headers(generation: Generation) -> dict[str, str]:
@@ -84,6 +87,9 @@ async def _put_together(generation: Generation) -> WholeAnswer:
         logprobs=[logprob for delta in deltas for logprob in delta.logprobs],
         finish_reason=finish_reason,
         stopped_by=generation.stopped_by,
+        pieces=[piece for delta in deltas for piece in delta.pieces or ()]
+        if generation.is_read
+        else None,
     )
 
 

@@ -39,15 +39,11 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "modalities": (None, ["text"]),
     "n": (None, 1),
-    "parallel_tool_calls": (None, True),
     "prediction": (None,),
     "reasoning_effort": (None,),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None,),
-    "tool_calls": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
@@ -83,6 +79,11 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    # Those that the model thought with before its answer.
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     """What an answer used and cost: the same numbers that its usage event keeps."""
 
@@ -92,15 +93,21 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
     # Nano-USD.
     cost_nano: int
+    # Of models that think before they answer.
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
     @classmethod
-    def of(cls, bill: Bill) -> "Usage":
+    def of(cls, bill: Bill, *, reasoning_tokens: int | None = None) -> "Usage":
+        details = (
+            msgspec.UNSET if reasoning_tokens is None else CompletionTokensDetails(reasoning_tokens)
+        )
         return cls(
             prompt_tokens=bill.prompt_tokens,
             completion_tokens=bill.completion_tokens,
             total_tokens=bill.prompt_tokens + bill.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(bill.cached_tokens),
             cost_nano=bill.cost_nano,
+            completion_tokens_details=details,
         )
 
 

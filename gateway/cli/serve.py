@@ -20,6 +20,7 @@ from gateway.errors import DatabaseRefused, InvalidRequest
 from gateway.lora_modules import LoraModule, parse, register
 from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS
 from gateway.supervisor import CannotServe, ServeOptions, Supervisor, reachable
+from gateway.tools import syntaxes
 
 LORA_MODULES = "--lora-modules"
 
@@ -163,6 +164,12 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True),
     help="What POST /v1/load_lora_adapter may load from. [default: nothing]",
 )
+@click.option(
+    "--tool-call-parser",
+    type=click.Choice(syntaxes.NAMES),
+    help="How models call functions. [default: what their chat templates show]",
+)
+@click.option("--enable-auto-tool-choice", is_flag=True, help="Always on, likewise.")
 @click.option("--enable-lora", is_flag=True, help="Always on; accepted for vLLM's sake.")
 @click.option("--tensor-parallel-size", default=1, callback=_only_one, expose_value=False)
 @_refused_flags
@@ -183,6 +190,8 @@ def serve(
     trusted_proxies: tuple[Network, ...],
     webhook_networks: tuple[Network, ...],
     credit_retries: int,
+    tool_call_parser: str | None,
+    enable_auto_tool_choice: bool,
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -204,6 +213,7 @@ def serve(
         trusted_proxies=trusted_proxies,
         webhook_networks=webhook_networks,
         max_retry_credit_nano=credit_retries,
+        tool_call_parser=tool_call_parser,
     )
 
     async def ready(supervisor: Supervisor) -> None:

@@ -32,6 +32,7 @@ def settings(tmp_path) -> Settings:
         trusted_proxies=(ip_network("10.0.0.0/8"),),
         webhook_networks=(ip_network("192.168.1.7/32"),),
         max_retry_credit_nano=10**9,
+        tool_call_parser="mistral",
         parent_pid=17,
     )
 
@@ -54,6 +55,7 @@ def test_settings_survive_the_way_through_the_environment(settings):
         ("MANYLORA_PEPPER", "00"),
         ("MANYLORA_PEPPER", "new:" + "00" * 32),
         ("MANYLORA_TRUSTED_PROXIES", "10.0.0.1/8"),
+        ("MANYLORA_TOOL_CALL_PARSER", "pythonic"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(settings, variable, value):
