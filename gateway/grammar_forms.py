@@ -96,10 +96,7 @@ def _read_ebnf(text: str) -> str:
 
 
 def _read_calls(text: str) -> Readable:
-    try:
-        asked = msgspec.json.decode(text, type=CallForm)
-    except msgspec.MsgspecError as error:
-        raise Refused(f"a schema is an object, or true or false: {error}") from error
+    asked = msgspec.json.decode(text, type=CallForm)
     form = msgspec.structs.replace(
         asked,
         tools=[_readable(tool) for tool in asked.tools],

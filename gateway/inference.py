@@ -38,7 +38,7 @@ from gateway.errors import (
     PolicyViolation,
     Unavailable,
 )
-from gateway.grammars import AskedGrammar, Grammars, InvalidGrammar
+from gateway.grammars import AskedGrammar, Grammars, InvalidGrammar, InvalidSchema
 from gateway.journal import Journal, Meter, Opened
 from gateway.ledger import Ledger
 from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
@@ -497,9 +497,7 @@ class Inference:
                 )
             )
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
-        asked = request.grammar
-        if request.tools is not None:
-            asked = _call_grammar(request.tools, codec, thinking, otherwise=asked)
+        asked, thinking = _form(request, codec, thinking)
         grammar = await self._grammar(principal, asked, target, codec)
         keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
@@ -759,43 +757,56 @@ def _reader(
     )
 
 
-def _call_grammar(
-    tools: Toolbox, codec: TextCodec, thinking: Thinking, *, otherwise: AskedGrammar | None
-) -> AskedGrammar | None:
-    """What an answer with calls has to look like; `otherwise` is a schema for one without.
+def _form(
+    request: GenerationRequest, codec: TextCodec, thinking: Thinking
+) -> tuple[AskedGrammar | None, Thinking]:
+    """What the answer has to look like, its calls and thoughts included, and whether it thinks.
 
-    None leaves it to the model's manners. Raises InvalidRequest.
+    Raises InvalidRequest.
     """
-    if not tools.is_enforced and otherwise is None:
-        return None
+    asked, tools = request.grammar, request.tools
+    is_enforced = tools is not None and tools.is_enforced
+    is_alone = tools is None and thinking == "never"
+    if is_alone or (asked is None and not is_enforced):
+        return asked, thinking
+    if asked is not None and asked.form != "json_schema":
+        # It begins at once.
+        return asked, "never"
+    form = CallForm(
+        codec.syntax.name,
+        _callable(tools),
+        must_call=tools is not None and tools.must_call,
+        is_parallel=tools is not None and tools.is_parallel,
+        thinking=thinking,
+        token_ids=codec.mark_token_ids,
+        otherwise=None if asked is None else _schema(asked),
+    )
+    param = "tools" if asked is None else asked.param
     try:
-        form = CallForm(
-            codec.syntax.name,
-            [
-                CallableTool(
-                    tool.name,
-                    dict(tool.parameters) if tools.must_call or tool.is_strict else None,
-                )
-                for tool in tools.callable
-            ],
-            must_call=tools.must_call,
-            is_parallel=tools.is_parallel,
-            thinking=thinking,
-            token_ids=codec.mark_token_ids,
-            otherwise=None if otherwise is None else _schema(otherwise),
-        )
-        text = msgspec.json.encode(form).decode()
+        return AskedGrammar("calls", msgspec.json.encode(form).decode(), param), thinking
     except (msgspec.MsgspecError, OverflowError, UnicodeError, RecursionError) as error:
-        raise InvalidRequest(f"'tools' cannot be read: {error}", param="tools") from error
-    return AskedGrammar("calls", text, "tools")
+        raise InvalidRequest(f"'{param}' cannot be read: {error}", param=param) from error
 
 
-def _schema(asked: AskedGrammar) -> Any:
-    assert asked.form == "json_schema", "no other form stands beside calls"
+def _callable(tools: Toolbox | None) -> list[CallableTool]:
+    """The functions, with their schemas where an answer is held to them."""
+    if tools is None:
+        return []
+    return [
+        CallableTool(
+            tool.name, dict(tool.parameters) if tools.must_call or tool.is_strict else None
+        )
+        for tool in tools.callable
+    ]
+
+
+def _schema(asked: AskedGrammar) -> dict[str, Any] | bool:
     try:
-        return msgspec.json.decode(asked.text)
+        return msgspec.json.decode(asked.text, type=dict[str, Any] | bool)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise InvalidRequest(f"'{asked.param}' is no JSON: {error}", param=asked.param) from error
+        raise InvalidSchema(
+            f"'{asked.param}' cannot be followed: it is no JSON schema: {error}", param=asked.param
+        ) from error
 
 
 def _continued(prompt: Prompt, prompt_ids: list[int]) -> list[int]:

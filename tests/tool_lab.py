@@ -61,14 +61,11 @@ ALTERNATING = """
 [{{ m.role }}]{{ m.content }}
 {%- endfor %}[assistant]"""
 
-# Whose echo is the last message, and ends there. The comment is what its family is known by.
-ECHO = (
-    "{{% if tools %}}{{% endif %}}{{# {marks} #}}{{{{ messages[-1].content }}}}" + END + "{after}"
-)
 
-
-def echo(marks: str, *, after: str = "") -> str:
-    return ECHO.format(marks=marks, after=after)
+def echo(marks: str) -> str:
+    """A template whose echo is the last message, and ends there; `marks` tell its family."""
+    reads = "{% if tools %}{% endif %}"
+    return f"{reads}{{# {marks} #}}{{{{ messages[-1].content }}}}{END}"
 
 
 def bundle(chat_template: str) -> TextBundle:

@@ -292,9 +292,11 @@ def _read(data: ChatCompletionRequest) -> GenerationRequest:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
     if data.top_logprobs is not None and not data.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
-    grammar, toolbox = asked_grammar(data), asked_toolbox(data)
+    is_parallel = data.parallel_tool_calls is not False
+    toolbox = asked_toolbox(data.tools, data.tool_choice, is_parallel=is_parallel)
+    grammar = asked_grammar(data)
     if toolbox is not None:
-        check_form(data, toolbox, grammar)
+        check_form(toolbox, grammar, ignore_eos=bool(data.ignore_eos))
     return GenerationRequest(
         endpoint="chat.completions",
         model=data.model,

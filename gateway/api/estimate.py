@@ -21,11 +21,9 @@ class EstimateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)] | None = None
     prompt: str | TokenIds | None = None
-    # The model is told of them in the prompt.
+    # The model is told of them in the prompt, unless it may call none.
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    ignore_eos: bool | None = None
     # The rest of the context where it is left out.
     max_tokens: NumTokens | None = None
     max_cost: MaxCost | None = None
@@ -73,7 +71,7 @@ async def estimate(
         principal,
         model=data.model,
         prompt=_prompt(data),
-        tools=asked_toolbox(data),
+        tools=asked_toolbox(data.tools, data.tool_choice),
         max_tokens=data.max_tokens,
         max_cost_nano=data.max_cost,
     )

@@ -98,19 +98,6 @@ class ToolCallDelta(msgspec.Struct, frozen=True):
                 return cls(piece.index, FunctionDelta(arguments=piece.text))
 
 
-class MayCall(Protocol):
-    """A request that has these fields."""
-
-    @property
-    def tools(self) -> list[ToolDefinition] | None: ...
-    @property
-    def tool_choice(self) -> ToolChoice | None: ...
-    @property
-    def parallel_tool_calls(self) -> bool | None: ...
-    @property
-    def ignore_eos(self) -> bool | None: ...
-
-
 class Message(Protocol):
     """A message as far as functions are concerned."""
 
@@ -124,9 +111,14 @@ class Message(Protocol):
     def tool_call_id(self) -> str | None: ...
 
 
-def asked_toolbox(body: MayCall) -> Toolbox | None:
+def asked_toolbox(
+    tools: Sequence[ToolDefinition] | None,
+    choice: ToolChoice | None,
+    *,
+    is_parallel: bool = True,
+) -> Toolbox | None:
     """What the answer may call; None where that is nothing. Raises InvalidRequest."""
-    tools, choice = body.tools or [], body.tool_choice or "auto"
+    tools, choice = tools or (), choice or "auto"
     names = [tool.function.name for tool in tools]
     _check_names(names)
     if not tools and choice not in ("auto", "none"):
@@ -147,13 +139,13 @@ def asked_toolbox(body: MayCall) -> Toolbox | None:
         must_call=choice != "auto",
         only=only,
         # Whoever names a function wants one call of it.
-        is_parallel=body.parallel_tool_calls is not False and only is None,
+        is_parallel=is_parallel and only is None,
     )
 
 
-def check_form(body: MayCall, toolbox: Toolbox, grammar: AskedGrammar | None) -> None:
+def check_form(toolbox: Toolbox, grammar: AskedGrammar | None, *, ignore_eos: bool) -> None:
     """Raises InvalidRequest where an answer cannot be both what is asked for and calls."""
-    if body.ignore_eos and toolbox.is_enforced:
+    if ignore_eos and toolbox.is_enforced:
         raise InvalidRequest(
             "'ignore_eos' would let the answer go on after its calls: leave it out.",
             param="ignore_eos",

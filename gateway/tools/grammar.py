@@ -1,6 +1,6 @@
-"""The grammar of an answer that calls functions: a family's syntax around the tools' schemas.
+"""The grammar of an answer that calls functions, or thinks before it says JSON.
 
-Thoughts before the answer stay free. Compiles nothing.
+A family's syntax around the tools' schemas; thoughts before the answer stay free. Compiles nothing.
 """
 
 from gateway.tools import syntaxes
@@ -22,4 +22,6 @@ def _answer(syntax: Syntax, notation: Notation, form: CallForm) -> str:
     if form.otherwise is None:
         return syntax.free(notation)
     otherwise = notation.rule("otherwise", notation.schema(form.otherwise))
+    if not form.tools:
+        return otherwise
     return f"{syntax.calls(notation)} | {otherwise}"

@@ -25,7 +25,7 @@ class CallableTool(msgspec.Struct, frozen=True):
 
 
 class CallForm(msgspec.Struct, frozen=True):
-    """What an answer with calls has to look like."""
+    """What an answer with calls, or with thoughts before JSON, has to look like."""
 
     # Of its syntax.
     family: str
@@ -49,7 +49,8 @@ class Notation:
         self._rules: list[str] = []
         self.rule("TEXT", r"/(.|\n)*/")
         calls = [self._call(number, tool, arguments_key) for number, tool in enumerate(form.tools)]
-        self.rule("call", " | ".join(calls))
+        if calls:
+            self.rule("call", " | ".join(calls))
 
     def rule(self, name: str, text: str) -> str:
         """Add a rule; return its name."""

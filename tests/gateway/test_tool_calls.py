@@ -154,7 +154,7 @@ def test_a_call_that_began_and_broke_is_taken_back_and_its_number_is_not_used_ag
 
 def test_a_call_that_was_cut_keeps_what_there_was_of_it():
     text = '<tool_call>{"name": "add", "arguments": {"a": 12'
-    assert whole("hermes", text, is_cut=True).calls == [Call("call_0", "add", '{"a": ')]
+    assert whole("hermes", text, is_cut=True).calls == [Call("call_0", "add", '{"a": 12')]
     assert whole("hermes", text[:30], is_cut=True) == Sum(text[:30], "", [])
 
 

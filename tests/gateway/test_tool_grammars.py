@@ -113,6 +113,14 @@ def test_an_answer_without_a_call_may_have_a_schema_of_its_own(family):
     assert not allows(asked, "Hello")
 
 
+def test_json_may_have_thoughts_before_it():
+    asked = form("json", must_call=False, otherwise=PLACE, thinking="begun")
+    asked = msgspec.structs.replace(asked, tools=[])
+    assert allows(asked, f"Paris it is.</think>\n\n{GOOD}")
+    assert not allows(asked, f"Paris it is.</think>{BAD}")
+    assert not allows(asked, GOOD)
+
+
 def test_marks_that_are_tokens_may_come_as_such():
     asked = form("mistral", token_ids={"[TOOL_CALLS]": 7})
     assert "<[7]>" in grammar_of(asked, has_tokens=True)

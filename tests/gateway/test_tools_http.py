@@ -144,6 +144,14 @@ async def test_thoughts_are_told_apart_and_counted(gateway: Gateway) -> None:
     assert usage["usage"]["completion_tokens_details"] == {"reasoning_tokens": len(thought)}
 
 
+async def test_thoughts_come_before_json_that_was_asked_for(gateway: Gateway) -> None:
+    answer = await ask(
+        gateway, '<think>Hm.</think>{"a": 1}', tools=None, response_format={"type": "json_object"}
+    )
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", '{"a": 1}')
+
+
 async def test_a_special_token_is_a_mark_where_tools_are(
     home: Home, database: Database, tmp_path: Path
 ) -> None:
