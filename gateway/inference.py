@@ -26,6 +26,7 @@ from engine.protocol import (
     SequenceState,
     TokenLogprob,
 )
+from gateway.answer_forms import whole_form
 from gateway.auth import Principal
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import (
@@ -38,7 +39,7 @@ from gateway.errors import (
     PolicyViolation,
     Unavailable,
 )
-from gateway.grammars import AskedGrammar, Grammars, InvalidGrammar, InvalidSchema
+from gateway.grammars import AskedGrammar, Grammars, InvalidGrammar
 from gateway.journal import Journal, Meter, Opened
 from gateway.ledger import Ledger
 from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
@@ -55,7 +56,6 @@ from gateway.routing import Router
 from gateway.tables import new_id
 from gateway.text import TextCodec, TextCodecs, TextStream
 from gateway.tools.json_calls import strings_in
-from gateway.tools.notation import CallableTool, CallForm
 from gateway.tools.pieces import Piece
 from gateway.tools.reader import Reader
 from gateway.tools.reasoning import Thinking, ThoughtCount
@@ -497,7 +497,7 @@ class Inference:
                 )
             )
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
-        asked, thinking = _form(request, codec, thinking)
+        asked, thinking = whole_form(request.grammar, request.tools, codec=codec, thinking=thinking)
         grammar = await self._grammar(principal, asked, target, codec)
         keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
@@ -707,9 +707,18 @@ def _asked(
                 return [prompt]
             case _:
                 said = [message["content"] for message in prompt]
+                thought = [
+                    message["reasoning_content"]
+                    for message in prompt
+                    if "reasoning_content" in message
+                ]
                 called = [message["tool_calls"] for message in prompt if "tool_calls" in message]
                 told = tools.definitions if tools is not None else []
-                return [*said, *("\n".join(strings_in(value)) for value in (*called, *told))]
+                return [
+                    *said,
+                    *thought,
+                    *("\n".join(strings_in(value)) for value in (*called, *told)),
+                ]
 
     return Asked(
         fields=fields,
@@ -755,58 +764,6 @@ def _reader(
         thinking=thinking,
         allows=watch.allows if watch is not None and watch.reads_answers else None,
     )
-
-
-def _form(
-    request: GenerationRequest, codec: TextCodec, thinking: Thinking
-) -> tuple[AskedGrammar | None, Thinking]:
-    """What the answer has to look like, its calls and thoughts included, and whether it thinks.
-
-    Raises InvalidRequest.
-    """
-    asked, tools = request.grammar, request.tools
-    is_enforced = tools is not None and tools.is_enforced
-    is_alone = tools is None and thinking == "never"
-    if is_alone or (asked is None and not is_enforced):
-        return asked, thinking
-    if asked is not None and asked.form != "json_schema":
-        # It begins at once.
-        return asked, "never"
-    form = CallForm(
-        codec.syntax.name,
-        _callable(tools),
-        must_call=tools is not None and tools.must_call,
-        is_parallel=tools is not None and tools.is_parallel,
-        thinking=thinking,
-        token_ids=codec.mark_token_ids,
-        otherwise=None if asked is None else _schema(asked),
-    )
-    param = "tools" if asked is None else asked.param
-    try:
-        return AskedGrammar("calls", msgspec.json.encode(form).decode(), param), thinking
-    except (msgspec.MsgspecError, OverflowError, UnicodeError, RecursionError) as error:
-        raise InvalidRequest(f"'{param}' cannot be read: {error}", param=param) from error
-
-
-def _callable(tools: Toolbox | None) -> list[CallableTool]:
-    """The functions, with their schemas where an answer is held to them."""
-    if tools is None:
-        return []
-    return [
-        CallableTool(
-            tool.name, dict(tool.parameters) if tools.must_call or tool.is_strict else None
-        )
-        for tool in tools.callable
-    ]
-
-
-def _schema(asked: AskedGrammar) -> dict[str, Any] | bool:
-    try:
-        return msgspec.json.decode(asked.text, type=dict[str, Any] | bool)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise InvalidSchema(
-            f"'{asked.param}' cannot be followed: it is no JSON schema: {error}", param=asked.param
-        ) from error
 
 
 def _continued(prompt: Prompt, prompt_ids: list[int]) -> list[int]:
