@@ -71,7 +71,7 @@ def echo(marks: str) -> str:
 def bundle(chat_template: str) -> TextBundle:
     vocabulary = {character: place for place, character in enumerate(CHARACTERS)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     return TextBundle(
