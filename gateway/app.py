@@ -139,7 +139,7 @@ def build(settings: Settings) -> Parts:
     router = Router()
     residency = Residency(database, router)
     blobs = Blobs(database, store)
-    texts = TextCodecs(store, templates=templates)
+    texts = TextCodecs(store, templates=templates, tool_call_parser=settings.tool_call_parser)
     uploads = Uploads(
         registry,
         store,

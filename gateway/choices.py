@@ -12,8 +12,11 @@ from engine.client import SequenceStream
 from engine.protocol import SequenceEvent, SequenceState, TokenLogprob
 from gateway.policies.moderation import Judge
 from gateway.policies.screen import Screen, Text
+from gateway.tools.pieces import Piece
+from gateway.tools.reader import Reader
+from gateway.tools.reasoning import ThoughtCount
 
-FinishReason = Literal["stop", "length", "content_filter"]
+FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 # Why an answer is shorter than was asked for, where money is the reason.
 StoppedBy = Literal["budget", "max_cost"]
 
@@ -36,6 +39,8 @@ class Delta(msgspec.Struct, frozen=True):
     end_token_id: int | None = None
     # Of the prompt's tokens but the first, where asked for: with the first tokens alone.
     prompt_logprobs: list[TokenLogprob] | None = None
+    # What the text was read as, of an answer with calls or thoughts in it; None of any other.
+    pieces: list[Piece] | None = None
 
 
 class Choice:
@@ -48,6 +53,8 @@ class Choice:
         *,
         index: int = 0,
         judge: Judge | None = None,
+        reader: Reader | None = None,
+        thoughts: ThoughtCount | None = None,
         is_cut_by_max_cost: bool = False,
         shows_special_tokens: bool = False,
     ) -> None:
@@ -55,13 +62,16 @@ class Choice:
         self.index = index
         # Those that are counted.
         self.num_tokens = 0
-        # Filled with the last delta.
+        # Filled with the last delta. Calls are no outcome: the model stopped.
         self.outcome: FinishReason | None = None
         # What was said so far, where the texts of the request are kept.
-        self.pieces: list[str] = []
+        self.said: list[str] = []
         self._text = text
         self._screen = text if isinstance(text, Screen) else None
         self._judge = judge
+        # None where the answer is only text, as it is of most requests.
+        self._reader = reader
+        self._thoughts = thoughts
         self._is_cut_by_max_cost = is_cut_by_max_cost
         self._shows_special_tokens = shows_special_tokens
 
@@ -136,3 +146,27 @@ class Choice:
         return msgspec.structs.replace(
             delta, text="", finish_reason="content_filter", stopped_by=None
         )
+
+    def read(self, delta: Delta) -> Delta:
+        """The same with what its text was read as; call it once for each delta, in order."""
+        if self._reader is None:
+            return delta
+        pieces, reason, stopped_by = self._reader.feed(delta.text), delta.finish_reason, None
+        if reason is not None:
+            pieces += self._reader.finish(is_cut=reason != "stop")
+        if self._reader.is_refused:
+            if self.outcome is None:
+                self.stream.abort()
+            self.outcome = reason = "content_filter"
+        elif reason == "stop" and self._reader.has_calls:
+            reason = "tool_calls"
+        else:
+            stopped_by = delta.stopped_by
+        return msgspec.structs.replace(
+            delta, pieces=pieces, finish_reason=reason, stopped_by=stopped_by
+        )
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """How many it thought with so far; None of a model that does not."""
+        return None if self._thoughts is None else self._thoughts.num_tokens

@@ -8,6 +8,7 @@ wants. Knows nothing of requests.
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,6 +16,8 @@ from llguidance import LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from engine import grammar
+from gateway.tools.grammar import grammar_of
+from gateway.tools.notation import CallableTool, CallForm
 
 if TYPE_CHECKING:
     from gateway.template_worker import GrammarForm, GrammarKind
@@ -45,15 +48,29 @@ class Refused(Exception):
     """This cannot be used; the message says why, as part of a sentence."""
 
 
-def read(form: "GrammarForm", text: str) -> tuple["GrammarKind", str]:
-    """The grammar as the engine takes it. Raises Refused."""
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """A grammar as the engine takes it."""
+
+    kind: "GrammarKind"
+    text: str
+    # The same for a tokenizer of bytes, without the tokens of the model's own.
+    trial: str
+
+
+def read(form: "GrammarForm", text: str) -> Readable:
+    """Raises Refused."""
     match form:
         case "json_schema":
-            return "json_schema", _read_schema(text)
+            found = _read_schema(text)
+            return Readable("json_schema", found, trial=found)
         case "regex":
-            return "regex", text
+            return Readable("regex", text, trial=text)
         case "ebnf":
-            return "lark", _read_ebnf(text)
+            found = _read_ebnf(text)
+            return Readable("lark", found, trial=found)
+        case "calls":
+            return _read_calls(text)
 
 
 def fault_of(kind: "GrammarKind", text: str) -> str | None:
@@ -76,6 +93,29 @@ def _read_ebnf(text: str) -> str:
         raise
     except Exception as error:  # the library raises no narrower one
         raise Refused(str(error)[:300]) from error
+
+
+def _read_calls(text: str) -> Readable:
+    asked = msgspec.json.decode(text, type=CallForm)
+    form = msgspec.structs.replace(
+        asked,
+        tools=[_readable(tool) for tool in asked.tools],
+        otherwise=_Schema().read(asked.otherwise, place="#", depth=0)
+        if asked.otherwise is not None
+        else None,
+    )
+    return Readable(
+        "lark", grammar_of(form, has_tokens=True), trial=grammar_of(form, has_tokens=False)
+    )
+
+
+def _readable(tool: CallableTool) -> CallableTool:
+    if tool.schema is None:
+        return tool
+    try:
+        return CallableTool(tool.name, _Schema().read(tool.schema, place="#", depth=0))
+    except Refused as refusal:
+        raise Refused(f"in the parameters of {tool.name!r}, {refusal}") from None
 
 
 def _read_schema(text: str) -> str:

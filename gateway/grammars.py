@@ -142,7 +142,7 @@ class Grammars:
 
 
 def _refusal(asked: AskedGrammar, reason: str) -> InvalidGrammar:
-    kind = InvalidSchema if asked.form == "json_schema" else InvalidGrammar
+    kind = InvalidSchema if asked.form in ("json_schema", "calls") else InvalidGrammar
     return kind(f"'{asked.param}' cannot be followed: {reason}.", param=asked.param)
 
 

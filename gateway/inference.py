@@ -26,6 +26,7 @@ from engine.protocol import (
     SequenceFault,
     SequenceState,
 )
+from gateway.answer_forms import whole_form
 from gateway.auth import Principal
 from gateway.choices import Choice, Delta, FinishReason
 from gateway.database import DATABASE_TROUBLE, Database
@@ -52,6 +53,7 @@ from gateway.ledger import Ledger
 from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
 from gateway.overload import Place
 from gateway.policies.rules import Asked
+from gateway.policies.screen import Text
 from gateway.policies.store import Policies
 from gateway.policies.watch import Watch
 from gateway.prices import Bill, ceiling
@@ -60,6 +62,10 @@ from gateway.registry import Registry, Target, model_not_found
 from gateway.routing import Router
 from gateway.tables import new_id
 from gateway.text import NO_VARIABLES, Ending, TextCodec, TextCodecs
+from gateway.tools.json_calls import strings_in
+from gateway.tools.reader import Reader
+from gateway.tools.reasoning import Thinking, ThoughtCount
+from gateway.tools.toolbox import Toolbox
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +138,8 @@ class GenerationRequest:
     fields: Callable[[], frozenset[str]] = frozenset
     # None leaves the answer free.
     grammar: AskedGrammar | None = None
+    # What the answer may call; None for nothing.
+    tools: Toolbox | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +270,8 @@ class Generation:
                 if self._is_judged:
                     delta = await choice.judge(delta)
                 if self._keeping is not None:
-                    choice.pieces.append(delta.text)
+                    choice.said.append(delta.text)
+                delta = choice.read(delta)
                 if delta.finish_reason:
                     self._num_open -= 1
                 if self._is_news(delta) or not self.has_next():
@@ -276,6 +285,12 @@ class Generation:
             self._close("error")
             self._with_levels(error)
             raise
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """How many the answers thought with so far; None of a model that does not."""
+        told = [choice.reasoning_tokens for choice in self._choices.values()]
+        return sum(filter(None, told)) if any(each is not None for each in told) else None
 
     def _is_news(self, delta: Delta) -> bool:
         return bool(
@@ -354,7 +369,7 @@ class Generation:
 
     def _end(self, outcome: str) -> None:
         if self._keeping is not None:
-            completions = ["".join(choice.pieces) for choice in self._choices.values()]
+            completions = ["".join(choice.said) for choice in self._choices.values()]
             self._keeping.keep(self.request_id, completions)
         logger.info(
             "generation_ended",
@@ -425,6 +440,7 @@ class Inference:
             target.text_bundle_digest, base=target.base_text_bundle_digest
         )
         prompts = await _encode_all(codec, request, caller=str(principal.tenant_id))
+        thinking = _thinking(codec, request, prompts)
         num_answers = len(prompts) * request.num_choices
         max_tokens = _fit(request.max_tokens, max(map(len, prompts)), target.context_length)
         request_id, watch = new_id(), None
@@ -434,10 +450,18 @@ class Inference:
             )
         if watch is not None:
             max_tokens = await watch.admit(
-                _asked(request.prompts, codec, prompts, request.fields(), max_tokens=max_tokens)
+                _asked(
+                    request.prompts,
+                    codec,
+                    prompts,
+                    request.fields(),
+                    max_tokens=max_tokens,
+                    tools=request.tools,
+                )
             )
         _check_tokens(request, max_tokens=max_tokens, vocab_size=codec.vocab_size)
-        grammar = await self._grammar(principal, request.grammar, target, codec)
+        asked, thinking = whole_form(request.grammar, request.tools, codec=codec, thinking=thinking)
+        grammar = await self._grammar(principal, asked, target, codec)
         keeping = await self._keeping(principal, request)
         # Before money is held, so that there is nothing to give back when no engine is there.
         link = self._pick(target)
@@ -515,6 +539,7 @@ class Inference:
                 prompts=prompts,
                 index=index,
                 watch=watch,
+                thinking=thinking,
                 is_cut_by_max_cost=admission.is_cut_by_max_cost,
             )
             for index, stream in enumerate(streams)
@@ -587,6 +612,7 @@ class Inference:
         max_tokens: int | None,
         max_cost_nano: int | None,
         num_choices: int = 1,
+        tools: Toolbox | None = None,
     ) -> Estimate:
         """What a request would take; nothing is charged or held.
 
@@ -597,7 +623,13 @@ class Inference:
             target.text_bundle_digest, base=target.base_text_bundle_digest
         )
         [prompt_ids] = prompts = [
-            await _encode(codec, prompt, caller=str(principal.tenant_id), ending=Ending.ASKING)
+            await _encode(
+                codec,
+                prompt,
+                caller=str(principal.tenant_id),
+                ending=Ending.ASKING,
+                tools=tools,
+            )
         ]
         most = _fit(max_tokens, len(prompt_ids), target.context_length)
         violation: PolicyViolation | None = None
@@ -607,7 +639,8 @@ class Inference:
             fields = frozenset(name for name, value in given.items() if value is not None)
             try:
                 most = await self._policies.check(
-                    principal, _asked([prompt], codec, prompts, fields, max_tokens=most)
+                    principal,
+                    _asked([prompt], codec, prompts, fields, max_tokens=most, tools=tools),
                 )
             except PolicyViolation as error:
                 violation = error
@@ -807,6 +840,13 @@ def _spelled(prompt: Prompt) -> str:
             return _json(list(prompt))
 
 
+def _said_in(messages: Messages) -> list[str]:
+    said = [message["content"] for message in messages]
+    thought = [each["reasoning_content"] for each in messages if "reasoning_content" in each]
+    called = [each["tool_calls"] for each in messages if "tool_calls" in each]
+    return [*said, *thought, *("\n".join(strings_in(each)) for each in called)]
+
+
 def _asked(
     prompts: Sequence[Prompt],
     codec: TextCodec,
@@ -814,8 +854,12 @@ def _asked(
     fields: frozenset[str],
     *,
     max_tokens: int,
+    tools: Toolbox | None,
 ) -> Asked:
-    """A request as its policy sees it: every message by itself, token ids as their text."""
+    """A request as its policy sees it: every message by itself, token ids as their text.
+
+    The calls in a message are a text of their own, and so is what is said of each tool.
+    """
 
     def texts() -> list[str]:
         found: list[str] = []
@@ -826,8 +870,9 @@ def _asked(
                 case str():
                     found.append(prompt)
                 case _:
-                    found += [message["content"] for message in prompt]
-        return found
+                    found += _said_in(prompt)
+        told = tools.definitions if tools is not None else ()
+        return found + ["\n".join(strings_in(each)) for each in told]
 
     return Asked(
         fields=fields,
@@ -855,6 +900,7 @@ async def _encode_all(
             caller=caller,
             ending=request.ending,
             variables=request.template_variables,
+            tools=request.tools,
         )
         for prompt in request.prompts
     ]
@@ -867,6 +913,7 @@ async def _encode(
     caller: str,
     ending: Ending,
     variables: Mapping[str, Any] = NO_VARIABLES,
+    tools: Toolbox | None = None,
 ) -> list[int]:
     match prompt:
         case TokenPrompt():
@@ -875,8 +922,22 @@ async def _encode(
             return await codec.encode_text(prompt)
         case _:
             return await codec.encode_chat(
-                prompt, caller=caller, ending=ending, variables=variables
+                prompt,
+                caller=caller,
+                ending=ending,
+                variables=variables,
+                tools=tools.definitions if tools is not None else (),
             )
+
+
+def _thinking(
+    codec: TextCodec, request: GenerationRequest, prompts: Sequence[Sequence[int]]
+) -> Thinking:
+    """Thoughts are told from answers that a conversation's assistant begins, and from no others."""
+    is_text = any(isinstance(prompt, str | TokenPrompt) for prompt in request.prompts)
+    if is_text or request.ending is Ending.CONTINUING:
+        return "never"
+    return codec.thinking_after(prompts[0])
 
 
 def _merged(streams: Sequence[SequenceStream]) -> SequenceStream | MergedStreams:
@@ -892,21 +953,40 @@ def _choice(
     prompts: Sequence[Sequence[int]],
     index: int,
     watch: Watch | None,
+    thinking: Thinking,
     is_cut_by_max_cost: bool,
 ) -> Choice:
     place = index // request.num_choices
-    text = codec.stream(
+    is_read = request.tools is not None or thinking != "never"
+    text: Text = codec.stream(
         request.stops,
         after=_continued(request, place, prompts[place]),
         shows_special_tokens=request.shows_special_tokens,
+        shows_marks=is_read,
     )
+    thoughts = None
+    if thinking != "never":
+        text = thoughts = ThoughtCount(text, thinking)
     return Choice(
         stream,
         text if watch is None else watch.screen(text) or text,
         index=index,
         judge=None if watch is None else watch.judge(is_streamed=request.is_streamed),
+        reader=_reader(codec, request.tools, thinking, watch) if is_read else None,
+        thoughts=thoughts,
         is_cut_by_max_cost=is_cut_by_max_cost,
         shows_special_tokens=request.shows_special_tokens,
+    )
+
+
+def _reader(
+    codec: TextCodec, tools: Toolbox | None, thinking: Thinking, watch: Watch | None
+) -> Reader:
+    return Reader(
+        codec.syntax if tools is not None else None,
+        tools.names if tools is not None else frozenset(),
+        thinking=thinking,
+        allows=watch.allows if watch is not None and watch.reads_answers else None,
     )
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from engine.client import is_address
 from gateway.addresses import Network, parse_networks
 from gateway.errors import InvalidRequest
+from gateway.tools import syntaxes
 
 MEBIBYTE = 1 << 20
 PURGE_AFTER_DAYS = 30
 LORA_FOLDER_VARIABLE = "MANYLORA_LORA_FOLDER"
 UNKNOWN_FIELDS_VARIABLE = "MANYLORA_UNKNOWN_FIELDS"
+PARSER_VARIABLE = "MANYLORA_TOOL_CALL_PARSER"
 # The engine reads the same one.
 PARENT_VARIABLE = "MANYLORA_PARENT_PID"
 
@@ -59,6 +61,8 @@ class Settings:
     supervisor_socket: Path | None = None
     # Whether fields of requests that are not known are told of instead of refused.
     reports_unknown_fields: bool = False
+    # How models call functions; None leaves it to their chat templates.
+    tool_call_parser: str | None = None
     # The process whose end is to be this one's too.
     parent_pid: int | None = None
 
@@ -87,6 +91,7 @@ class Settings:
             "MANYLORA_WEBHOOK_NETWORKS": ",".join(map(str, self.webhook_networks)),
             "MANYLORA_MAX_RETRY_CREDIT_NANO": str(self.max_retry_credit_nano),
             UNKNOWN_FIELDS_VARIABLE: "report" if self.reports_unknown_fields else "refuse",
+            **_given(PARSER_VARIABLE, self.tool_call_parser),
         }
 
     @classmethod
@@ -118,6 +123,7 @@ class Settings:
                 environment, UNKNOWN_FIELDS_VARIABLE, ("refuse", "report")
             )
             == "report",
+            tool_call_parser=_parser(environment, PARSER_VARIABLE),
         )
 
 
@@ -164,7 +170,14 @@ def _choice(environment: Mapping[str, str], name: str, choices: tuple[str, ...])
     return value
 
 
-def _given(name: str, value: int | Path | None) -> dict[str, str]:
+def _parser(environment: Mapping[str, str], name: str) -> str | None:
+    value = environment.get(name) or None
+    if value is not None and value not in syntaxes.NAMES:
+        raise SettingsFault(f"{name} is none of {', '.join(syntaxes.NAMES)}: {value!r}")
+    return value
+
+
+def _given(name: str, value: int | str | Path | None) -> dict[str, str]:
     return {} if value is None else {name: str(value)}
 
 

@@ -70,6 +70,8 @@ class ServeOptions:
     max_retry_credit_nano: int = 0
     # Instead of refusing them.
     reports_unknown_fields: bool = False
+    # How models call functions; None leaves it to their chat templates.
+    tool_call_parser: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,7 @@ class Supervisor:
             webhook_networks=options.webhook_networks,
             max_retry_credit_nano=options.max_retry_credit_nano,
             reports_unknown_fields=options.reports_unknown_fields,
+            tool_call_parser=options.tool_call_parser,
             parent_pid=os.getpid(),
         )
         database = Database(

@@ -42,8 +42,8 @@ READY = b"!"
 _LENGTH = struct.Struct("!I")
 
 
-# "ebnf" is Lark's notation, or that of llama.cpp.
-GrammarForm = Literal["json_schema", "regex", "ebnf"]
+# "ebnf" is Lark's notation, or that of llama.cpp; "calls" a `gateway.tools.notation.CallForm`.
+GrammarForm = Literal["json_schema", "regex", "ebnf", "calls"]
 GrammarKind = Literal["json_schema", "regex", "lark"]
 
 
@@ -274,8 +274,9 @@ def _examine(job: Examine) -> Examined:
 
     _limit(job.max_cpu_s)
     try:
-        kind, text = grammar_forms.read(job.kind, job.text)
-        return Examined(kind, text, fault=grammar_forms.fault_of(kind, text))
+        found = grammar_forms.read(job.kind, job.text)
+        fault = grammar_forms.fault_of(found.kind, found.trial)
+        return Examined(found.kind, found.text, fault=fault)
     except grammar_forms.Refused as refusal:
         return Examined("regex", "", fault=str(refusal))
     except (MemoryError, RecursionError):

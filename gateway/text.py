@@ -24,6 +24,7 @@ from adapters.text_bundle import TextBundle
 from gateway import chat_template
 from gateway.errors import InvalidRequest
 from gateway.templates import OwnTemplate, TemplateFault, Templates
+from gateway.tools import reasoning, syntaxes
 
 # What a decoder answers for bytes that are no whole character yet.
 REPLACEMENT = "\ufffd"
@@ -31,6 +32,8 @@ REPLACEMENT = "\ufffd"
 LONG_TEXT_CHARACTERS = 20_000
 # A prompt's log-probabilities name each of its tokens with as many alternatives; 2 MB of a codec.
 MAX_TOKENS_REMEMBERED = 16384
+# Of a prompt's end, to see whether it begins thoughts: the mark and blanks behind it.
+TOKENS_OF_MARK = 16
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 # What a template is told by the gateway alone, besides the names of special tokens.
 OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
@@ -60,6 +63,7 @@ class TextCodec:
         *,
         templates: Templates | None = None,
         tokenizer: Tokenizer | None = None,
+        tool_call_parser: str | None = None,
     ) -> None:
         self.eos_token_ids = bundle.eos_token_ids
         self.generation_defaults = bundle.generation_defaults
@@ -74,6 +78,11 @@ class TextCodec:
         self._template = (
             chat_template.compiled(source) if source and self._own_template is None else None
         )
+        # How its model calls functions, and whether it thinks before it answers.
+        self.syntax = syntaxes.spoken_in(source or "", name=tool_call_parser)
+        self._reads_tools = syntaxes.reads_tools(source or "")
+        self._thinks = reasoning.thinks(source or "")
+        self._marks = _tokens_of(self._tokenizer, (*self.syntax.marks, *reasoning.MARKS))
 
     async def encode_chat(
         self,
@@ -82,22 +91,25 @@ class TextCodec:
         caller: str = "",
         ending: Ending = Ending.ASKING,
         variables: Mapping[str, Any] = NO_VARIABLES,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Render the conversation and encode it; `variables` are the template's, beside our own.
 
-        `caller` is who takes turns with others for the rendering of adapters' own templates.
+        `caller` is who takes turns with others for the rendering of adapters' own templates;
+        `tools` are the functions that the model is told of, in OpenAI's form.
         Raises TemplateFault where the model has no template or the template refuses the messages,
         InvalidRequest where a variable is not for the client to say, and LimitReached where too
         many of the caller's conversations wait for it.
         """
         if variables:
             self._check_variables(variables)
+        turns = self.syntax.for_template(messages, tools)
+        # As transformers has it where there are none.
+        told = {**variables, "tools": list(tools) if tools and self._reads_tools else None}
         if ending is Ending.CONTINUING:
-            text = await self._render_continued(messages, variables, caller=caller)
+            text = await self._render_continued(turns, told, caller=caller)
         else:
-            text = await self._render(
-                messages, variables, caller=caller, asks=ending is Ending.ASKING
-            )
+            text = await self._render(turns, told, caller=caller, asks=ending is Ending.ASKING)
         return await self._encode(text, add_special_tokens=False)
 
     def _check_variables(self, variables: Mapping[str, Any]) -> None:
@@ -246,18 +258,34 @@ class TextCodec:
         *,
         after: Sequence[int] = (),
         shows_special_tokens: bool = False,
+        shows_marks: bool = False,
     ) -> "TextStream":
         """`after`: the last tokens of a text that the answer continues; none of an answer that
-        begins one."""
+        begins one. The marks of calls and thoughts are shown with all special tokens, or alone."""
         # A client that encodes its prompt itself may name any number.
         known = [token_id for token_id in after if token_id < self.vocab_size]
+        before = self._last_whole(known)
+        if shows_marks and not shows_special_tokens:
+            return MarkedTextStream(self, self._tokenizer, stops, after=before, marks=self._marks)
         return TextStream(
             self,
             self._tokenizer,
             stops,
-            after=self._last_whole(known),
+            after=before,
             shows_special_tokens=shows_special_tokens,
         )
+
+    def thinking_after(self, prompt_ids: Sequence[int]) -> reasoning.Thinking:
+        """Whether an answer to this conversation begins with thoughts."""
+        if not self._thinks:
+            return "never"
+        end: str = self._tokenizer.decode(prompt_ids[-TOKENS_OF_MARK:], skip_special_tokens=False)
+        return reasoning.at_end_of(end)
+
+    @property
+    def mark_token_ids(self) -> dict[str, int]:
+        """The marks of calls and thoughts that are single tokens."""
+        return {mark: token_id for token_id, mark in self._marks.items()}
 
     def _last_whole(self, token_ids: Sequence[int]) -> Sequence[int]:
         """The shortest end that is whole characters."""
@@ -376,6 +404,39 @@ class TextStream:
         return piece
 
 
+class MarkedTextStream(TextStream):
+    """The same, where some special tokens are text too."""
+
+    def __init__(
+        self,
+        codec: TextCodec,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        after: Sequence[int],
+        marks: Mapping[int, str],
+    ) -> None:
+        super().__init__(codec, tokenizer, stops, after=after, shows_special_tokens=False)
+        self._marks = marks
+
+    def feed(self, token_id: int) -> str:
+        mark = self._marks.get(token_id)
+        if mark is None:
+            return super().feed(token_id)
+        if broken := self._codec.decode(self._token_ids[self._num_decoded :]):
+            self._decoder = DecodeStream(skip_special_tokens=True)
+        self._token_ids.append(token_id)
+        self._num_decoded = len(self._token_ids)
+        self._text += broken + mark
+        return self._advance(len(broken) + len(mark))
+
+
+def _tokens_of(tokenizer: Tokenizer, marks: Iterable[str]) -> dict[int, str]:
+    """The marks for which the tokenizer has a token, by its id."""
+    found = ((tokenizer.token_to_id(mark), mark) for mark in marks)
+    return {token_id: mark for token_id, mark in found if token_id is not None}
+
+
 def _load_tokenizer(tokenizer_json: bytes) -> Tokenizer:
     tokenizer = Tokenizer.from_buffer(tokenizer_json)
     tokenizer.no_truncation()
@@ -386,8 +447,17 @@ def _load_tokenizer(tokenizer_json: bytes) -> Tokenizer:
 class TextCodecs:
     """The codecs in use, by bundle digest; the least used leave memory first."""
 
-    def __init__(self, store: ArtifactStore, *, templates: Templates, max_codecs: int = 64) -> None:
+    def __init__(
+        self,
+        store: ArtifactStore,
+        *,
+        templates: Templates,
+        max_codecs: int = 64,
+        tool_call_parser: str | None = None,
+    ) -> None:
+        """`tool_call_parser` names how all models call functions; None leaves it to templates."""
         self._store = store
+        self._tool_call_parser = tool_call_parser
         self._templates = templates
         self._max_codecs = max_codecs
         # By (digest, whether it is an adapter's own).
@@ -421,7 +491,12 @@ class TextCodecs:
         content = hashlib.sha256(bundle.tokenizer_json).digest()
         tokenizer = self._tokenizers.get(content) or _load_tokenizer(bundle.tokenizer_json)
         self._tokenizers[content] = tokenizer
-        return TextCodec(bundle, templates=self._templates if is_own else None, tokenizer=tokenizer)
+        return TextCodec(
+            bundle,
+            templates=self._templates if is_own else None,
+            tokenizer=tokenizer,
+            tool_call_parser=self._tool_call_parser,
+        )
 
     def _forget(self, keys: Iterable[tuple[str, bool]]) -> None:
         for key in list(keys)[: -self._max_codecs]:

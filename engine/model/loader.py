@@ -137,7 +137,7 @@ def _read(
         families.check(config)
         settings = {"config": config, "dtype": dtype, "attn_implementation": "eager"}
         if formats is None:
-            model = AutoModelForCausalLM.from_pretrained(name, **settings)
+            model: Any = AutoModelForCausalLM.from_pretrained(name, **settings)
         else:
             model = quantising.read(name, formats, **settings)
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ its codes stand for. Knows a layer and its form. Knows nothing of adapters, or o
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -55,7 +56,8 @@ class QuantisedLinear(nn.Module):
 
     def with_whole(self, parameters: Mapping[str, Tensor]) -> nn.Module:
         """The layer as it was, with another weight, and bias if there is one in `parameters`."""
-        whole = Conv1D(1, 1) if self.is_transposed else nn.Linear(1, 1)
+        make: Any = Conv1D  # has no types
+        whole: Any = make(1, 1) if self.is_transposed else nn.Linear(1, 1)
         own = {"weight": parameters["weight"], "bias": parameters.get("bias", self.bias)}
         for name, value in own.items():
             parameter = None if value is None else nn.Parameter(value, requires_grad=False)
@@ -63,6 +65,7 @@ class QuantisedLinear(nn.Module):
         if self.is_transposed:
             # It asks itself for its width.
             whole.nf = self.out_features
+        assert isinstance(whole, nn.Module)
         return whole
 
     def forward(self, x: Tensor) -> Tensor:

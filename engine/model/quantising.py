@@ -38,16 +38,18 @@ def read(name: str, formats: Formats, **settings: Any) -> PreTrainedModel:
         name, quantization_config=_Request(formats), **settings
     )
     assert isinstance(model, PreTrainedModel)
+    quantiser: Any = model.hf_quantizer
     # So that its configuration is told as any other's.
-    model.hf_quantizer.remove_quantization_config(model)
+    quantiser.remove_quantization_config(model)
     _quantise_the_rest(model, formats)
     return model
 
 
-class _Request(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
+class _Request(QuantizationConfigMixin):
     """What `from_pretrained` hands on to the quantiser."""
 
-    quant_method = METHOD
+    # Its own type is an enumeration of transformers' own methods.
+    quant_method: Any = METHOD
 
     def __init__(self, formats: Formats) -> None:
         self.formats = formats
@@ -56,7 +58,7 @@ class _Request(QuantizationConfigMixin):  # type: ignore[misc]  # transformers h
         return {"quant_method": METHOD, "format": self.formats.linears.name}
 
 
-class _Quantiser(HfQuantizer):  # type: ignore[misc]  # transformers has no types
+class _Quantiser(HfQuantizer):
     """Tells transformers which tensors are quantised as they come, and how."""
 
     is_trainable = False
@@ -65,7 +67,7 @@ class _Quantiser(HfQuantizer):  # type: ignore[misc]  # transformers has no type
         return False
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        name, _, parameter = param_name.rpartition(".")
+        name, parameter = param_name.rpartition(".")[::2]
         if parameter != "weight" or _is_tied(model, param_name):
             return False
         layer = model.get_submodule(name)
@@ -75,7 +77,7 @@ class _Quantiser(HfQuantizer):  # type: ignore[misc]  # transformers has no type
         return _Quantise(self)
 
     def quantise(self, model: nn.Module, name: str, weight: Tensor) -> None:
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         form = self._format_of(model, layer)
         assert form is not None
         model.set_submodule(name, QuantisedLinear(layer, weight, form=form))
@@ -89,18 +91,18 @@ class _Quantiser(HfQuantizer):  # type: ignore[misc]  # transformers has no type
                 )
         for name, layer in _linears(model):
             form = self._format_of(model, layer)
-            fault = form and form.fault_of(*_features(layer))
-            if fault:
+            fault = None if form is None else form.fault_of(*_features(layer))
+            if form is not None and fault:
                 raise ConfigurationError(
                     f"quantization {form.name!r} does not fit the layer {name!r}: {fault}."
                 )
 
     def _format_of(self, model: Any, layer: nn.Module) -> Format | None:
-        formats: Formats = self.quantization_config.formats
-        return _format_of(model, layer, formats)
+        assert isinstance(self.quantization_config, _Request)
+        return _format_of(model, layer, self.quantization_config.formats)
 
 
-class _Quantise(ConversionOps):  # type: ignore[misc]  # transformers has no types
+class _Quantise(ConversionOps):
     """Puts a quantised layer into the model, in the place of one whose weight has come."""
 
     def __init__(self, quantiser: _Quantiser) -> None:
@@ -109,18 +111,17 @@ class _Quantise(ConversionOps):  # type: ignore[misc]  # transformers has no typ
     def convert(
         self,
         input_dict: dict[str, Any],
-        *_: Any,
-        full_layer_name: str,
-        model: nn.Module,
-        missing_keys: set[str] | None,
-        **__: Any,
-    ) -> dict[str, Tensor]:
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **place: Any,
+    ) -> dict[str, list[Tensor]]:
         """Gives nothing that is still to be put anywhere."""
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
-        self._quantiser.quantise(model, full_layer_name.removesuffix(".weight"), weight)
-        if missing_keys is not None:
-            missing_keys.discard(full_layer_name)
+        path = place["full_layer_name"]
+        self._quantiser.quantise(place["model"], path.removesuffix(".weight"), weight)
+        if place["missing_keys"] is not None:
+            place["missing_keys"].discard(path)
         return {}
 
 

@@ -12,6 +12,7 @@ from gateway.choices import Delta, FinishReason, StoppedBy
 from gateway.embeddings import Embedding
 from gateway.errors import GatewayError
 from gateway.inference import Generation
+from gateway.tools.pieces import Piece
 
 
 class ClientGone(GatewayError):
@@ -34,6 +35,8 @@ class WholeAnswer:
     end_token_id: int | None
     # Of its prompt's tokens but the first, where it was asked for them.
     prompt_logprobs: list[TokenLogprob] | None
+    # What the text was read as; None where it is only text.
+    pieces: list[Piece] | None
 
 
 def answer_headers(generation: Generation | Embedding) -> dict[str, str]:
@@ -100,7 +103,13 @@ def _whole(deltas: Sequence[Delta]) -> WholeAnswer:
         stopped_by=last.stopped_by,
         end_token_id=last.end_token_id,
         prompt_logprobs=next((each for each in told if each is not None), None),
+        pieces=_pieces(deltas),
     )
+
+
+def _pieces(deltas: Sequence[Delta]) -> list[Piece] | None:
+    told = [delta.pieces for delta in deltas if delta.pieces is not None]
+    return [piece for pieces in told for piece in pieces] if told else None
 
 
 async def hang_up(request: Request[Any, Any, Any]) -> None:

@@ -59,12 +59,23 @@ from gateway.api.structured import (
     StructuredOutputs,
     asked_grammar,
 )
+from gateway.api.tools import (
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
+    Tools,
+    asked_toolbox,
+    calls_for_template,
+    check_form,
+    check_turns,
+)
 from gateway.auth import Principal, caller_of
 from gateway.choices import Delta, FinishReason, StoppedBy
 from gateway.errors import InvalidRequest
 from gateway.idempotency import KeptAnswer
 from gateway.inference import Generation, GenerationRequest
 from gateway.text import Ending, TextCodec
+from gateway.tools.pieces import Arguments, CallBegins, Piece, Thought, Withdrawn, Words, add_up
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,19 +88,46 @@ class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    # Null only beside calls.
+    content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[ToolCall] | None = None
+    # Of a tool's message: the call that it answers.
+    tool_call_id: str | None = None
+    # What the assistant thought; some templates show it to the model again.
+    reasoning_content: str | None = None
     function_call: Any | None = None
     audio: Any | None = None
     refusal: str | None = None
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it: `developer` is the newer word for `system`."""
-        content = self.content
+        content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+def conversation(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """The messages as chat templates expect them.
+
+    Raises InvalidRequest naming the first that cannot be, or would have to change the answer.
+    """
+    for number, message in enumerate(messages):
+        refuse_unserved(message, place=f"messages[{number}].")
+    check_turns(messages)
+    turns = [message.for_template() for message in messages]
+    names: dict[str, str] = {}
+    for number, (message, turn) in enumerate(zip(messages, turns, strict=True)):
+        if message.reasoning_content is not None:
+            turn["reasoning_content"] = message.reasoning_content
+        if message.tool_calls:
+            place = f"messages[{number}].tool_calls"
+            turn["tool_calls"] = calls_for_template(message.tool_calls, place=place)
+            names |= {call.id: call.function.name for call in message.tool_calls}
+        if message.tool_call_id is not None:
+            turn |= {"tool_call_id": message.tool_call_id, "name": names[message.tool_call_id]}
+    return turns
 
 
 class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -125,6 +163,10 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
+    # What the answer may call, and whether it must.
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     # Ours: the most that the answer may cost, in nano-USD.
     max_cost: MaxCost | None = None
     # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.
@@ -151,14 +193,11 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     functions: list[Any] | None = None
     modalities: list[str] | None = None
     moderation: Any | None = None
-    parallel_tool_calls: bool | None = None
     prediction: Any | None = None
     prompt_cache_options: Any | None = None
     prompt_cache_retention: str | None = None
     reasoning_effort: str | None = None
     store: bool | None = None
-    tool_choice: Any | None = None
-    tools: list[Any] | None = None
     verbosity: str | None = None
     web_search_options: Any | None = None
     allowed_token_ids: list[int] | None = None
@@ -192,9 +231,13 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    content: str
+    # Null where there are only calls or thoughts.
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    # What the model thought before its answer, of models that do.
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -227,6 +270,8 @@ class ChatCompletion(msgspec.Struct, frozen=True):
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     content: str | None = None
     role: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -292,18 +337,21 @@ async def chat_completions(
 
 def _read(data: ChatCompletionRequest, principal: Principal) -> GenerationRequest:
     refuse_unserved(data)
-    for number, message in enumerate(data.messages):
-        refuse_unserved(message, place=f"messages[{number}].")
     if data.stream_options is not None and not data.stream:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
     if data.top_logprobs is not None and not data.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     check_prompt_logprobs(data.prompt_logprobs, is_streamed=bool(data.stream))
+    is_parallel = data.parallel_tool_calls is not False
+    toolbox = asked_toolbox(data.tools, data.tool_choice, is_parallel=is_parallel)
+    grammar = asked_grammar(data)
+    if toolbox is not None:
+        check_form(toolbox, grammar, ignore_eos=bool(data.ignore_eos))
     return GenerationRequest(
         endpoint="chat.completions",
         model=data.model,
         user=end_user(data.user or data.safety_identifier),
-        prompts=[[message.for_template() for message in data.messages]],
+        prompts=[conversation(data.messages)],
         is_streamed=bool(data.stream),
         max_tokens=data.max_completion_tokens or data.max_tokens,
         temperature=data.temperature,
@@ -329,7 +377,8 @@ def _read(data: ChatCompletionRequest, principal: Principal) -> GenerationReques
         priority=priority_of(data.service_tier, principal),
         max_cost_nano=data.max_cost,
         fields=partial(given_fields, data),
-        grammar=asked_grammar(data),
+        grammar=grammar,
+        tools=toolbox,
     )
 
 
@@ -374,13 +423,24 @@ async def _whole(
             _choice(generation.codec, data, answer, index=index)
             for index, answer in enumerate(answers)
         ],
-        usage=Usage.of(generation.bill()),
+        usage=Usage.of(generation.bill(), reasoning_tokens=generation.reasoning_tokens),
         service_tier=served_tier(data.service_tier) or msgspec.UNSET,
         metadata=msgspec.UNSET if data.metadata is None else data.metadata,
         prompt_token_ids=list(prompt) if data.return_token_ids else msgspec.UNSET,
         prompt_logprobs=of_prompt,
     )
     return await finish_whole(generation, completion, answering)
+
+
+def _message(answer: WholeAnswer) -> AssistantMessage:
+    if answer.pieces is None:
+        return AssistantMessage(answer.text)
+    found = add_up(answer.pieces)
+    return AssistantMessage(
+        found.words or (None if found.calls or found.thoughts else ""),
+        reasoning_content=found.thoughts or msgspec.UNSET,
+        tool_calls=[ToolCall.of(call) for call in found.calls] or msgspec.UNSET,
+    )
 
 
 async def _of_prompt(
@@ -399,7 +459,7 @@ def _choice(
     codec: TextCodec, data: ChatCompletionRequest, answer: WholeAnswer, *, index: int
 ) -> ChatChoice:
     return ChatChoice(
-        AssistantMessage(answer.text),
+        _message(answer),
         answer.finish_reason,
         _logprobs(codec, answer) if data.logprobs else None,
         index=index,
@@ -422,7 +482,9 @@ async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncI
     async for delta in generation.deltas():
         chunks, opening = opening, b""
         token_ids = told_token_ids(delta) if data.return_token_ids else msgspec.UNSET
-        if delta.text or delta.logprobs or token_ids:
+        if delta.pieces is not None:
+            chunks += _read_chunks(mould, generation, delta, token_ids=token_ids)
+        elif delta.text or delta.logprobs or token_ids:
             logprobs = _logprobs(generation.codec, delta) if data.logprobs else None
             chunks += mould.cast(
                 ChatChunkChoice(
@@ -444,7 +506,8 @@ async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncI
             )
             if bill is not None:
                 if data.stream_options and data.stream_options.include_usage:
-                    chunks += event(msgspec.structs.replace(bare, usage=Usage.of(bill)))
+                    usage = Usage.of(bill, reasoning_tokens=generation.reasoning_tokens)
+                    chunks += event(msgspec.structs.replace(bare, usage=usage))
                 chunks += DONE
         yield chunks
 
@@ -463,6 +526,41 @@ def _opening(
         )
         for index in range(generation.num_choices)
     )
+
+
+def _read_chunks(
+    mould: EventMould,
+    generation: Generation,
+    delta: Delta,
+    *,
+    token_ids: list[int] | msgspec.UnsetType,
+) -> bytes:
+    """A chunk for each piece; the first has the log-probabilities and token ids."""
+    parts = [_part(piece) for piece in delta.pieces or ()]
+    logprobs = _logprobs(generation.codec, delta) if delta.logprobs else None
+    if not parts and (logprobs or token_ids):
+        parts = [ChatDelta()]
+    return b"".join(
+        mould.cast(
+            ChatChunkChoice(
+                part,
+                logprobs=None if number else logprobs,
+                index=delta.index,
+                token_ids=msgspec.UNSET if number else token_ids,
+            )
+        )
+        for number, part in enumerate(parts)
+    )
+
+
+def _part(piece: Piece) -> ChatDelta:
+    match piece:
+        case Words(text) | Withdrawn(text=text):
+            return ChatDelta(content=text)
+        case Thought(text):
+            return ChatDelta(reasoning_content=text)
+        case CallBegins() | Arguments():
+            return ChatDelta(tool_calls=[ToolCallDelta.of(piece)])
 
 
 def _logprobs(codec: TextCodec, answer: Delta | WholeAnswer) -> ChatLogprobs:

@@ -7,8 +7,9 @@ from litestar import post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
-from gateway.api.chat import ChatMessage
-from gateway.api.fields import MaxCost, NumAnswers, NumTokens, TokenIds, refuse_unserved
+from gateway.api.chat import ChatMessage, conversation
+from gateway.api.fields import MaxCost, NumAnswers, NumTokens, TokenIds
+from gateway.api.tools import ToolChoice, Tools, asked_toolbox
 from gateway.auth import Principal
 from gateway.errors import GatewayError, InvalidRequest, LimitReached
 from gateway.inference import Inference, Prompt, TokenPrompt
@@ -20,6 +21,9 @@ class EstimateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)] | None = None
     prompt: str | TokenIds | None = None
+    # The model is told of them in the prompt, unless it may call none.
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     # The rest of the context where it is left out.
     max_tokens: NumTokens | None = None
     max_cost: MaxCost | None = None
@@ -69,6 +73,7 @@ async def estimate(
         principal,
         model=data.model,
         prompt=_prompt(data),
+        tools=asked_toolbox(data.tools, data.tool_choice),
         max_tokens=data.max_tokens,
         max_cost_nano=data.max_cost,
         num_choices=data.n or 1,
@@ -95,9 +100,9 @@ def _prompt(data: EstimateRequest) -> Prompt:
     if (data.messages is None) == (data.prompt is None):
         raise InvalidRequest("Give 'messages' or 'prompt': one of them.", param="messages")
     if data.messages is not None:
-        for number, message in enumerate(data.messages):
-            refuse_unserved(message, place=f"messages[{number}].")
-        return [message.for_template() for message in data.messages]
+        return conversation(data.messages)
+    if data.tools:
+        raise InvalidRequest("'tools' belong to 'messages': leave them out.", param="tools")
     if not data.prompt:
         raise InvalidRequest("'prompt' is empty: give at least one token.", param="prompt")
     return data.prompt if isinstance(data.prompt, str) else TokenPrompt(data.prompt)

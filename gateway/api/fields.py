@@ -54,16 +54,12 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True,),
     "prediction": (),
     "prompt_cache_options": ({}, {"mode": "implicit"}),
     "prompt_cache_retention": ("in_memory",),
     "reasoning_effort": (),
     "store": (False,),
     "suffix": (),
-    "tool_calls": ([],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM's
@@ -155,6 +151,11 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    # Those that the model thought with before its answer.
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     """What an answer used and cost: the same numbers that its usage event keeps."""
 
@@ -164,15 +165,21 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
     # Nano-USD.
     cost_nano: int
+    # Of models that think before they answer.
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
     @classmethod
-    def of(cls, bill: Bill) -> "Usage":
+    def of(cls, bill: Bill, *, reasoning_tokens: int | None = None) -> "Usage":
+        details = (
+            msgspec.UNSET if reasoning_tokens is None else CompletionTokensDetails(reasoning_tokens)
+        )
         return cls(
             prompt_tokens=bill.prompt_tokens,
             completion_tokens=bill.completion_tokens,
             total_tokens=bill.prompt_tokens + bill.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(bill.cached_tokens),
             cost_nano=bill.cost_nano,
+            completion_tokens_details=details,
         )
 
 

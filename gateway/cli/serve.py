@@ -23,6 +23,7 @@ from gateway.errors import DatabaseRefused, InvalidRequest
 from gateway.lora_modules import LoraModule, parse, register
 from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS
 from gateway.supervisor import ServeOptions, Supervisor, reachable
+from gateway.tools import syntaxes
 
 LORA_MODULES = "--lora-modules"
 
@@ -196,6 +197,12 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True),
     help="What POST /v1/load_lora_adapter may load from. [default: nothing]",
 )
+@click.option(
+    "--tool-call-parser",
+    type=click.Choice(syntaxes.NAMES),
+    help="How models call functions. [default: what their chat templates show]",
+)
+@click.option("--enable-auto-tool-choice", is_flag=True, help="Always on, likewise.")
 @click.option("--enable-lora", is_flag=True, help="Always on; accepted for vLLM's sake.")
 @click.option("--tensor-parallel-size", default=1, callback=_only_one, expose_value=False)
 @_refused_flags
@@ -219,6 +226,8 @@ def serve(
     webhook_networks: tuple[Network, ...],
     credit_retries: int,
     unknown_fields: str,
+    tool_call_parser: str | None,
+    enable_auto_tool_choice: bool,
     enable_lora: bool,
     **engine_options: object,
 ) -> None:
@@ -247,6 +256,7 @@ def serve(
         webhook_networks=webhook_networks,
         max_retry_credit_nano=credit_retries,
         reports_unknown_fields=unknown_fields == "report",
+        tool_call_parser=tool_call_parser,
     )
 
     async def ready(supervisor: Supervisor) -> None:

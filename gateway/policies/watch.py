@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gateway.errors import ContentRefused, PolicyViolation
 from gateway.policies.decisions import Decisions
 from gateway.policies.moderation import Judge, Moderation, Subject, not_answered
+from gateway.policies.patterns import first_hit
 from gateway.policies.rules import Asked, Rules
 from gateway.policies.screen import Screen, Text, Window
 
@@ -68,6 +69,17 @@ class Watch:
             return None
         window = Window(rules.deny_output, window_chars=rules.policy.window_chars)
         return Screen(text, window, on_hit=lambda name: self._count(f"deny_output/{name}"))
+
+    @property
+    def reads_answers(self) -> bool:
+        return bool(self._enforced.rules.deny_output)
+
+    def allows(self, text: str) -> bool:
+        """Whether the deny rules let a text pass that belongs to the answer, and is whole."""
+        name = first_hit(self._enforced.rules.deny_output, text)
+        if name is not None:
+            self._count(f"deny_output/{name}")
+        return name is None
 
     def judge(self, *, is_streamed: bool) -> Judge | None:
         """Who allows the answer; None where nobody is asked."""

@@ -116,7 +116,7 @@ def test_a_huge_body_is_413(server):
     [
         ({"extra_body": {"frobnicate": 1}}, "frobnicate"),
         ({"n": 129}, "n"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
         ({"response_format": {"type": "json"}}, "response_format.type"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"presence_penalty": -2.5}, "presence_penalty"),

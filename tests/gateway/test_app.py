@@ -34,6 +34,7 @@ def settings(tmp_path) -> Settings:
         max_retry_credit_nano=10**9,
         supervisor_socket=tmp_path / "supervisor.sock",
         reports_unknown_fields=True,
+        tool_call_parser="mistral",
         parent_pid=17,
     )
 
@@ -59,6 +60,7 @@ def test_settings_survive_the_way_through_the_environment(settings):
         ("MANYLORA_PEPPER", "new:" + "00" * 32),
         ("MANYLORA_TRUSTED_PROXIES", "10.0.0.1/8"),
         ("MANYLORA_UNKNOWN_FIELDS", "ignore"),
+        ("MANYLORA_TOOL_CALL_PARSER", "pythonic"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(settings, variable, value):

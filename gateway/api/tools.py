@@ -1,0 +1,260 @@
+"""The fields about functions: what may be called, what was called before, and calls in answers.
+
+Knows their spelling. Knows nothing of how a model writes a call.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol
+
+import msgspec
+
+from gateway.errors import InvalidRequest
+from gateway.grammars import AskedGrammar
+from gateway.tools.pieces import Arguments, Call, CallBegins
+from gateway.tools.toolbox import Tool, Toolbox
+
+# Of what is nested in a schema or in arguments.
+MAX_DEPTH = 128
+FunctionName = Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+# Of a function that the client says nothing about.
+NO_PARAMETERS: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {},
+    "additionalProperties": False,
+}
+
+
+class FunctionDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function of the client's. With `strict` its arguments always follow `parameters`."""
+
+    name: FunctionName
+    description: str | None = None
+    # JSON schema of an object; none where it is left out.
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Something that an answer may call; functions are the only kind."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: FunctionName
+
+
+class NamedTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The one function that has to be called."""
+
+    type: Literal["function"]
+    function: FunctionChoice
+
+
+Tools = Annotated[list[ToolDefinition], msgspec.Meta(max_length=128)]
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function, and its arguments as JSON."""
+
+    name: FunctionName
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call that an answer made; clients send it back with the conversation."""
+
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+    @classmethod
+    def of(cls, call: Call) -> "ToolCall":
+        return cls(call.id, CalledFunction(call.name, call.arguments))
+
+
+class FunctionDelta(msgspec.Struct, frozen=True):
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    arguments: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """A part of a call: its name first, then its arguments piece by piece."""
+
+    index: int
+    function: FunctionDelta
+    id: str | msgspec.UnsetType = msgspec.UNSET
+    type: Literal["function"] | msgspec.UnsetType = msgspec.UNSET
+
+    @classmethod
+    def of(cls, piece: CallBegins | Arguments) -> "ToolCallDelta":
+        match piece:
+            case CallBegins():
+                function = FunctionDelta(piece.name, "")
+                return cls(piece.index, function, id=piece.id, type="function")
+            case Arguments():
+                return cls(piece.index, FunctionDelta(arguments=piece.text))
+
+
+class Message(Protocol):
+    """A message as far as functions are concerned."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def content(self) -> object: ...
+    @property
+    def tool_calls(self) -> list[ToolCall] | None: ...
+    @property
+    def tool_call_id(self) -> str | None: ...
+
+
+def asked_toolbox(
+    tools: Sequence[ToolDefinition] | None,
+    choice: ToolChoice | None,
+    *,
+    is_parallel: bool = True,
+) -> Toolbox | None:
+    """What the answer may call; None where that is nothing. Raises InvalidRequest."""
+    tools, choice = tools or (), choice or "auto"
+    names = [tool.function.name for tool in tools]
+    _check_names(names)
+    if not tools and choice not in ("auto", "none"):
+        raise InvalidRequest(
+            "'tool_choice' asks for a call, and there are no 'tools': give at least one.",
+            param="tool_choice",
+        )
+    if not tools or choice == "none":
+        return None
+    only = choice.function.name if isinstance(choice, NamedTool) else None
+    if only is not None and only not in names:
+        raise InvalidRequest(
+            f"'tool_choice' names {only!r}, which is not in 'tools'.",
+            param="tool_choice.function.name",
+        )
+    return Toolbox(
+        tuple(_tool(number, tool) for number, tool in enumerate(tools)),
+        must_call=choice != "auto",
+        only=only,
+        # Whoever names a function wants one call of it.
+        is_parallel=is_parallel and only is None,
+    )
+
+
+def check_form(toolbox: Toolbox, grammar: AskedGrammar | None, *, ignore_eos: bool) -> None:
+    """Raises InvalidRequest where an answer cannot be both what is asked for and calls."""
+    if ignore_eos and toolbox.is_enforced:
+        raise InvalidRequest(
+            "'ignore_eos' would let the answer go on after its calls: leave it out.",
+            param="ignore_eos",
+        )
+    if grammar is not None and toolbox.must_call:
+        raise InvalidRequest(
+            f"'tool_choice' asks for a call, and '{grammar.param}' for something else: send one of"
+            " them.",
+            param="tool_choice",
+        )
+    if grammar is not None and grammar.form != "json_schema":
+        raise InvalidRequest(
+            f"'{grammar.param}' leaves no room for a call: beside 'tools' only a JSON schema may"
+            " say what an answer in words has to look like.",
+            param=grammar.param,
+        )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise InvalidRequest(
+                f"There are two tools {name!r}: give each a name of its own.",
+                param=f"tools[{number}].function.name",
+            )
+
+
+def _check_depth(value: dict[str, Any], place: str) -> None:
+    """Templates and grammars go down into what is nested, and others wait for them."""
+    level: list[Any] = [value]
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise InvalidRequest(
+                f"'{place}' is nested deeper than {MAX_DEPTH} levels.", param=place
+            )
+        lists = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [inner for each in lists for inner in each if isinstance(inner, dict | list)]
+
+
+def _tool(number: int, tool: ToolDefinition) -> Tool:
+    function = tool.function
+    place = f"tools[{number}].function.parameters"
+    parameters = dict(NO_PARAMETERS if function.parameters is None else function.parameters)
+    _check_depth(parameters, place)
+    if parameters.setdefault("type", "object") != "object":
+        raise InvalidRequest(
+            f"'{place}' is no schema of an object: arguments have names, so its type is"
+            ' "object".',
+            param=place,
+        )
+    definition: dict[str, Any] = {"name": function.name}
+    if function.description is not None:
+        definition["description"] = function.description
+    definition["parameters"] = parameters
+    return Tool(
+        name=function.name,
+        definition={"type": "function", "function": definition},
+        parameters=parameters,
+        is_strict=bool(function.strict),
+    )
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Raises InvalidRequest where calls and what was answered to them do not fit together."""
+    called: set[str] = set()
+    for number, message in enumerate(messages):
+        place = f"messages[{number}]"
+        if message.tool_calls and message.role != "assistant":
+            raise _misplaced(f"{place}.tool_calls", "only an assistant's message has calls")
+        if message.content is None and not message.tool_calls:
+            raise _misplaced(f"{place}.content", "only a message with 'tool_calls' may lack it")
+        if (message.tool_call_id is not None) != (message.role == "tool"):
+            raise _misplaced(
+                f"{place}.tool_call_id", "a tool's message has one, and no other message does"
+            )
+        if message.tool_call_id is not None and message.tool_call_id not in called:
+            raise _misplaced(
+                f"{place}.tool_call_id", "no message before it has a call with this id"
+            )
+        called.update(call.id for call in message.tool_calls or ())
+
+
+def calls_for_template(calls: Sequence[ToolCall], *, place: str) -> list[dict[str, Any]]:
+    """Calls as chat templates take them: arguments as values. Raises InvalidRequest."""
+    return [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {
+                "name": call.function.name,
+                "arguments": _arguments(
+                    call.function.arguments, f"{place}[{number}].function.arguments"
+                ),
+            },
+        }
+        for number, call in enumerate(calls)
+    ]
+
+
+def _arguments(text: str, place: str) -> dict[str, Any]:
+    try:
+        arguments = msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise InvalidRequest(f"'{place}' is no JSON object: {error}", param=place) from error
+    _check_depth(arguments, place)
+    return arguments
+
+
+def _misplaced(place: str, rule: str) -> InvalidRequest:
+    return InvalidRequest(f"'{place}' does not fit: {rule}.", param=place)
