@@ -770,9 +770,19 @@ class Inference:
         return keep
 
     async def tokenize(
-        self, principal: Principal, *, model: str, prompt: Prompt, add_special_tokens: bool
+        self,
+        principal: Principal,
+        *,
+        model: str,
+        prompt: Messages | str,
+        add_special_tokens: bool,
+        ending: Ending,
+        template_variables: Mapping[str, Any],
+        tools: Toolbox | None,
     ) -> tuple[list[int], TextCodec, Target]:
         """The token ids of a prompt; nothing is charged, held or billed, and no engine is asked.
+
+        Only conversations have endings, variables, and tools that the model is told of.
 
         Raises ModelNotFound, TemplateFault or InvalidRequest.
         """
@@ -781,7 +791,12 @@ class Inference:
             [ids] = await codec.encode_texts([prompt], add_special_tokens=add_special_tokens)
         else:
             ids = await _encode(
-                codec, prompt, caller=str(principal.tenant_id), ending=Ending.ASKING
+                codec,
+                prompt,
+                caller=str(principal.tenant_id),
+                ending=ending,
+                variables=template_variables,
+                tools=tools,
             )
         return ids, codec, target
 

@@ -370,7 +370,9 @@ def _read(data: ChatCompletionRequest, principal: Principal) -> GenerationReques
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
         prompt_logprobs=data.prompt_logprobs,
         num_choices=data.n or 1,
-        ending=_ending(data),
+        ending=ending_of(
+            data.messages, continues=data.continue_final_message, asks=data.add_generation_prompt
+        ),
         template_variables=data.chat_template_kwargs or {},
         shows_special_tokens=data.skip_special_tokens is False,
         tells_token_ids=bool(data.return_token_ids),
@@ -382,16 +384,19 @@ def _read(data: ChatCompletionRequest, principal: Principal) -> GenerationReques
     )
 
 
-def _ending(data: ChatCompletionRequest) -> Ending:
-    if not data.continue_final_message:
-        return Ending.PLAIN if data.add_generation_prompt is False else Ending.ASKING
-    if data.add_generation_prompt:
+def ending_of(
+    messages: Sequence[ChatMessage], *, continues: bool | None, asks: bool | None
+) -> Ending:
+    """How the prompt ends: null means the default. Raises InvalidRequest."""
+    if not continues:
+        return Ending.PLAIN if asks is False else Ending.ASKING
+    if asks:
         raise InvalidRequest(
             "'continue_final_message' and 'add_generation_prompt' exclude each other: the answer"
             " goes on with a message, or begins one.",
             param="add_generation_prompt",
         )
-    if data.messages[-1].role != "assistant":
+    if messages[-1].role != "assistant":
         raise InvalidRequest(
             "'continue_final_message' needs a last message with the role assistant.",
             param="continue_final_message",

@@ -11,11 +11,12 @@ from litestar import post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
-from gateway.api.chat import ChatMessage
-from gateway.api.fields import TokenIds, refuse_unserved
+from gateway.api.chat import ChatMessage, conversation, ending_of
+from gateway.api.fields import TemplateVariables, TokenIds
+from gateway.api.tools import ToolChoice, Tools, asked_toolbox
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
-from gateway.inference import Inference, Prompt
+from gateway.inference import Inference, Messages
 
 # About a million tokens, in two seconds of a thread.
 MAX_BODY_BYTES = 4 << 20
@@ -30,6 +31,12 @@ class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Those that the tokenizer puts around a text by itself; true where it is left out. A chat
     # template writes its own.
     add_special_tokens: bool | None = None
+    # Of `messages`, as in a chat request.
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     # Whether to spell each token too.
     return_token_strs: bool | None = None
 
@@ -76,6 +83,13 @@ async def tokenize(
         model=data.model,
         prompt=_prompt(data),
         add_special_tokens=data.add_special_tokens is not False,
+        ending=ending_of(
+            data.messages or (),
+            continues=data.continue_final_message,
+            asks=data.add_generation_prompt,
+        ),
+        template_variables=data.chat_template_kwargs or {},
+        tools=asked_toolbox(data.tools, data.tool_choice),
     )
     return Tokens(
         count=len(token_ids),
@@ -103,17 +117,28 @@ async def detokenize(
     return Detokenized(await codec.spell(data.tokens))
 
 
-def _prompt(data: TokenizeRequest) -> Prompt:
+# What only a conversation has.
+CHAT_FIELDS = (
+    "tools",
+    "tool_choice",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+)
+
+
+def _prompt(data: TokenizeRequest) -> Messages | str:
     if (data.messages is None) == (data.prompt is None):
         raise InvalidRequest("Give 'prompt' or 'messages': one of them.", param="prompt")
-    if data.prompt is not None:
+    if data.messages is None:
+        for name in CHAT_FIELDS:
+            if getattr(data, name) is not None:
+                raise InvalidRequest(f"'{name}' belongs to 'messages': leave it out.", param=name)
+        assert data.prompt is not None
         return data.prompt
     if data.add_special_tokens:
         raise InvalidRequest(
             "'add_special_tokens' is for 'prompt': a chat template writes its own. Leave it out.",
             param="add_special_tokens",
         )
-    assert data.messages is not None
-    for number, message in enumerate(data.messages):
-        refuse_unserved(message, place=f"messages[{number}].")
-    return [message.for_template() for message in data.messages]
+    return conversation(data.messages)

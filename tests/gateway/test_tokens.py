@@ -52,6 +52,38 @@ async def test_a_conversation_counts_as_its_chat_request_does(gateway: Gateway) 
     assert counted["count"] == answer.json()["usage"]["prompt_tokens"]
 
 
+FUNCTION = {"name": "look_up", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"add_generation_prompt": False},
+        {"tools": [{"type": "function", "function": FUNCTION}]},
+        {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "none"},
+        {"chat_template_kwargs": {"mood": "w4"}},
+        {
+            "messages": [*chat("w1")["messages"], {"role": "assistant", "content": "w999"}],
+            "continue_final_message": True,
+        },
+    ],
+)
+async def test_what_a_chat_request_tells_its_template_is_counted(
+    gateway: Gateway, fields: dict[str, Any]
+) -> None:
+    asked = {**chat("w1 w2 w3"), **fields}
+    told = {name: value for name, value in asked.items() if name in {"messages", *fields}}
+    counted = (await tokenize(gateway, **told)).json()
+    answer = await gateway.client.post("/v1/chat/completions", json=asked)
+    assert counted["count"] == answer.json()["usage"]["prompt_tokens"]
+
+
+async def test_what_belongs_to_conversations_is_refused_beside_a_text(gateway: Gateway) -> None:
+    answer = await tokenize(gateway, prompt="w1", add_generation_prompt=True)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "add_generation_prompt"
+
+
 async def test_it_is_free_and_under_no_limit(gateway: Gateway) -> None:
     await gateway.limit(requests_per_minute=1)
     for _ in range(3):
