@@ -50,6 +50,7 @@ ServedTier = Literal["default", "flex", "priority"]
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     # OpenAI's
     "audio": (),
+    "dimensions": (),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),

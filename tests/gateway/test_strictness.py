@@ -61,6 +61,7 @@ SAMPLING = (
     Row("user", ("ada",), ("",), (7,)),
 )
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+TOOL = {"type": "function", "function": FUNCTION}
 CHAT = (
     Row("model", (MODEL,), (), (None,), is_required=True),
     Row("messages", ([{"role": "user", "content": "w999"}],), (), ([],), is_required=True),
@@ -75,7 +76,7 @@ CHAT = (
     Row("modalities", (), (["text"],), (["text", "audio"],)),
     Row("moderation", (), (), ({"model": "omni-moderation-latest"},)),
     Row("n", (2, 128), (1,), (0, 129)),
-    Row("parallel_tool_calls", (), (True,), (False,)),
+    Row("parallel_tool_calls", (False,), (True,), ("yes",), beside={"tools": [TOOL]}),
     Row("prediction", (), (), ({"type": "content", "content": "w1"},)),
     Row("prompt_cache_key", ("a",), (), (7,)),
     Row("prompt_cache_options", (), ({"mode": "implicit"},), ({"mode": "explicit"},)),
@@ -85,8 +86,14 @@ CHAT = (
     Row("safety_identifier", ("ada",), ("",), (7,)),
     Row("service_tier", ("flex", "priority", "fast"), ("auto", "default"), ("scale",)),
     Row("store", (), (False,), (True,)),
-    Row("tool_choice", (), ("auto", "none"), ("required",)),
-    Row("tools", (), ([],), ([{"type": "function", "function": FUNCTION}],)),
+    Row(
+        "tool_choice",
+        ("required", {"type": "function", "function": {"name": "f"}}),
+        ("auto", "none"),
+        ("perhaps",),
+        beside={"tools": [TOOL]},
+    ),
+    Row("tools", ([TOOL],), ([],), ([{"type": "custom", "custom": {"name": "f"}}],)),
     Row("top_logprobs", (2,), (), (21,), beside={"logprobs": True}),
     Row("verbosity", (), ("medium",), ("low",)),
     Row("web_search_options", (), (), ({},)),

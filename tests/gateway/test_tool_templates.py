@@ -95,7 +95,7 @@ async def test_a_conversation_without_functions_is_left_alone():
 def test_marks_that_decoding_leaves_out_are_shown_where_calls_are_read():
     codec = TextCodec(bundle(MISTRAL))
     mark, end = codec.mark_token_ids["[TOOL_CALLS]"], codec.eos_token_ids[0]
-    stream = codec.marked_stream(stops=["!"])
+    stream = codec.stream(["!"], shows_marks=True)
     text = "".join(stream.feed(token_id) for token_id in (33, mark, 34, end))
     assert text + stream.finish() == "A[TOOL_CALLS]B"
     plain = codec.stream()
