@@ -29,6 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--crash-seed", type=int, help="kill by this plan instead of a new one")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares a server or a model is run by one process, where several share the tests."""
+    for item in items:
+        folder = item.path.parent.name
+        name = folder if folder == "end_to_end" else f"{folder}/{item.path.name}"
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 APP_PASSWORD, WORKER_PASSWORD = "app's own", "worker's own"
 
 
