@@ -22,7 +22,6 @@ from litestar.openapi.plugins import RedocRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.static_files import create_static_files_router
 from litestar.types import Message, Scope
-from sqlalchemy.exc import SQLAlchemyError
 
 from adapters.store import ArtifactStore
 from engine.client import EngineLink
@@ -52,7 +51,7 @@ from gateway.api.wire import answer_error, answer_http_exception, answer_unexpec
 from gateway.auth import Authenticator, check_routes, guard, provide_principal
 from gateway.blobs import Blobs
 from gateway.bookkeeping import Bookkeeper
-from gateway.database import Database
+from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import GatewayError, JournalFailed
 from gateway.examples import ExampleRunner
 from gateway.grammars import Grammars
@@ -265,7 +264,7 @@ async def _attach_engine(parts: Parts) -> None:
             address = parts.settings.engine_address
             base_model = await parts.registry.register_base_model(info, address)
             break
-        except (LinkError, GatewayError, SQLAlchemyError, OSError) as error:
+        except (LinkError, GatewayError, *DATABASE_TROUBLE) as error:
             if str(error) != reason:
                 reason = str(error)
                 logger.warning("engine_not_attached", extra={"reason": reason})
