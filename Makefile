@@ -29,8 +29,9 @@ types: $(VENV)/.installed-dev
 contracts: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
+# Two processes share the tests, each with one thread: small models gain nothing from more.
 tests: $(VENV)/.installed-dev $(MODEL)/config.json
-	$(BIN)/pytest -m "not slow" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadgroup $(PYTEST_FLAGS)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -36,8 +36,12 @@ from gateway.errors import DatabaseRefused
 
 logger = logging.getLogger(__name__)
 
+# What the driver says of a connection of which it expects no more. An internal error is one too: a
+# server that goes tells so to connections that are idle, and whoever takes one before it is closed
+# is told that "another operation is in progress".
+_DRIVER_TROUBLE = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 # What comes up when the server is away, restarting, full or too slow.
-DATABASE_TROUBLE = (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+DATABASE_TROUBLE = (SQLAlchemyError, OSError, asyncpg.PostgresError, *_DRIVER_TROUBLE)
 
 # Classes of SQLSTATE in which a server says that it cannot serve now: its connections, transactions
 # that it rolled back, its resources, whoever operates it, the system below it.
@@ -272,7 +276,7 @@ def is_away(error: BaseException) -> bool:
         return error.connection_invalidated or state is None or state[:2] in _NOT_NOW
     if isinstance(error, asyncpg.PostgresError):
         return str(error.sqlstate)[:2] in _NOT_NOW
-    return isinstance(error, PoolExhausted | OSError | asyncpg.InterfaceError)
+    return isinstance(error, (PoolExhausted, OSError, *_DRIVER_TROUBLE))
 
 
 async def _connect(url: str, dialect: Dialect, *, role: str | None) -> Any:

@@ -16,12 +16,16 @@ from dataclasses import dataclass
 import asyncpg
 import pytest
 from sqlalchemy import make_url
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from gateway.database import Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
 
 # Read when Triton is imported: kernels for GPUs are interpreted here, on a CPU's tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Groups of tests that take a minute or more.
+LONGEST = ("tests/end_to_end", "tests/crash/test_tokens_survive.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +40,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="let the tests of README's tables write them",
     )
     parser.addoption("--crash-seed", type=int, help="kill by this plan instead of a new one")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first, so that at the end no process is alone with it."""
+    items.sort(key=lambda item: _rank(_group(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """Where several processes share the tests, each takes one group after the other, in order."""
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
+class Groups(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid)
+
+
+def _group(nodeid: str) -> str:
+    """What shares a server or a model is run by one process: a file, or a folder with one demo."""
+    path = nodeid.partition("::")[0]
+    return "tests/end_to_end" if path.startswith("tests/end_to_end/") else path
+
+
+def _rank(group: str) -> int:
+    return LONGEST.index(group) if group in LONGEST else len(LONGEST)
 
 
 APP_PASSWORD, WORKER_PASSWORD = "app's own", "worker's own"

@@ -6,9 +6,8 @@ import msgspec
 from litestar import Response, get
 from litestar.di import NamedDependency
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 
-from gateway.database import Database
+from gateway.database import DATABASE_TROUBLE, Database
 from gateway.routing import Router
 
 
@@ -42,6 +41,6 @@ async def _database_reasons(database: NamedDependency[Database]) -> list[str]:
     try:
         async with database.as_app() as session:
             await session.execute(text("SELECT 1"))
-    except (OSError, SQLAlchemyError):
+    except DATABASE_TROUBLE:
         return ["the database does not answer"]
     return []

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
-from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.billing import periods
 from gateway.billing.documents import usd
 from gateway.billing.verify import Proof, prove
-from gateway.database import Database
+from gateway.database import DATABASE_TROUBLE, Database
 from gateway.embedded import EmbeddedPostgres
 from gateway.errors import GatewayError, PostgresFailed
 from gateway.journal import survey
@@ -107,7 +106,7 @@ def _opened(database_url: str | None, data_dir: Path) -> Iterator[str]:
             with contextlib.suppress(PostgresFailed):
                 stack.enter_context(postgres)
             yield postgres.url
-    except (GatewayError, SQLAlchemyError, OSError) as error:
+    except (GatewayError, *DATABASE_TROUBLE) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -70,6 +70,8 @@ CREDITS = text("""
 FAULTS = re.compile(
     r" (ERROR|CRITICAL) (?!uvicorn)|request_failed|stream_failed|settlement_refused|journal_failed"
 )
+# Where an entry of a log begins; tracebacks go on below it.
+ENTRY = re.compile(r"^(?=\d{4}-\d\d-\d\d )", re.MULTILINE)
 
 
 @pytest.fixture
@@ -242,7 +244,8 @@ async def reckon(place: Town, attempts: list[Attempt]) -> Counter[str]:
         assert (each.same_user, each.outcome, each.is_retry) == (True, "abort", True)
         assert each.amount_nano == each.smaller_nano
     refused = {a.status for a in attempts} - {None, *TOLERATED}
-    assert refused == set(), [a for a in attempts if a.status in refused][:3]
+    told = [f"{a.request_id}: {a.status} {a.error}" for a in attempts if a.status in refused]
+    assert refused == set(), "\n".join([*told[:3], *logged_faults(place)[:3]])
     return court.counts + Counter({"credits": len(given_back)})
 
 
@@ -280,9 +283,18 @@ async def every_tenant_may_ask_as_if_nothing_had_been(place: Town, crowd: Crowd)
 
 
 def nobody_logged_a_fault(place: Town) -> None:
-    for log in place.logs:
-        faults = [line for line in log.read_text().splitlines() if FAULTS.search(line)]
-        assert faults == [], f"{log}: {faults[:5]}"
+    faults = logged_faults(place)
+    assert faults == [], "\n".join(faults[:3])
+
+
+def logged_faults(place: Town) -> list[str]:
+    """Each with its traceback."""
+    return [
+        f"{log.name}: {entry}"
+        for log in place.logs
+        for entry in ENTRY.split(log.read_text())
+        if FAULTS.search(entry)
+    ]
 
 
 async def _count(place: Town, query: TextClause) -> int:

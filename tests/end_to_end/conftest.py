@@ -110,21 +110,32 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert status == 0, running.log.read_text()[-5000:]
 
 
+def children(pid: int) -> list[int]:
+    """Those that it started itself."""
+    return _families().get(pid, [])
+
+
 def descendants(pid: int) -> set[int]:
     """All living processes below one."""
-    children: dict[int, list[int]] = {}
+    families = _families()
+    found: set[int] = set()
+    waiting = [pid]
+    while waiting:
+        new = families.get(waiting.pop(), [])
+        found.update(new)
+        waiting.extend(new)
+    return found
+
+
+def _families() -> dict[int, list[int]]:
+    """Parents and their children. Who ends while they are counted is left out."""
+    families: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found: set[int] = set()
-    waiting = [pid]
-    while waiting:
-        new = children.get(waiting.pop(), [])
-        found.update(new)
-        waiting.extend(new)
-    return found
+                families.setdefault(int(fields[1]), []).append(int(entry.name))
+    return families
 
 
 def is_alive(pid: int) -> bool:

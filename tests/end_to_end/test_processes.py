@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.end_to_end.conftest import (
+    children,
     command,
     descendants,
     free_port,
@@ -35,11 +36,11 @@ def data_dir(tmp_path_factory):
 
 def test_nothing_outlives_a_killed_supervisor_and_the_next_start_recovers(data_dir):
     first = start(data_dir)
-    children = descendants(first.process.pid)
-    assert len(children) >= 3
+    started = descendants(first.process.pid)
+    assert len(started) >= 3
     first.process.kill()
     first.process.wait()
-    assert wait_until_gone(children) == set()
+    assert wait_until_gone(started) == set()
     second = start(data_dir)
     try:
         assert second.facts["tenants"] == first.facts["tenants"]
@@ -47,9 +48,9 @@ def test_nothing_outlives_a_killed_supervisor_and_the_next_start_recovers(data_d
         with second.http(second.key("acme")) as http:
             assert "acme-sql" in http.get("/v1/models").text
     finally:
-        children = descendants(second.process.pid)
+        started = descendants(second.process.pid)
         assert stop(second) == 0
-    assert wait_until_gone(children) == set()
+    assert wait_until_gone(started) == set()
 
 
 def test_a_second_start_on_the_same_data_says_who_holds_it(server):
@@ -79,7 +80,7 @@ def test_a_dead_engine_and_a_dead_gateway_are_started_again(data_dir):
             os.kill(victim, signal.SIGKILL)
             assert wait_until_gone({victim}) == set()
             _wait_until_ready(server)
-        (database,) = (pid for pid in descendants(server.process.pid) if _is_postmaster(pid))
+        (database,) = (pid for pid in children(server.process.pid) if _is_postmaster(pid))
         os.kill(database, signal.SIGKILL)
         assert wait_until_gone({database}) == set()
         _wait_until_ready(server)
@@ -151,12 +152,8 @@ def _try(data_dir, port):
 
 
 def _children(pid, module):
-    found = []
-    for child in descendants(pid):
-        words = _words(child)
-        if words[1:3] == ["-m", module]:
-            found.append(child)
-    return found
+    """Of those that it started itself: theirs may look like them until they are something else."""
+    return [child for child in children(pid) if _words(child)[1:3] == ["-m", module]]
 
 
 def _is_postmaster(pid):
@@ -165,7 +162,10 @@ def _is_postmaster(pid):
 
 
 def _words(pid):
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    """Of its command line; none once it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return [""]
 
 
 def _wait_until_ready(server):

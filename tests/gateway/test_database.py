@@ -4,14 +4,14 @@ import asyncio
 import datetime
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import asyncpg
 import pytest
 from alembic import command
-from sqlalchemy import CheckConstraint, ColumnElement, Connection, select, text
+from sqlalchemy import CheckConstraint, ColumnElement, Connection, make_url, select, text
 from sqlalchemy import Table as SqlTable
 from sqlalchemy.dialects.postgresql import Range
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
@@ -504,6 +504,61 @@ async def test_a_server_that_cannot_serve_now_is_told_from_one_that_refuses(
                 text(f"DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{state}'; END $$")
             )
     assert is_away(refused.value) == is_worth_asking_again
+
+
+# What an ending server tells a connection that asks nothing: severity, SQLSTATE, message.
+FAREWELL = b"SFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+
+
+@asynccontextmanager
+async def server_that_is_ending(home: Home) -> AsyncIterator[tuple[Home, Callable[[], None]]]:
+    """The database behind a relay, and what makes it say to all that it ends, before it does."""
+    listening: list[asyncio.StreamWriter] = []
+    socket_path = f"{make_url(home.app_url).query['host']}/.s.PGSQL.5432"
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers, questions = await asyncio.open_unix_connection(socket_path)
+        listening.append(writer)
+        await asyncio.gather(pass_on(reader, questions), pass_on(answers, writer))
+
+    def say_farewell() -> None:
+        for writer in listening:
+            writer.write(b"E" + (len(FAREWELL) + 4).to_bytes(4) + FAREWELL)
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        app_url, worker_url = (
+            make_url(url).set(host=host, port=port, query={}).render_as_string(hide_password=False)
+            for url in (home.app_url, home.worker_url)
+        )
+        yield replace(home, app_url=app_url, worker_url=worker_url), say_farewell
+
+
+async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while words := await reader.read(1 << 16):
+        writer.write(words)
+    writer.close()
+
+
+async def test_a_connection_that_is_taken_while_its_server_ends_says_that_it_is_away(
+    home: Home,
+) -> None:
+    query = text("SELECT 1")
+    async with server_that_is_ending(home) as (ending, say_farewell), opened(ending) as database:
+        await database.call(query, {})
+        async with database.as_app() as session:
+            await session.execute(query)
+        say_farewell()
+        await asyncio.sleep(0.05)
+        with pytest.raises(DATABASE_TROUBLE) as told:
+            await database.call(query, {})
+        assert is_away(told.value)
+        with pytest.raises(DATABASE_TROUBLE) as told:
+            async with database.as_app() as session:
+                await session.execute(query)
+        assert is_away(told.value)
+        # The connection is not used again.
+        assert [dict(row) for row in await database.call(query, {})] == [{"?column?": 1}]
 
 
 async def test_an_exception_undoes_the_transaction(database: Database) -> None:
