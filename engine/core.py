@@ -285,8 +285,8 @@ class EngineCore:
         batch = batches.build(
             scheduled, block_size=self._blocks.block_size, device=self._loaded.device
         )
-        is_pooled = any(item.sequence.pool is not None for item in scheduled)
-        watch = partial(pooling.pool, batch=batch, scheduled=scheduled) if is_pooled else None
+        pooled = [item for item in scheduled if item.sequence.pool is not None]
+        watch = partial(pooling.pool, batch=batch, scheduled=scheduled) if pooled else None
         return self._sampler.sample(self._runner.run(batch, watch=watch), scheduled)
 
     def _take_compiled_grammars(self) -> None:

@@ -436,7 +436,7 @@ class _Sent:
     @property
     def trained_on(self) -> str | None:
         """What the configuration says, as far as it can be read; how it is, is judged later."""
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return msgspec.json.decode(self.config, type=_Told).base_model_name_or_path
         return None
 

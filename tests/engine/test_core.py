@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -346,11 +346,11 @@ def fail_above(lab: Lab, num_tokens: int, error: Exception) -> list[int]:
     """Let steps of more tokens fail; gives how many tokens each step had."""
     run, sizes = lab.core._runner.run, []
 
-    def run_or_fail(batch: Batch) -> torch.Tensor:
+    def run_or_fail(batch: Batch, *, watch: Callable[[torch.Tensor], None] | None) -> torch.Tensor:
         sizes.append(batch.num_tokens)
         if batch.num_tokens > num_tokens:
             raise error
-        return run(batch)
+        return run(batch, watch=watch)
 
     lab.core._runner.run = run_or_fail  # type: ignore[method-assign, assignment] # the fault
     return sizes

@@ -194,7 +194,8 @@ async def test_pins_come_back_to_an_engine_that_was_started_again(
             async with engine(folder / "engine.sock") as echo:
                 echo.core.pinned.append("12" * 32)
                 await until(lambda core=echo.core: core.pinned == [digest])
-                assert echo.core.fingerprints == {digest: FINGERPRINT}
+                # It is pinned first, and then brought.
+                await until(lambda core=echo.core: core.fingerprints == {digest: FINGERPRINT})
 
 
 async def test_a_version_that_goes_away_is_unloaded_alone(town: Town) -> None:
