@@ -86,8 +86,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
     server: Any, terminal: Callable[..., Terminal]
 ) -> None:
     chat = terminal(str(server.facts["base_model"]), "--temperature", "0")
-    chat.type("Count from one to one thousand in words, one per line.")
-    chat.read_to("one")
+    chat.type("Tell me a long story about a lighthouse and its keeper.")
+    chat.read_to("lighthouse")
     chat.press_ctrl_c()
     assert chat.read_to("> ").removesuffix("> ").strip().endswith("…")
     assert chat.quit() == 0
