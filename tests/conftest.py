@@ -23,8 +23,18 @@ from xdist.scheduler import LoadFileScheduling
 from gateway.database import Database, migrate, role_urls
 from gateway.embedded import EmbeddedPostgres
 
-# Groups of tests that take a minute or more.
-LONGEST = ("tests/end_to_end", "tests/crash/test_tokens_survive.py")
+# Groups of tests that take longest.
+LONGEST = (
+    "tests/end_to_end",
+    "tests/crash/test_tokens_survive.py",
+    "tests/hostile/test_corpus.py",
+    "tests/hostile/test_neighbours.py",
+    "tests/isolation/test_routes.py",
+    "tests/engine/test_main.py",
+    "tests/crash/test_uploads_survive.py",
+    "tests/engine/test_fairness.py",
+    "tests/engine/test_endurance.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
