@@ -1,7 +1,7 @@
 """Fixtures that every level shares: a real PostgreSQL, and a migrated database of each test's own.
 
 postgres   the server, once a session
-cluster    on it, and once a session too: what makes databases by copying a migrated one
+cluster    on it, and once a session too: what makes databases like a migrated one
 home       a migrated database for one test: the URLs of its roles
 database   the same, opened as `gateway.database.Database`
 """
@@ -110,8 +110,8 @@ WRITTEN_TABLES = """
 class Cluster:
     """Makes databases: copies of the migrated one.
 
-    Each copy is many megabytes of catalogs, so those of which only rows were written are emptied
-    and used again: that takes a tenth of the time.
+    Each copy is twelve megabytes of catalogs, so those of which only rows were written are emptied
+    and used again: that takes a third to a tenth of the time.
     """
 
     def __init__(self, postgres: EmbeddedPostgres) -> None:
