@@ -31,7 +31,7 @@ contracts: $(VENV)/.installed-dev
 
 # Two processes share the tests, each with one thread: small models gain nothing from more.
 tests: $(VENV)/.installed-dev $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadgroup $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
+from gateway.cli import main
 from tests.end_to_end.conftest import (
     children,
     command,
@@ -139,9 +140,8 @@ def _billed_tokens(server):
     ],
 )
 def test_a_flag_that_is_not_served_is_refused_by_name(flag, hint):
-    words = [sys.executable, "-m", "gateway.cli", "serve", "--model", "x", *flag]
-    run = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert run.returncode == 2
+    run = CliRunner().invoke(main, ["serve", "--model", "x", *flag])
+    assert run.exit_code == 2
     assert hint in run.stderr
 
 

@@ -29,6 +29,7 @@ from gateway.errors import (
 )
 from gateway.tables import ApiKey, Tenant
 from tests.conftest import Home, execute
+from tests.gateway.admin_plane import tls
 
 PEPPER = b"p" * 32
 PATIENCE_S = 30
@@ -301,7 +302,7 @@ async def served(authenticator: Authenticator) -> AsyncIterator[httpx.AsyncClien
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
-            async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            async with httpx.AsyncClient(base_url=url, trust_env=False, verify=tls()) as client:
                 yield client
         finally:
             server.should_exit = True

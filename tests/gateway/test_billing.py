@@ -44,7 +44,7 @@ from gateway.ledger import Ledger, settle
 from gateway.prices import bill
 from gateway.tables import ApiKey, AuditEntry, GatewayInstance, UsageEvent, new_id
 from tests.conftest import Home, execute
-from tests.gateway.admin_plane import serve
+from tests.gateway.admin_plane import serve, tls
 from tests.gateway.money import Shop, a_base_model, a_shop, frame_of
 
 PEPPER = b"\x05" * 32
@@ -110,7 +110,10 @@ async def town(database: Database, shops: tuple[Shop, Shop]) -> AsyncIterator[To
             )[1]
             for each, name in ((None, "operator"), (acme.tenant.id, "reader"))
         ]
-    async with serve(an_app(database)) as url, httpx.AsyncClient(base_url=url) as client:
+    async with (
+        serve(an_app(database)) as url,
+        httpx.AsyncClient(base_url=url, verify=tls()) as client,
+    ):
         yield Town(client, acme, globex, *keys)
 
 

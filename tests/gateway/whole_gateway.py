@@ -30,7 +30,7 @@ from gateway.settings import PURGE_AFTER_DAYS, Settings
 from gateway.tables import UsageEvent
 from tests.conftest import Home
 from tests.engine.echo_engine import INFO, EchoCore, Engine, short_folder
-from tests.gateway.admin_plane import serve
+from tests.gateway.admin_plane import serve, tls
 
 PEPPER = b"\x06" * 32
 SECRET = "the-engines-own"
@@ -98,7 +98,9 @@ def chat(text: str = "Hello", **fields: Any) -> dict[str, Any]:
 
 def speaking(url: str, key: str) -> httpx.AsyncClient:
     headers = {"authorization": f"Bearer {key}"}
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=PATIENCE_S, trust_env=False)
+    return httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=PATIENCE_S, trust_env=False, verify=tls()
+    )
 
 
 @contextlib.asynccontextmanager

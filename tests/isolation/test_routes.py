@@ -15,6 +15,7 @@ import pytest_asyncio
 from litestar.routes import HTTPRoute
 
 from gateway.auth import new_key
+from tests.gateway.admin_plane import tls
 from tests.isolation.catalogue import Rows, at_rest, rows_by_owner, secrets_of
 from tests.isolation.conftest import NEIGHBOUR, Town
 from tests.isolation.estate import Estate, Names, build, other
@@ -106,10 +107,16 @@ async def intruder(town: Town) -> AsyncIterator[Intruder]:
     """Afterwards the victim has what it had, to the row."""
     before = await rows_by_owner(town.home.superuser_url)
     secrets = secrets_of(town.victim.tenant_id, before)
-    async with httpx.AsyncClient(base_url=town.gateway.url, timeout=30, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=town.gateway.url, timeout=30, trust_env=False, verify=tls()
+    ) as client:
         yield Intruder(client, town.victim, frozenset(secrets))
     after = await rows_by_owner(town.home.superuser_url)
     assert at_rest(after[town.victim.tenant_id]) == at_rest(before[town.victim.tenant_id])
+
+
+def a_client(town: Town) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=town.gateway.url, trust_env=False, verify=tls())
 
 
 def cases(*reaches: str) -> list[Case]:
@@ -117,7 +124,7 @@ def cases(*reaches: str) -> list[Case]:
 
 
 async def test_every_route_has_a_case_and_every_case_a_route(town: Town) -> None:
-    async with httpx.AsyncClient(base_url=town.gateway.url, trust_env=False) as client:
+    async with a_client(town) as client:
         document = (await client.get("/docs/openapi.json")).json()
     routes = [
         f"{method.upper()} {path}" for path, item in document["paths"].items() for method in item
@@ -342,7 +349,7 @@ async def test_what_the_other_tenant_itself_is_told_would_be_noticed(town: Town,
     [case] = [case for case in cases("tenant") if case.name == f"GET /v1/{path}"]
     everything = await rows_by_owner(town.home.superuser_url)
     secrets = frozenset(secrets_of(town.victim.tenant_id, everything))
-    async with httpx.AsyncClient(base_url=town.gateway.url, trust_env=False) as client:
+    async with a_client(town) as client:
         with pytest.raises(AssertionError, match="told"):
             await Intruder(client, town.victim, secrets).send(
                 case, case.honest_ask(town.victim.names), key=town.victim.keys["owner"]
@@ -360,7 +367,7 @@ async def test_the_same_questions_are_answered_to_whom_they_are_open(
         ask = case.honest_ask(names)
         key = town.operator_key if case.reach == "operator" else owner.keys["owner"]
         with subtests.test(case.name):
-            async with httpx.AsyncClient(base_url=town.gateway.url, trust_env=False) as client:
+            async with a_client(town) as client:
                 answer = await client.request(
                     case.method,
                     case.url(names, ask),
