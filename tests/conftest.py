@@ -32,7 +32,7 @@ LONGEST = (
     "tests/crash/test_tokens_survive.py",
     "tests/hostile/test_corpus.py",
     "tests/hostile/test_neighbours.py",
-    "tests/isolation/test_routes.py",
+    "tests/isolation",
     "tests/engine/test_main.py",
     "tests/crash/test_uploads_survive.py",
     "tests/engine/test_fairness.py",
@@ -72,9 +72,10 @@ class Groups(LoadFileScheduling):
 
 
 def _group(nodeid: str) -> str:
-    """What shares a server or a model is run by one process: a file, or a folder with one demo."""
+    """What shares a server or a model is run by one process, without a pause: a file, mostly."""
     path = nodeid.partition("::")[0]
-    return "tests/end_to_end" if path.startswith("tests/end_to_end/") else path
+    folder = path.rpartition("/")[0]
+    return folder if folder in ("tests/end_to_end", "tests/isolation") else path
 
 
 def _rank(group: str) -> int:

@@ -255,7 +255,7 @@ def quiet_waits(*, num_steps: int, num_blocks: int, has_noise: bool, seed: int) 
 
 
 @pytest.mark.parametrize("num_blocks", [250, 1000], ids=["short of blocks", "short of seats"])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_noisy_neighbour_does_not_double_a_quiet_tenants_wait(num_blocks: int, seed: int) -> None:
     alone, beside = (
         quiet_waits(num_steps=3000, num_blocks=num_blocks, has_noise=has_noise, seed=seed)
