@@ -23,8 +23,9 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting for the first token\n\n"
 # Proxies cut connections that are silent for longer, often after 30 or 60 seconds.
 KEEP_ALIVE_INTERVAL_S = 15.0
+EVENTS = "text/event-stream"
 HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
+    "content-type": f"{EVENTS}; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
