@@ -27,6 +27,7 @@ PLACES = {
     "version": "1",
     "alias": "prod",
     "grantee": "all",
+    "base_model": "echo",
 }
 
 
