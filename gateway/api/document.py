@@ -56,7 +56,7 @@ _IDEMPOTENCY_KEY = {
     "in": "header",
     "required": False,
     "description": "With the same one and the same body, the same answer, once billed.",
-    "schema": {"type": "string"},
+    "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
 }
 
 Document = dict[str, Any]

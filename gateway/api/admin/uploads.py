@@ -17,7 +17,7 @@ from adapters.folder import OPTIONAL_FILES
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
 from gateway.api.admin.adapters import TAGS, VersionView, version_view
 from gateway.auth import Principal
-from gateway.errors import RejectedUpload, TooManyUploads
+from gateway.errors import Conflict, RejectedUpload, TooManyUploads
 from gateway.resumable import DeclaredFile, Progress, ResumableUploads
 from gateway.staging import ARCHIVE_SUFFIXES
 from gateway.uploads import Accepted, Uploads
@@ -193,7 +193,13 @@ async def put_file(
     return _upload_view(progress)
 
 
-@get(UPLOAD, scope="operator", tags=TAGS, summary="Show what has arrived of an upload")
+@get(
+    UPLOAD,
+    scope="operator",
+    tags=TAGS,
+    summary="Show what has arrived of an upload",
+    refuses=(Conflict,),
+)
 async def get_upload(
     tenant: FromPath[str],
     adapter: FromPath[str],
