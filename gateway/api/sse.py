@@ -4,6 +4,7 @@ Knows bytes and timing. Knows nothing of what the events say.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -95,7 +96,9 @@ class EventStream(Stream):
             async with asyncio.timeout(None) as patience:
 
                 def lose_patience(_: object) -> None:
-                    patience.reschedule(0.0)
+                    # It may be told of a client that left just when the last byte was sent.
+                    with contextlib.suppress(RuntimeError):
+                        patience.reschedule(0.0)
 
                 self._gone.add_done_callback(lose_patience)
                 try:
