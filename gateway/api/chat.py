@@ -51,7 +51,7 @@ from gateway.api.prompts import (
     spelled,
     told_token_ids,
 )
-from gateway.api.sse import DONE, EVENTS, EventMould, event, event_stream
+from gateway.api.sse import DONE, EventMould, event, event_stream
 from gateway.api.structured import (
     Choices,
     Json,
@@ -300,7 +300,7 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True):
 @post(
     "/v1/chat/completions",
     scope="inference",
-    also_as=(EVENTS,),
+    events=ChatCompletionChunk,
     status_code=200,
     tags=["inference"],
     summary="Answer a conversation",

@@ -48,7 +48,7 @@ from gateway.api.prompts import (
     spelled,
     told_token_ids,
 )
-from gateway.api.sse import DONE, EVENTS, EventMould, event, event_stream
+from gateway.api.sse import DONE, EventMould, event, event_stream
 from gateway.api.structured import (
     Choices,
     Json,
@@ -162,7 +162,7 @@ class Completion(msgspec.Struct, frozen=True):
 @post(
     "/v1/completions",
     scope="inference",
-    also_as=(EVENTS,),
+    events=Completion,
     status_code=200,
     tags=["inference"],
     summary="Continue a prompt",

@@ -2,8 +2,8 @@
 
 Litestar knows routes and parameters. Bodies are described by msgspec, which reads and writes them,
 and refusals by `gateway.errors`, so neither can differ from what is served. A route itself says
-what cannot be seen from outside: `also_as` names other media types of its answer, `refuses` errors
-beyond those that its kind of route has.
+what cannot be seen from outside: `also_as` names other media types of its answer, `events` what the
+events of its streams are, and `refuses` errors beyond those that its kind of route has.
 """
 
 import types
@@ -24,6 +24,7 @@ from litestar.response import Response, Stream
 from litestar.routes import HTTPRoute
 from litestar.utils import get_enum_string_value
 
+from gateway.api.sse import EVENTS
 from gateway.api.wire import PROBLEM, OpenAIError, Problem, is_openai
 from gateway.auth import OPERATOR, PUBLIC
 from gateway.errors import (
@@ -95,6 +96,7 @@ def _kinds(handler: HTTPRouteHandler) -> Iterator[Any]:
     """Every type that is read or written by a route, refusals too."""
     yield from (kind for kind in (_body(handler), _answer(handler)) if kind is not None)
     yield from (each.data_container for each in (handler.responses or {}).values())
+    yield from (kind for kind in (handler.opt.get("events"),) if kind is not None)
     yield _error_body(handler)
 
 
@@ -135,6 +137,8 @@ def _answers(handler: HTTPRouteHandler, schemas: Mapping[Any, Any]) -> Document:
     media = _media_type(handler)
     contents = {} if kind is None else {media: {"schema": _schema(kind, media, schemas)}}
     contents |= {each: {"schema": _schema(bytes, each, schemas)} for each in also_as}
+    if (event := handler.opt.get("events")) is not None:
+        contents[EVENTS] = {"schema": _event(schemas[event])}
     answers = {handler.status_code: _response(HTTPStatus(handler.status_code).phrase, contents)}
     for status, spec in (handler.responses or {}).items():
         if status != handler.status_code:
@@ -156,6 +160,13 @@ def _schema(kind: Any, media_type: str, schemas: Mapping[Any, Any]) -> Document:
         return schema
     is_text = media_type.startswith("text/") or media_type == JSON_LINES
     return {"type": "string"} if is_text else {"type": "string", "format": "binary"}
+
+
+def _event(data: Document) -> Document:
+    """One of a stream: before OpenAPI 3.2 that is what the schema of a stream describes."""
+    told = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
+    told["description"] = "Of the last one: [DONE]."
+    return {"type": "object", "properties": {"data": told}, "required": ["data"]}
 
 
 def _response(description: str, content: Document) -> Document:
