@@ -1,5 +1,6 @@
 # make up    a server with two tenants and four adapters on a real small model
 # make test  lint, types, import contracts and all tests that take less than ten minutes
+# make clients  asks with other people's clients, each installed beside Manylora
 
 PYTHON ?= python3
 # First and by itself: whatever depends on torch must find the build that is wanted here.
@@ -9,10 +10,12 @@ HOST ?= 127.0.0.1
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Their dependencies contradict ours.
+CLIENTS := .venv-clients
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
 MODEL := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/manylora/models/SmolLM2-135M-Instruct
 
-.PHONY: up test lint types contracts tests clean
+.PHONY: up test clients lint types contracts tests clean
 
 up: $(VENV)/.installed $(MODEL)/config.json
 	@exec $(BIN)/manylora demo --model $(MODEL) --host $(HOST) --port $(PORT)
@@ -31,7 +34,10 @@ contracts: $(VENV)/.installed-dev
 
 # Two processes share the tests, each with one thread: small models gain nothing from more.
 tests: $(VENV)/.installed-dev $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not clients" -n 2 --dist loadfile $(PYTEST_FLAGS)
+
+clients: $(VENV)/.installed-dev $(CLIENTS)/.installed $(MODEL)/config.json
+	$(BIN)/pytest -m clients tests/clients $(PYTEST_FLAGS)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -48,8 +54,16 @@ $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 	$(PIP) --editable ".[dev]"
 	@touch $@
 
+# uv, because pip looks for hours for versions that go together. Node comes from PyPI as well.
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/node/package-lock.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check "uv>=0.9,<1"
+	$(CLIENTS)/bin/uv pip install --python $(CLIENTS)/bin/python -r tests/clients/requirements.txt
+	PATH="$(CURDIR)/$(CLIENTS)/bin:$$PATH" npm --prefix tests/clients/node ci --no-audit --no-fund
+	@touch $@
+
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(BIN)/python -m adapters.demo.base_model $(MODEL)
 
 clean:
-	rm -rf $(VENV) .manylora build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules .manylora build *.egg-info

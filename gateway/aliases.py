@@ -177,7 +177,7 @@ class Aliases:
             if not moves and after is None:
                 raise _no_alias(row, alias)
             numbers = await _numbers(session, map(_State.of, moves))
-        befores = [*moves[1:], None]
+        befores = [*moves, None][1:]
         entries = [
             _move_entry(move, before, numbers) for move, before in zip(moves, befores, strict=True)
         ]

@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from litestar import Litestar
-from litestar import Router as Routes
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import RedocRenderPlugin
-from litestar.openapi.spec import Components, SecurityScheme
 from litestar.static_files import create_static_files_router
 from litestar.types import Message, Scope
 
@@ -49,6 +45,7 @@ from gateway.api import (
 )
 from gateway.api.admin import admin_router
 from gateway.api.attempts import Attempts, Desk
+from gateway.api.document import openapi_config
 from gateway.api.unknown_fields import name_ignored, take_out_unknown
 from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
 from gateway.auth import Authenticator, check_routes, guard, provide_principal
@@ -88,7 +85,6 @@ from gateway.webhooks import Outbox
 logger = logging.getLogger(__name__)
 
 STATIC_DIR = Path(api.__file__).parent / "static"
-REDOC = "redoc-2.5.4.js"
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +353,7 @@ def create_app(settings: Settings) -> Litestar:
         },
         before_request=take_out_unknown if settings.reports_unknown_fields else None,
         before_send=[_name_request, *([name_ignored] if settings.reports_unknown_fields else [])],
-        openapi_config=_openapi(),
+        openapi_config=openapi_config(),
         logging_config=None,
     )
     app.state.authenticator = parts.authenticator
@@ -395,20 +391,3 @@ async def _name_request(message: Message, scope: Scope) -> None:
         headers = list(message.get("headers", []))
         if not any(name == b"x-request-id" for name, _ in headers):
             message["headers"] = [*headers, (b"x-request-id", str(new_id()).encode())]
-
-
-def _openapi() -> OpenAPIConfig:
-    return OpenAPIConfig(
-        title="Manylora",
-        version="1",
-        description="LoRA fine-tunes of a few base models, served to many tenants.",
-        path="/docs",
-        render_plugins=[RedocRenderPlugin(js_url=f"/static/{REDOC}", google_fonts=False)],
-        openapi_router=Routes(
-            "/docs", route_handlers=[], opt={"scope": "public"}, include_in_schema=False
-        ),
-        components=Components(
-            security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}
-        ),
-        security=[{"key": []}],
-    )

@@ -18,6 +18,7 @@ from gateway.api.usage import (
     DEFAULT_GROUPS,
     PARAMETERS,
     REPORT,
+    WRITTEN,
     read_question,
     refuse_unknown,
     write_report,
@@ -79,6 +80,7 @@ class PriceList(msgspec.Struct, frozen=True):
     tags=["billing"],
     summary="Report who used what, and what it costs",
     responses=REPORT,
+    also_as=WRITTEN,
 )
 async def report_usage(
     request: Request[Any, Any, Any],

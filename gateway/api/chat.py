@@ -300,6 +300,7 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True):
 @post(
     "/v1/chat/completions",
     scope="inference",
+    events=ChatCompletionChunk,
     status_code=200,
     tags=["inference"],
     summary="Answer a conversation",

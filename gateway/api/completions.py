@@ -162,6 +162,7 @@ class Completion(msgspec.Struct, frozen=True):
 @post(
     "/v1/completions",
     scope="inference",
+    events=Completion,
     status_code=200,
     tags=["inference"],
     summary="Continue a prompt",

@@ -16,6 +16,7 @@ from gateway.api.answer import wait_unless_gone
 from gateway.api.attempts import Answering, Desk, finish_whole, replay
 from gateway.api.fields import (
     PromptTokensDetails,
+    TokenId,
     TokenIds,
     User,
     end_user,
@@ -35,7 +36,6 @@ FLOAT_BYTES = 4
 # Numbers are spelled in some 50 ns each: after so many, others have their turn.
 NUMBERS_PER_TURN = 1 << 15
 
-TokenId = Annotated[int, msgspec.Meta(ge=0)]
 # A list is of texts, of token ids, or of lists of token ids: `_inputs` looks.
 Inputs = Annotated[list[str | TokenId | TokenIds], msgspec.Meta(min_length=1, max_length=1_000_000)]
 

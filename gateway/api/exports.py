@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from litestar import Request, Response, Router, get
 from litestar.di import NamedDependency
+from litestar.openapi import ResponseSpec
 from litestar.params import FromQuery, QueryParameter
 from litestar.response import Stream
 
@@ -22,6 +23,7 @@ from gateway.errors import InvalidRequest
 
 TAGS = ["billing"]
 JSON_LINES = "application/jsonl"
+LINES = {200: ResponseSpec(bytes, media_type=JSON_LINES)}
 
 
 @get(
@@ -29,6 +31,7 @@ JSON_LINES = "application/jsonl"
     scope="operator",
     tags=TAGS,
     summary="Export a month's closed statements as FOCUS rows",
+    media_type="text/csv",
 )
 async def export_focus(month: FromQuery[str], database: NamedDependency[Database]) -> Response[str]:
     """FOCUS 1.2 as CSV, one row a statement line."""
@@ -47,6 +50,7 @@ async def export_focus(month: FromQuery[str], database: NamedDependency[Database
     scope="operator",
     tags=TAGS,
     summary="Export usage as Stripe's meter events",
+    responses=LINES,
 )
 async def export_stripe(
     request: Request[Any, Any, Any],
@@ -70,7 +74,7 @@ async def export_stripe(
         return await _write_lines(events, name="meter-events")
 
 
-@get("/audit", scope="operator", tags=["audit"], summary="Export the audit log")
+@get("/audit", scope="operator", tags=["audit"], summary="Export the audit log", responses=LINES)
 async def export_audit(
     request: Request[Any, Any, Any],
     database: NamedDependency[Database],

@@ -13,25 +13,28 @@ from gateway.auth import PRIORITY, Principal
 from gateway.errors import InvalidRequest, NotAllowed
 from gateway.prices import Bill
 
+# The greatest number that the engine keeps of anything: no id of a token and no count is above it.
+MAX_NUMBER = 2**31 - 1
+
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
 TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
-TopK = Annotated[int, msgspec.Meta(ge=-1)]
+TopK = Annotated[int, msgspec.Meta(ge=-1, le=MAX_NUMBER)]
 MinP = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 RepetitionPenalty = Annotated[float, msgspec.Meta(gt=0)]
 Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
+TokenIds = Annotated[list[TokenId], msgspec.Meta(max_length=1_000_000)]
 # By token id.
-LogitBias = Annotated[dict[Annotated[int, msgspec.Meta(ge=0)], Bias], msgspec.Meta(max_length=1024)]
-MinTokens = Annotated[int, msgspec.Meta(ge=0)]
-NumTokens = Annotated[int, msgspec.Meta(ge=1)]
+LogitBias = Annotated[dict[TokenId, Bias], msgspec.Meta(max_length=1024)]
+MinTokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
+NumTokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], msgspec.Meta(max_length=16)]
 # Nano-USD, as an integer: the unit of every amount in this API.
 MaxCost = Annotated[int, msgspec.Meta(ge=1, le=10**18)]
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 User = Annotated[str, msgspec.Meta(max_length=512)]
-TokenId = Annotated[int, msgspec.Meta(ge=0)]
-TokenIds = Annotated[list[TokenId], msgspec.Meta(max_length=1_000_000)]
 # OpenAI's own bound; over all prompts of a request here.
 MAX_ANSWERS = 128
 NumAnswers = Annotated[int, msgspec.Meta(ge=1, le=MAX_ANSWERS)]

@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 from litestar import Response, get
 from litestar.di import NamedDependency
+from litestar.openapi import ResponseSpec
 from sqlalchemy import text
 
 from gateway.database import DATABASE_TROUBLE, Database
@@ -23,7 +24,13 @@ async def live() -> Health:
     return Health("live")
 
 
-@get("/health/ready", scope="public", tags=["health"], summary="Can requests be answered now")
+@get(
+    "/health/ready",
+    scope="public",
+    tags=["health"],
+    summary="Can requests be answered now",
+    responses={503: ResponseSpec(Health, description="Not now.")},
+)
 async def ready(
     database: NamedDependency[Database], router: NamedDependency[Router]
 ) -> Response[Health]:

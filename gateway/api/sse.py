@@ -4,6 +4,7 @@ Knows bytes and timing. Knows nothing of what the events say.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -23,8 +24,9 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting for the first token\n\n"
 # Proxies cut connections that are silent for longer, often after 30 or 60 seconds.
 KEEP_ALIVE_INTERVAL_S = 15.0
+EVENTS = "text/event-stream"
 HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
+    "content-type": f"{EVENTS}; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
@@ -94,7 +96,9 @@ class EventStream(Stream):
             async with asyncio.timeout(None) as patience:
 
                 def lose_patience(_: object) -> None:
-                    patience.reschedule(0.0)
+                    # It may be told of a client that left just when the last byte was sent.
+                    with contextlib.suppress(RuntimeError):
+                        patience.reschedule(0.0)
 
                 self._gone.add_done_callback(lose_patience)
                 try:

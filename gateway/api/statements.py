@@ -26,6 +26,7 @@ from gateway.errors import InvalidRequest
 from gateway.tables import BillingAccount
 
 StatementFormat = Literal["json", "csv", "html"]
+PRINTED = ("text/csv", "text/html")
 TAGS = ["billing"]
 _MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])")
 
@@ -90,6 +91,7 @@ async def list_all(
     scope="operator",
     tags=TAGS,
     summary="Show a statement, or print it as an invoice",
+    also_as=PRINTED,
 )
 async def show(
     number: FromPath[str],
@@ -186,6 +188,7 @@ async def list_own(
     scope="usage",
     tags=["usage"],
     summary="Show one of your statements, or print it as an invoice",
+    also_as=PRINTED,
 )
 async def show_own(
     number: FromPath[str],

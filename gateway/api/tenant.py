@@ -12,6 +12,7 @@ from gateway.api.usage import (
     DEFAULT_GROUPS,
     PARAMETERS,
     REPORT,
+    WRITTEN,
     read_question,
     refuse_unknown,
     write_report,
@@ -30,6 +31,7 @@ GROUPS = tuple(each for each in Dimension if each is not Dimension.TENANT)
     tags=["usage"],
     summary="Report your own usage and its cost",
     responses=REPORT,
+    also_as=WRITTEN,
 )
 async def usage(
     request: Request[Any, Any, Any],

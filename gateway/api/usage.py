@@ -23,6 +23,7 @@ from gateway.errors import InvalidRequest
 # What a report is asked with, besides what only operators may say.
 PARAMETERS = ("from", "to", "group_by", "format", "time_zone", "as_of")
 REPORT = {200: ResponseSpec(UsageReport, generate_examples=False)}
+WRITTEN = ("text/csv", "application/vnd.apache.parquet")
 # A report that is longer waits for its reader on disk.
 MAX_BYTES_IN_MEMORY = 1 << 20
 CHUNK_BYTES = 1 << 16

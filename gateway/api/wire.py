@@ -12,6 +12,7 @@ import msgspec
 from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
+from adapters.errors import Finding
 from gateway.database import is_away
 from gateway.errors import (
     BodyTooLarge,
@@ -26,6 +27,7 @@ from gateway.errors import (
 
 logger = logging.getLogger(__name__)
 
+PROBLEM = "application/problem+json"
 # How msgspec words the two faults that concern a field by name.
 _FIELD_IN_MESSAGE = re.compile(r"(unknown|required) field `(.+?)`")
 
@@ -54,26 +56,50 @@ def openai_error(error: GatewayError) -> OpenAIError:
     )
 
 
-def problem_document(error: GatewayError) -> dict[str, Any]:
-    """RFC 9457: type, title, status, detail, and our own `code`, `param`, `findings` and facts."""
-    document: dict[str, Any] = {
-        "type": f"urn:manylora:error:{error.code or error.type}",
-        "title": (type(error).__doc__ or "").strip(),
-        "status": error.status,
-        "detail": error.message,
-        "code": error.code,
-        **error.facts,
-    }
+class Problem(msgspec.Struct, frozen=True):
+    """RFC 9457's problem document, with `code`, `param` and what a program needs to go on."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str | None
+    param: str | msgspec.UnsetType = msgspec.UNSET
+    # Of an upload: everything that is wrong with it.
+    findings: tuple[Finding, ...] | msgspec.UnsetType = msgspec.UNSET
+    # Of a quota.
+    limit: int | msgspec.UnsetType = msgspec.UNSET
+    used: int | msgspec.UnsetType = msgspec.UNSET
+    needed: int | msgspec.UnsetType = msgspec.UNSET
+    # Of a range: which file goes on where.
+    file: str | msgspec.UnsetType = msgspec.UNSET
+    expected_offset: int | msgspec.UnsetType = msgspec.UNSET
+
+
+def problem_document(error: GatewayError) -> Problem:
+    facts: dict[str, Any] = dict(error.facts)
     if error.param is not None:
-        document["param"] = error.param
+        facts["param"] = error.param
     if isinstance(error, RejectedUpload):
-        document["findings"] = [msgspec.to_builtins(finding) for finding in error.findings]
-    return document
+        facts["findings"] = error.findings
+    return Problem(
+        type=f"urn:manylora:error:{error.code or error.type}",
+        title=(type(error).__doc__ or "").strip(),
+        status=error.status,
+        detail=error.message,
+        code=error.code,
+        **facts,
+    )
+
+
+def is_openai(path: str) -> bool:
+    """Whether this is the plane that OpenAI's clients speak with."""
+    return path.startswith("/v1/")
 
 
 def answer_error(request: Request[Any, Any, Any], error: GatewayError) -> Response[Any]:
     """Answer in the words of the plane that was called."""
-    if request.url.path.startswith("/v1/"):
+    if is_openai(request.url.path):
         return Response(
             openai_error(error),
             status_code=error.status,
@@ -84,7 +110,7 @@ def answer_error(request: Request[Any, Any, Any], error: GatewayError) -> Respon
         problem_document(error),
         status_code=error.status,
         headers=error.headers,
-        media_type="application/problem+json",
+        media_type=PROBLEM,
     )
 
 

@@ -355,6 +355,12 @@ async def test_the_history_comes_in_parts(aliases: Aliases, acme: Principal) -> 
     assert seen == (await aliases.history("acme", "sql", "prod")).items
 
 
+async def test_before_its_beginning_an_alias_has_no_history(
+    aliases: Aliases, acme: Principal
+) -> None:
+    assert (await aliases.history("acme", "sql", "latest", after=0)).items == []
+
+
 # Examples.
 
 

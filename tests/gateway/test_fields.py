@@ -295,3 +295,22 @@ async def test_an_operator_may_have_unknown_fields_told_of_instead(
     assert error_of(refused) == (400, "store")
     assert broken.status_code == 400
     assert error_of(other) == (400, "frobnicate")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [2**64]}, "prompt[0]"),
+        ({"stop_token_ids": [2**64]}, "stop_token_ids[0]"),
+        ({"logit_bias": {str(2**64): 1}}, "logit_bias"),
+        ({"min_tokens": 2**64}, "min_tokens"),
+        ({"max_tokens": 2**64}, "max_tokens"),
+        ({"top_k": 2**64}, "top_k"),
+    ],
+)
+async def test_a_number_that_no_engine_can_read_is_refused_before_it_reaches_one(
+    gateway: Gateway, fields: dict[str, Any], param: str
+) -> None:
+    body = {"model": MODEL, "prompt": "w1", "max_tokens": 3, **fields}
+    assert error_of(await gateway.client.post(COMPLETIONS, json=body)) == (400, param)
+    assert (await gateway.operator.get("/health/ready")).is_success

@@ -6,6 +6,10 @@ The engine answers each prompt with itself, one token a step, as fast as the tes
 
 import asyncio
 import contextlib
+import os
+import signal
+import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -194,10 +198,17 @@ async def _operator_key(database: Database) -> str:
     return key
 
 
+async def _is_ready(client: httpx.AsyncClient) -> bool:
+    # One in a process of its own may not listen yet.
+    with contextlib.suppress(httpx.ConnectError):
+        return (await client.get("/health/ready")).is_success
+    return False
+
+
 async def _open_shop(operator: httpx.AsyncClient) -> str:
     """Wait for the model, and make what selling it takes; return an owner's key."""
     async with asyncio.timeout(PATIENCE_S):
-        while not (await operator.get("/health/ready")).is_success:  # noqa: ASYNC110 - a server
+        while not await _is_ready(operator):  # noqa: ASYNC110 - a server
             await asyncio.sleep(0.02)
     rate = TOKEN_NANO * 1_000_000
     price = {"base_model": MODEL, "input_nano_per_million": rate, "output_nano_per_million": rate}
@@ -210,3 +221,75 @@ async def _open_shop(operator: httpx.AsyncClient) -> str:
         assert answer.status_code == httpx.codes.CREATED, answer.text
     key: str = answer.json()["key"]
     return key
+
+
+@dataclass(frozen=True)
+class GatewayProcess:
+    """A gateway in a process of its own, to be looked at from outside."""
+
+    pid: int
+    url: str
+    # The tenant acme's, of an owner.
+    key: str
+    operator: httpx.AsyncClient
+    core: EchoCore
+
+
+@contextlib.asynccontextmanager
+async def gateway_process(
+    home: Home,
+    database: Database,
+    folder: Path,
+    *,
+    module: str,
+    environment: dict[str, str],
+    context_length: int,
+) -> AsyncIterator[GatewayProcess]:
+    """`module` is what runs the gateway, and the engine, an echo, is here."""
+    store = ArtifactStore((folder / "store").as_uri())
+    bundle = msgspec.structs.replace(_bundle(), context_length=context_length)
+    info = msgspec.structs.replace(
+        INFO, text_bundle_digest=await store.put_bundle(bundle), max_model_len=context_length
+    )
+    async with short_folder() as sockets:
+        engine = Engine(sockets / "engine", core=EchoCore(), secret=SECRET, info=info)
+        settings = _settings(home, engine, folder, port=free_port())
+        url = f"http://{settings.host}:{settings.port}"
+        async with (
+            engine.serve(),
+            _running(module, settings.to_environment() | environment, folder / "log") as process,
+            speaking(url, await _operator_key(database)) as operator,
+        ):
+            key = await _open_shop(operator)
+            yield GatewayProcess(process.pid, url, key, operator, engine.core)
+            process.terminate()
+            # uvicorn ends, when it has ended everything, as the signal would have ended it.
+            status = await process.wait()
+            log = await asyncio.to_thread((folder / "log").read_text)
+            assert status == -signal.SIGTERM, log
+            assert "Traceback" not in log
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    module: str, environment: dict[str, str], log: Path
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", module),
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

@@ -12,10 +12,14 @@ from litestar.response import Stream
 from gateway.api.admin.adapters import TAGS
 from gateway.api.usage import refuse_unknown
 from gateway.certificate import Certificate, certify, to_html, to_text
+from gateway.errors import RangeNotSatisfiable
 from gateway.registry import Registry
 from gateway.source_files import Part, SourceFiles
 
 VERSION = "/tenants/{tenant:str}/adapters/{adapter:str}/versions/{number:int}"
+BYTES = "application/octet-stream"
+WHOLE = ResponseSpec(bytes, media_type=BYTES, description="The file.")
+RANGE = ResponseSpec(bytes, media_type=BYTES, description="The range.")
 # A page of ours that says what strangers wrote loads nothing and runs nothing.
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -62,8 +66,9 @@ async def list_files(
     tags=TAGS,
     summary="Have a file of a version back",
     description="Bit for bit; `ETag` is its SHA-256. One `Range` at a time is answered with 206.",
-    media_type="application/octet-stream",
-    responses={206: ResponseSpec(bytes, generate_examples=False, description="The range.")},
+    media_type=BYTES,
+    refuses=(RangeNotSatisfiable,),
+    responses={200: WHOLE, 206: RANGE},
 )
 async def get_file(
     tenant: FromPath[str],
@@ -85,7 +90,7 @@ async def get_file(
         source_files.stream(found, part),
         status_code=200 if part is None else 206,
         headers=headers,
-        media_type="application/octet-stream",
+        media_type=BYTES,
     )
 
 
@@ -94,6 +99,7 @@ async def get_file(
     scope="operator",
     tags=TAGS,
     summary="Show the certificate of a version",
+    also_as=("text/plain", "text/html"),
     description=(
         "What the engine's probe of it measured, with what it is and what became of its examples."
         " `format=text` and `format=html` are for printing. 404 where it was not probed yet, or was"

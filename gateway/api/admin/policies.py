@@ -15,7 +15,7 @@ from gateway.api.completions import CompletionRequest
 from gateway.api.embeddings import EmbeddingsRequest
 from gateway.auth import Principal
 from gateway.database import Database
-from gateway.errors import NotFound
+from gateway.errors import InvalidPolicy, NotFound
 from gateway.policies import store
 from gateway.policies.decisions import Verdict
 from gateway.policies.document import Policy
@@ -75,7 +75,13 @@ async def get_policy(
     return _view(row, policies)
 
 
-@put(PATH, scope="operator", tags=TAGS, summary="Set a tenant's policy")
+@put(
+    PATH,
+    scope="operator",
+    tags=TAGS,
+    summary="Set a tenant's policy",
+    refuses=(InvalidPolicy,),
+)
 async def put_policy(
     tenant: FromPath[str],
     data: JSONBody[Policy],

@@ -17,6 +17,7 @@ from adapters.folder import OPTIONAL_FILES
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
 from gateway.api.admin.adapters import TAGS, VersionView, version_view
 from gateway.auth import Principal
+from gateway.errors import Conflict, RejectedUpload, TooManyUploads
 from gateway.resumable import DeclaredFile, Progress, ResumableUploads
 from gateway.staging import ARCHIVE_SUFFIXES
 from gateway.uploads import Accepted, Uploads
@@ -111,6 +112,7 @@ SAME_CONTENTS = {
     ),
     operation_class=MultipartOperation,
     responses=SAME_CONTENTS,
+    refuses=(RejectedUpload, TooManyUploads),
     # The operator's limit is enforced while the body is read, in words that name it.
     request_max_body_size=None,
 )
@@ -191,7 +193,13 @@ async def put_file(
     return _upload_view(progress)
 
 
-@get(UPLOAD, scope="operator", tags=TAGS, summary="Show what has arrived of an upload")
+@get(
+    UPLOAD,
+    scope="operator",
+    tags=TAGS,
+    summary="Show what has arrived of an upload",
+    refuses=(Conflict,),
+)
 async def get_upload(
     tenant: FromPath[str],
     adapter: FromPath[str],
@@ -208,6 +216,7 @@ async def get_upload(
     summary="Make a version of an upload",
     description="Answers as the upload in one request does, and the same again when asked again.",
     responses=SAME_CONTENTS,
+    refuses=(RejectedUpload, TooManyUploads),
 )
 async def complete_upload(
     tenant: FromPath[str],
