@@ -16,8 +16,8 @@ from gateway.policies.patterns import Pattern, compile_input, compile_output, fi
 # What every request has.
 ALWAYS_ALLOWED = frozenset({"model", "messages", "prompt", "input"})
 # What they tell would spell the text that is held back.
-SPELLING_FIELDS = frozenset({"logprobs", "return_token_ids"})
-MAX_TOKENS_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
+SPELLING_FIELDS = frozenset({"include", "logprobs", "return_token_ids"})
+MAX_TOKENS_FIELDS = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens"})
 # Instructions times characters up to which a search stays on the event loop: 4 ms at worst.
 MAX_WORK_HERE = 1_000_000
 
