@@ -135,12 +135,24 @@ class Writer:
 
     def _words(self, text: str) -> list[AnyEvent]:
         events: list[AnyEvent] = []
+        logprobs = self._logprobs_of(text)
         if not isinstance(self._open, _Message):
             events += self._close("completed")
             self._open = _Message(self._id("msg"), self._next(), self._count)
             events += self._open.begin()
-        logprobs, self._logprobs = self._logprobs, []
         return [*events, self._open.add(text, logprobs)]
+
+    def _logprobs_of(self, words: str) -> list[Logprob]:
+        """Of the untold those of words; behind another item its closing mark is before them."""
+        found, self._logprobs = self._logprobs, []
+        if isinstance(self._open, _Message) or not self._num_items:
+            return found
+        num_characters = 0
+        for number, each in enumerate(reversed(found), start=1):
+            num_characters += len(each.token)
+            if num_characters >= len(words):
+                return found[-number:]
+        return found
 
     def _thoughts(self, text: str) -> list[AnyEvent]:
         events: list[AnyEvent] = []
