@@ -41,8 +41,6 @@ async def test_a_response_is_what_a_chat_answers(server):
     assert response.output_text == chat.choices[0].message.content
     assert response.usage.input_tokens == chat.usage.prompt_tokens
     assert response.usage.output_tokens == chat.usage.completion_tokens
-    # Its beginning was in the cache by then, and the cache has a price of its own.
-    assert response.usage.cost_nano >= chat.usage.cost_nano > 0
 
 
 async def test_a_stream_adds_up_to_its_response(server):
