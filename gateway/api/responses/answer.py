@@ -64,29 +64,26 @@ class ToldLogprob(msgspec.Struct, frozen=True):
     top_logprobs: list[ToldTopLogprob]
 
 
-class OutputText(msgspec.Struct, frozen=True):
+class OutputText(msgspec.Struct, frozen=True, tag="output_text"):
     text: str
     # Empty where nobody asked.
     logprobs: list[Logprob]
     # Nothing is looked up, so there is nothing to cite.
     annotations: tuple[()] = ()
-    type: Literal["output_text"] = "output_text"
 
 
-class ReasoningText(msgspec.Struct, frozen=True):
+class ReasoningText(msgspec.Struct, frozen=True, tag="reasoning_text"):
     text: str
-    type: Literal["reasoning_text"] = "reasoning_text"
 
 
-class OutputMessage(msgspec.Struct, frozen=True):
+class OutputMessage(msgspec.Struct, frozen=True, tag="message"):
     id: str
     status: ItemStatus
     content: list[OutputText]
     role: Literal["assistant"] = "assistant"
-    type: Literal["message"] = "message"
 
 
-class FunctionCall(msgspec.Struct, frozen=True):
+class FunctionCall(msgspec.Struct, frozen=True, tag="function_call"):
     """A call for the client to make; what it gives comes back under `call_id`."""
 
     id: str
@@ -95,17 +92,15 @@ class FunctionCall(msgspec.Struct, frozen=True):
     name: str
     # JSON; whole where the status is `completed`.
     arguments: str
-    type: Literal["function_call"] = "function_call"
 
 
-class ReasoningItem(msgspec.Struct, frozen=True):
+class ReasoningItem(msgspec.Struct, frozen=True, tag="reasoning"):
     """What the model thought before its answer."""
 
     id: str
     status: ItemStatus
     content: list[ReasoningText]
     summary: tuple[()] = ()
-    type: Literal["reasoning"] = "reasoning"
 
 
 OutputItem = OutputMessage | FunctionCall | ReasoningItem

@@ -17,7 +17,7 @@ ItemKind = Literal["message", "function_call", "function_call_output", "reasonin
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
-class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ItemText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A piece of what was asked, answered or thought; text is the only kind."""
 
     type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
@@ -37,16 +37,16 @@ class InputItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Of a message.
     role: Literal["system", "developer", "user", "assistant"] | None = None
     # Of a message and of thoughts.
-    content: str | list[TextPart] | None = None
+    content: str | list[ItemText] | None = None
     # Of thoughts.
-    summary: list[TextPart] | None = None
+    summary: list[ItemText] | None = None
     # Of a call, and of what it gave.
     call_id: CallId | None = None
     name: FunctionName | None = None
     # JSON.
     arguments: str | None = None
     # What the function gave.
-    output: str | list[TextPart] | None = None
+    output: str | list[ItemText] | None = None
     # Of an answer that comes back; they change nothing.
     id: str | None = None
     status: ItemStatus | None = None
@@ -197,7 +197,7 @@ def _check(item: InputItem, place: str) -> None:
             )
 
 
-def _text(content: str | Sequence[TextPart] | None) -> str:
+def _text(content: str | Sequence[ItemText] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part.text for part in content)

@@ -110,7 +110,7 @@ class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     summary: str | None = None
 
 
-class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ResponseStreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a stream has besides its text."""
 
     # Padding against traffic analysis: accepted, and events are not padded.
@@ -137,7 +137,7 @@ class ResponseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     # Comes back with the answer.
     metadata: Metadata | None = None
     # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.

@@ -1,6 +1,7 @@
 """The route: a generation begun by a request, and written as a response."""
 
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,12 @@ from litestar.params import JSONBody
 from litestar.response import Stream
 
 from gateway.api.answer import WholeAnswer
-from gateway.api.attempts import Begun, Desk, replay
+from gateway.api.attempts import Desk, replay
 from gateway.api.responses.answer import ResponseObject
-from gateway.api.responses.events import AnyEvent
+from gateway.api.responses.events import AnyEvent, spelled
 from gateway.api.responses.request import ResponseRequest, read
 from gateway.api.responses.writer import Writer
-from gateway.api.sse import named_event
-from gateway.auth import Principal, caller_of
+from gateway.auth import caller_of
 from gateway.errors import GatewayError
 from gateway.idempotency import KeptAnswer
 from gateway.inference import Generation
@@ -28,6 +28,7 @@ NAMES = {"messages": "input", "prompt": "input", "max_tokens": "max_output_token
 @post(
     "/v1/responses",
     scope="inference",
+    events=AnyEvent,
     status_code=200,
     tags=["inference"],
     summary="Answer a conversation, in items",
@@ -39,23 +40,26 @@ async def responses(
     desk: NamedDependency[Desk],
 ) -> Response[ResponseObject] | Stream:
     """Answer a conversation with a base model or one of the caller's adapters; store nothing."""
-    begun = await _begin(data, request, caller_of(request), desk)
-    if isinstance(begun, KeptAnswer):
-        return replay(begun)
-    writer = Writer(begun.generation, data)
-    if data.stream:
-        return await begun.stream(
-            _events(begun.generation, writer), failed=lambda error: _spelled(writer.fail(error))
-        )
-    return await begun.whole(partial(_whole, begun.generation, writer))
-
-
-async def _begin(
-    data: ResponseRequest, request: Request[Any, Any, Any], principal: Principal, desk: Desk
-) -> Begun | KeptAnswer:
+    principal = caller_of(request)
     asked = read(data, principal)
+    with _in_own_words():
+        begun = await desk.begin(request, principal, asked)
+        if isinstance(begun, KeptAnswer):
+            return replay(begun)
+        writer = Writer(begun.generation, data)
+        if data.stream:
+            return await begun.stream(
+                _events(begun.generation, writer),
+                failed=lambda error: _together(writer.fail(error)),
+            )
+        return await begun.whole(partial(_whole, begun.generation, writer))
+
+
+@contextlib.contextmanager
+def _in_own_words() -> Iterator[None]:
+    """Errors name the fields that this route has."""
     try:
-        return await desk.begin(request, principal, asked)
+        yield
     except GatewayError as error:
         error.param = NAMES.get(error.param or "", error.param)
         raise
@@ -78,8 +82,8 @@ async def _events(generation: Generation, writer: Writer) -> AsyncIterator[bytes
         if delta.finish_reason:
             _, rest = writer.end(delta, generation.finish())
             events += rest
-        yield _spelled(events)
+        yield _together(events)
 
 
-def _spelled(events: Sequence[AnyEvent]) -> bytes:
-    return b"".join(named_event(each.type, each) for each in events)
+def _together(events: Sequence[AnyEvent]) -> bytes:
+    return b"".join(map(spelled, events))

@@ -5,9 +5,9 @@ A whole answer is its stream told at once: the same items come out of both.
 
 import itertools
 from collections.abc import Callable
-from typing import Literal
 
 from gateway.api.responses.answer import (
+    REASONS,
     FunctionCall,
     Logprob,
     OutputItem,
@@ -24,10 +24,16 @@ from gateway.api.responses.events import (
     AnyEvent,
     ArgumentsDelta,
     ArgumentsDone,
+    Completed,
+    Created,
     ErrorEvent,
-    ItemEvent,
-    LifeEvent,
-    PartEvent,
+    Failed,
+    Incomplete,
+    InProgress,
+    ItemAdded,
+    ItemDone,
+    PartAdded,
+    PartDone,
     TextDelta,
     TextDone,
     ThoughtDelta,
@@ -70,8 +76,8 @@ class Writer:
             return []
         self._is_told = True
         return [
-            LifeEvent(self._count(), self._response, "response.created"),
-            LifeEvent(self._count(), self._response, "response.in_progress"),
+            Created(self._count(), self._response),
+            InProgress(self._count(), self._response),
         ]
 
     def take(self, delta: Delta) -> list[AnyEvent]:
@@ -91,12 +97,10 @@ class Writer:
     def end(self, last: Delta, bill: Bill) -> tuple[ResponseObject, list[AnyEvent]]:
         """The whole response, after its last delta."""
         assert last.finish_reason is not None, "the last delta has one"
-        status: ItemStatus = (
-            "completed" if last.finish_reason in ("stop", "tool_calls") else "incomplete"
-        )
-        is_text = isinstance(self._open, _Message)
+        status: ItemStatus = "incomplete" if last.finish_reason in REASONS else "completed"
         is_empty = not self._items and self._open is None
-        events = self._words("") if is_empty or (is_text and self._logprobs) else []
+        has_rest = isinstance(self._open, _Message) and self._logprobs
+        events = self._words("") if is_empty or has_rest else []
         events += self._close(status)
         whole = self._response.ended(
             self._items,
@@ -104,10 +108,8 @@ class Writer:
             stopped_by=last.stopped_by,
             usage=ResponseUsage.of(bill, reasoning_tokens=self._generation.reasoning_tokens),
         )
-        name: Literal["response.completed", "response.incomplete"] = (
-            "response.completed" if status == "completed" else "response.incomplete"
-        )
-        return whole, [*events, LifeEvent(self._count(), whole, name)]
+        kind = Completed if status == "completed" else Incomplete
+        return whole, [*events, kind(self._count(), whole)]
 
     def fail(self, error: GatewayError) -> list[AnyEvent]:
         """There is no more to come. Clients of OpenAI's raise at the first of the two."""
@@ -116,7 +118,7 @@ class Writer:
         return [
             *self.begin(),
             ErrorEvent(self._count(), body.code, body.message, body.param, body),
-            LifeEvent(self._count(), response, "response.failed"),
+            Failed(self._count(), response),
         ]
 
     def _read(self, piece: Piece) -> list[AnyEvent]:
@@ -201,14 +203,8 @@ class _Message:
     def begin(self) -> list[AnyEvent]:
         item = OutputMessage(self._id, "in_progress", [])
         return [
-            ItemEvent(self._count(), self._index, item, "response.output_item.added"),
-            PartEvent(
-                self._count(),
-                self._id,
-                self._index,
-                OutputText("", []),
-                "response.content_part.added",
-            ),
+            ItemAdded(self._count(), self._index, item),
+            PartAdded(self._count(), self._id, self._index, OutputText("", [])),
         ]
 
     def add(self, text: str, logprobs: list[Logprob]) -> AnyEvent:
@@ -223,8 +219,8 @@ class _Message:
         told = [each.told() for each in self._logprobs]
         return item, [
             TextDone(self._count(), self._id, self._index, self._text, told),
-            PartEvent(self._count(), self._id, self._index, part, "response.content_part.done"),
-            ItemEvent(self._count(), self._index, item, "response.output_item.done"),
+            PartDone(self._count(), self._id, self._index, part),
+            ItemDone(self._count(), self._index, item),
         ]
 
 
@@ -238,14 +234,8 @@ class _Thoughts:
     def begin(self) -> list[AnyEvent]:
         item = ReasoningItem(self._id, "in_progress", [])
         return [
-            ItemEvent(self._count(), self._index, item, "response.output_item.added"),
-            PartEvent(
-                self._count(),
-                self._id,
-                self._index,
-                ReasoningText(""),
-                "response.content_part.added",
-            ),
+            ItemAdded(self._count(), self._index, item),
+            PartAdded(self._count(), self._id, self._index, ReasoningText("")),
         ]
 
     def add(self, text: str) -> AnyEvent:
@@ -257,8 +247,8 @@ class _Thoughts:
         item = ReasoningItem(self._id, status, [part])
         return item, [
             ThoughtDone(self._count(), self._id, self._index, self._text),
-            PartEvent(self._count(), self._id, self._index, part, "response.content_part.done"),
-            ItemEvent(self._count(), self._index, item, "response.output_item.done"),
+            PartDone(self._count(), self._id, self._index, part),
+            ItemDone(self._count(), self._index, item),
         ]
 
 
@@ -272,7 +262,7 @@ class _Call:
 
     def begin(self) -> list[AnyEvent]:
         item = self._item("in_progress")
-        return [ItemEvent(self._count(), self._index, item, "response.output_item.added")]
+        return [ItemAdded(self._count(), self._index, item)]
 
     def add(self, text: str) -> AnyEvent:
         self._arguments += text
@@ -282,7 +272,7 @@ class _Call:
         item = self._item(status)
         return item, [
             ArgumentsDone(self._count(), self._id, self._index, self._arguments),
-            ItemEvent(self._count(), self._index, item, "response.output_item.done"),
+            ItemDone(self._count(), self._index, item),
         ]
 
     def _item(self, status: ItemStatus) -> FunctionCall:
