@@ -1033,7 +1033,7 @@ def _fit(max_tokens: int | None, num_prompt_tokens: int, context_length: int) ->
     if wanted > room:
         raise ContextLengthExceeded(
             f"This model's context is {context_length} tokens; the prompt has {num_prompt_tokens}"
-            f" and at least {wanted} are asked for. Shorten the prompt or lower max_tokens.",
+            f" and at least {wanted} are asked for. Shorten the prompt or ask for fewer.",
             param="max_tokens" if max_tokens else None,
         )
     return max_tokens or room
@@ -1043,7 +1043,7 @@ def _check_tokens(request: GenerationRequest, *, max_tokens: int, vocab_size: in
     if request.min_tokens > max_tokens:
         raise InvalidRequest(
             f"'min_tokens' is {request.min_tokens}, above the {max_tokens} that may come at most:"
-            " lower it, or raise max_tokens.",
+            " lower it, or let more come.",
             param="min_tokens",
         )
     if max(request.logit_bias, default=0) >= vocab_size:

@@ -1,4 +1,4 @@
-"""What chat and completions do alike with a generation: headers, waiting, leaving."""
+"""What routes do alike with a generation: headers, waiting, leaving."""
 
 import asyncio
 from collections.abc import Sequence
@@ -37,6 +37,8 @@ class WholeAnswer:
     prompt_logprobs: list[TokenLogprob] | None
     # What the text was read as; None where it is only text.
     pieces: list[Piece] | None
+    # What it was put together from.
+    deltas: Sequence[Delta]
 
 
 def answer_headers(generation: Generation | Embedding) -> dict[str, str]:
@@ -104,6 +106,7 @@ def _whole(deltas: Sequence[Delta]) -> WholeAnswer:
         end_token_id=last.end_token_id,
         prompt_logprobs=next((each for each in told if each is not None), None),
         pieces=_pieces(deltas),
+        deltas=deltas,
     )
 
 

@@ -2,21 +2,24 @@
 
 Reads the headers, and hands out an attempt: it says whether the request came before, keeps the
 answer in the moment before its last byte goes out, and lets go of the name where there is none.
+A generation that has begun for an attempt is answered whole or as a stream. Spells neither.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request, Response
+from litestar.response import Stream
 
-from gateway.api.answer import answer_headers
-from gateway.api.sse import DONE
+from gateway.api.answer import WholeAnswer, answer_headers, collect
+from gateway.api.sse import error_event, event_stream
 from gateway.auth import Principal
 from gateway.embeddings import Embedding
+from gateway.errors import GatewayError
 from gateway.idempotency import Answers, Claim, KeptAnswer, fingerprint
-from gateway.inference import Attempt, Generation, Inference
+from gateway.inference import Attempt, Generation, GenerationRequest, Inference
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -52,18 +55,18 @@ class Answering:
             self._answers.release(claim)
 
     def keep_stream(
-        self, events: AsyncIterator[bytes], *, headers: dict[str, str]
+        self, events: AsyncIterator[bytes], generation: Generation, *, headers: dict[str, str]
     ) -> AsyncIterator[bytes]:
-        """The events as they come, kept before the one that says that they were all."""
-        return self._kept(events, headers=headers) if self.is_named else events
+        """The events as they come, kept before those of the last delta go out."""
+        return self._kept(events, generation, headers=headers) if self.is_named else events
 
     async def _kept(
-        self, events: AsyncIterator[bytes], *, headers: dict[str, str]
+        self, events: AsyncIterator[bytes], generation: Generation, *, headers: dict[str, str]
     ) -> AsyncIterator[bytes]:
         chunks = []
         async for chunk in events:
             chunks.append(chunk)
-            if chunk.endswith(DONE):
+            if generation.is_over:
                 await self.keep(b"".join(chunks), media_type="text/event-stream", headers=headers)
             yield chunk
 
@@ -105,6 +108,67 @@ class Desk:
 
     inference: Inference
     attempts: Attempts
+
+    async def begin(
+        self, request: Request[Any, Any, Any], principal: Principal, asked: GenerationRequest
+    ) -> "Begun | KeptAnswer":
+        """A generation for it, or the answer that there is.
+
+        Raises what `Answers.claim` and `Inference.start` raise.
+        """
+        answering = await self.attempts.begin(request, principal, is_streamed=asked.is_streamed)
+        if isinstance(answering, KeptAnswer):
+            return answering
+        try:
+            generation = await self.inference.start(principal, asked, answering.facts)
+        except BaseException:
+            answering.leave()
+            raise
+        return Begun(generation, answering, request)
+
+
+class Begun:
+    """A generation under way for an attempt: answer it `whole` or as a `stream`, once."""
+
+    def __init__(
+        self, generation: Generation, answering: Answering, request: Request[Any, Any, Any]
+    ) -> None:
+        self.generation = generation
+        self._answering = answering
+        self._request = request
+
+    async def whole(
+        self, spell: Callable[[Sequence[WholeAnswer]], Awaitable[Body]]
+    ) -> Response[Body]:
+        """Wait for all of it. Raises what `collect` raises."""
+        try:
+            answers = await collect(self._request, self.generation)
+            return await finish_whole(self.generation, await spell(answers), self._answering)
+        except BaseException:
+            self.leave()
+            raise
+
+    async def stream(
+        self,
+        events: AsyncIterator[bytes],
+        *,
+        failed: Callable[[GatewayError], bytes] = error_event,
+    ) -> Stream:
+        """The events of its deltas, as they come. Raises what the first of them raises."""
+        headers = answer_headers(self.generation)
+        return await event_stream(
+            self._request,
+            self._answering.keep_stream(events, self.generation, headers=headers),
+            headers=headers,
+            leave=self.leave,
+            has_more=self.generation.has_next,
+            failed=failed,
+        )
+
+    def leave(self) -> None:
+        """Nobody wants the rest. Does nothing once all of it is answered."""
+        self.generation.leave()
+        self._answering.leave()
 
 
 async def finish_whole(

@@ -11,8 +11,8 @@ from litestar.params import JSONBody
 from litestar.response import Stream
 
 from engine.protocol import TokenLogprob
-from gateway.api.answer import WholeAnswer, answer_headers, collect
-from gateway.api.attempts import Answering, Desk, finish_whole, replay
+from gateway.api.answer import WholeAnswer
+from gateway.api.attempts import Desk, replay
 from gateway.api.fields import (
     LogitBias,
     MaxCost,
@@ -51,7 +51,7 @@ from gateway.api.prompts import (
     spelled,
     told_token_ids,
 )
-from gateway.api.sse import DONE, EventMould, event, event_stream
+from gateway.api.sse import DONE, EventMould, event
 from gateway.api.structured import (
     Choices,
     Json,
@@ -313,27 +313,12 @@ async def chat_completions(
 ) -> Response[ChatCompletion] | Stream:
     """Answer a conversation with a base model or one of the caller's adapters."""
     principal = caller_of(request)
-    asked = _read(data, principal)
-    answering = await desk.attempts.begin(request, principal, is_streamed=asked.is_streamed)
-    if isinstance(answering, KeptAnswer):
-        return replay(answering)
-    try:
-        generation = await desk.inference.start(principal, asked, answering.facts)
-        if not data.stream:
-            return await _whole(generation, data, await collect(request, generation), answering)
-    except BaseException:
-        answering.leave()
-        raise
-
-    def leave() -> None:
-        generation.leave()
-        answering.leave()
-
-    headers = answer_headers(generation)
-    events = answering.keep_stream(_events(generation, data), headers=headers)
-    return await event_stream(
-        request, events, headers=headers, leave=leave, has_more=generation.has_next
-    )
+    begun = await desk.begin(request, principal, _read(data, principal))
+    if isinstance(begun, KeptAnswer):
+        return replay(begun)
+    if data.stream:
+        return await begun.stream(_events(begun.generation, data))
+    return await begun.whole(partial(_completion, begun.generation, data))
 
 
 def _read(data: ChatCompletionRequest, principal: Principal) -> GenerationRequest:
@@ -409,19 +394,12 @@ def _id(generation: Generation) -> str:
     return f"chatcmpl-{generation.request_id.hex}"
 
 
-async def _whole(
-    generation: Generation,
-    data: ChatCompletionRequest,
-    answers: Sequence[WholeAnswer],
-    answering: Answering,
-) -> Response[ChatCompletion]:
+async def _completion(
+    generation: Generation, data: ChatCompletionRequest, answers: Sequence[WholeAnswer]
+) -> ChatCompletion:
     [prompt], told = generation.prompts, answers[0].prompt_logprobs
-    try:
-        of_prompt = await _of_prompt(generation.codec, data, prompt, told)
-    except BaseException:
-        generation.leave()
-        raise
-    completion = ChatCompletion(
+    of_prompt = await _of_prompt(generation.codec, data, prompt, told)
+    return ChatCompletion(
         id=_id(generation),
         created=int(generation.created.timestamp()),
         model=data.model,
@@ -435,7 +413,6 @@ async def _whole(
         prompt_token_ids=list(prompt) if data.return_token_ids else msgspec.UNSET,
         prompt_logprobs=of_prompt,
     )
-    return await finish_whole(generation, completion, answering)
 
 
 def _message(answer: WholeAnswer) -> AssistantMessage:

@@ -12,8 +12,8 @@ from litestar.params import JSONBody
 from litestar.response import Stream
 
 from engine.protocol import TokenLogprob
-from gateway.api.answer import WholeAnswer, answer_headers, collect
-from gateway.api.attempts import Answering, Desk, finish_whole, replay
+from gateway.api.answer import WholeAnswer
+from gateway.api.attempts import Desk, replay
 from gateway.api.fields import (
     MAX_ANSWERS,
     LogitBias,
@@ -48,7 +48,7 @@ from gateway.api.prompts import (
     spelled,
     told_token_ids,
 )
-from gateway.api.sse import DONE, EventMould, event, event_stream
+from gateway.api.sse import DONE, EventMould, event
 from gateway.api.structured import (
     Choices,
     Json,
@@ -174,27 +174,12 @@ async def completions(
     desk: NamedDependency[Desk],
 ) -> Response[Completion] | Stream:
     """Continue a prompt with a base model or one of the caller's adapters."""
-    principal, asked = caller_of(request), _read(data)
-    answering = await desk.attempts.begin(request, principal, is_streamed=asked.is_streamed)
-    if isinstance(answering, KeptAnswer):
-        return replay(answering)
-    try:
-        generation = await desk.inference.start(principal, asked, answering.facts)
-        if not data.stream:
-            return await _whole(generation, data, await collect(request, generation), answering)
-    except BaseException:
-        answering.leave()
-        raise
-
-    def leave() -> None:
-        generation.leave()
-        answering.leave()
-
-    headers = answer_headers(generation)
-    events = answering.keep_stream(_events(generation, data), headers=headers)
-    return await event_stream(
-        request, events, headers=headers, leave=leave, has_more=generation.has_next
-    )
+    begun = await desk.begin(request, caller_of(request), _read(data))
+    if isinstance(begun, KeptAnswer):
+        return replay(begun)
+    if data.stream:
+        return await begun.stream(_events(begun.generation, data))
+    return await begun.whole(partial(_whole, begun.generation, data))
 
 
 def _read(data: CompletionRequest) -> GenerationRequest:
@@ -284,21 +269,12 @@ def _completion(
 
 
 async def _whole(
-    generation: Generation,
-    data: CompletionRequest,
-    answers: Sequence[WholeAnswer],
-    answering: Answering,
-) -> Response[Completion]:
-    try:
-        choices = [
-            await _spell_whole(generation, data, answers, index) for index in range(len(answers))
-        ]
-    except BaseException:
-        generation.leave()
-        raise
-    usage = Usage.of(generation.bill())
-    completion = _completion(generation, data, *choices, usage=usage)
-    return await finish_whole(generation, completion, answering)
+    generation: Generation, data: CompletionRequest, answers: Sequence[WholeAnswer]
+) -> Completion:
+    choices = [
+        await _spell_whole(generation, data, answers, index) for index in range(len(answers))
+    ]
+    return _completion(generation, data, *choices, usage=Usage.of(generation.bill()))
 
 
 async def _spell_whole(

@@ -1,4 +1,4 @@
-"""The fields that chat and completions have in common, and those that are refused by name.
+"""The fields that the routes of generations have in common, and those that are refused by name.
 
 A field that is known but not served is accepted where its value changes nothing.
 """
@@ -52,18 +52,37 @@ ServedTier = Literal["default", "flex", "priority"]
 # that they come from does where nothing is said.
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     # OpenAI's
+    "access_programs": (),
+    "allowed_callers": (["direct"],),
     "audio": (),
+    "background": (False,),
+    "caller": ({"type": "direct"},),
+    "context": ("auto",),
+    "context_management": ([],),
+    "conversation": (),
+    "defer_loading": (False,),
     "dimensions": (),
+    "effort": (),
+    "encrypted_content": (),
     "function_call": ("none",),
     "functions": ([],),
+    "generate_summary": (),
+    "image": ({}, {"context_compression": "auto"}),
+    "max_tool_calls": (),
     "modalities": (["text"],),
+    "mode": ("standard",),
     "moderation": (),
+    "namespace": (),
+    "output_schema": (),
+    "phase": ("final_answer",),
     "prediction": (),
+    "previous_response_id": (),
     "prompt_cache_options": ({}, {"mode": "implicit"}),
     "prompt_cache_retention": ("in_memory",),
     "reasoning_effort": (),
     "store": (False,),
     "suffix": (),
+    "truncation": ("disabled",),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM's
@@ -93,10 +112,11 @@ def refuse_unserved(body: msgspec.Struct, *, place: str = "") -> None:
     for name, neutral in _not_served(type(body)):
         value = getattr(body, name)
         if value is not None and value not in neutral:
-            raise InvalidRequest(
-                f"'{place}{name}' is not supported with this value: leave it out.",
-                param=f"{place}{name}",
-            )
+            raise not_served(f"{place}{name}")
+
+
+def not_served(param: str) -> InvalidRequest:
+    return InvalidRequest(f"'{param}' is not supported with this value: leave it out.", param=param)
 
 
 # OpenAI's tiers as classes of the engine's, which are strict: the least goes first.

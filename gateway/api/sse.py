@@ -37,6 +37,16 @@ def event(body: msgspec.Struct) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
+def named_event(name: str, body: msgspec.Struct) -> bytes:
+    """The same under a name."""
+    return f"event: {name}\n".encode() + event(body)
+
+
+def error_event(error: GatewayError) -> bytes:
+    """The error that ends a stream whose status line is long gone; no DONE follows."""
+    return event(openai_error(error))
+
+
 class EventMould:
     """Events that are alike but for the one object in their list of choices.
 
@@ -68,6 +78,7 @@ class EventStream(Stream):
         gone: "asyncio.Future[None]",
         headers: dict[str, str],
         leave: Callable[[], None],
+        failed: Callable[[GatewayError], bytes],
     ) -> None:
         super().__init__(rest, headers={**HEADERS, **headers}, status_code=200)
         self._first = first
@@ -75,6 +86,7 @@ class EventStream(Stream):
         self._has_more = has_more
         self._gone = gone
         self._leave = leave
+        self._failed = failed
 
     def to_asgi_response(  # type: ignore[override]  # any ASGI application does
         self, app: Any, request: Request[Any, Any, Any], **_: Any
@@ -124,11 +136,10 @@ class EventStream(Stream):
                     if not self._has_more():
                         await _flush(pieces, send)
         except GatewayError as error:
-            # The status line is long gone: the error travels as an event, and no DONE follows.
-            pieces.append(event(openai_error(error)))
+            pieces.append(self._failed(error))
         except Exception:
             logger.exception("stream_failed")
-            pieces.append(event(openai_error(GatewayError("Something went wrong on our side."))))
+            pieces.append(self._failed(GatewayError("Something went wrong on our side.")))
         await _flush(pieces, send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -151,10 +162,12 @@ async def event_stream(
     headers: dict[str, str],
     leave: Callable[[], None],
     has_more: Callable[[], bool],
+    failed: Callable[[GatewayError], bytes] = error_event,
 ) -> Stream:
     """Answer with events as they come; `leave` is called at the end, however that comes about.
 
     `has_more` says whether the next event is there already: those that are go out in one piece.
+    `failed` spells what goes wrong once the answer has begun.
     The answer begins with its first event, so that what fails at once is told by the status; where
     that takes long, it begins without. Raises what the first event raises, and ClientGone.
     """
@@ -174,4 +187,12 @@ async def event_stream(
         await asyncio.wait({first, gone})
         leave()
         raise
-    return EventStream(first, events, has_more=has_more, gone=gone, headers=headers, leave=leave)
+    return EventStream(
+        first,
+        events,
+        has_more=has_more,
+        gone=gone,
+        headers=headers,
+        leave=leave,
+        failed=failed,
+    )

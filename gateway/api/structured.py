@@ -33,6 +33,22 @@ class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     json_schema: JsonSchemaFormat | None = None
 
 
+class PlainFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
+    """An answer in words, of no form."""
+
+
+class ObjectFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="json_object"):
+    """Any JSON object."""
+
+
+class SchemaFormat(JsonSchemaFormat, frozen=True, forbid_unknown_fields=True, tag="json_schema"):
+    """A JSON schema, beside its type."""
+
+
+# OpenAI's newer spelling of the field.
+TextFormat = PlainFormat | ObjectFormat | SchemaFormat
+
+
 class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """vLLM's field: one of these says what the answer has to look like."""
 
@@ -64,20 +80,46 @@ class Constrained(Protocol):
 
 def asked_grammar(body: Constrained) -> AskedGrammar | None:
     """Raises InvalidRequest where the fields contradict each other."""
-    inner = body.structured_outputs or StructuredOutputs()
-    place = "structured_outputs"
     asked = [
         *_of_response_format(body.response_format),
         *_json("guided_json", body.guided_json),
         *_regex("guided_regex", body.guided_regex),
         *_choice("guided_choice", body.guided_choice),
         *_ebnf("guided_grammar", body.guided_grammar),
-        *_json(f"{place}.json", inner.json),
-        *_regex(f"{place}.regex", inner.regex),
-        *_choice(f"{place}.choice", inner.choice),
-        *_ebnf(f"{place}.grammar", inner.grammar),
-        *_json(f"{place}.json_object", ANY_OBJECT if inner.json_object else None),
+        *_of_structured_outputs(body.structured_outputs),
     ]
+    return _the_one(asked, ignore_eos=bool(body.ignore_eos))
+
+
+def asked_text_grammar(
+    wanted: TextFormat | None, structured: StructuredOutputs | None, *, ignore_eos: bool
+) -> AskedGrammar | None:
+    """The same of a request whose format is `text.format`."""
+    place = "text.format"
+    match wanted:
+        case SchemaFormat():
+            asked = _json(place, wanted.schema)
+        case ObjectFormat():
+            asked = _json(place, ANY_OBJECT)
+        case _:
+            asked = []
+    return _the_one([*asked, *_of_structured_outputs(structured)], ignore_eos=ignore_eos)
+
+
+def _of_structured_outputs(wanted: StructuredOutputs | None) -> list[AskedGrammar]:
+    if wanted is None:
+        return []
+    place = "structured_outputs"
+    return [
+        *_json(f"{place}.json", wanted.json),
+        *_regex(f"{place}.regex", wanted.regex),
+        *_choice(f"{place}.choice", wanted.choice),
+        *_ebnf(f"{place}.grammar", wanted.grammar),
+        *_json(f"{place}.json_object", ANY_OBJECT if wanted.json_object else None),
+    ]
+
+
+def _the_one(asked: list[AskedGrammar], *, ignore_eos: bool) -> AskedGrammar | None:
     if len(asked) > 1:
         first, second, *_ = asked
         raise InvalidRequest(
@@ -85,7 +127,7 @@ def asked_grammar(body: Constrained) -> AskedGrammar | None:
             " send one of them.",
             param=second.param,
         )
-    if asked and body.ignore_eos:
+    if asked and ignore_eos:
         raise InvalidRequest(
             f"'ignore_eos' would let the answer go on after what '{asked[0].param}' asks for:"
             " leave it out.",

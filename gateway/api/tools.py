@@ -4,6 +4,7 @@ Knows their spelling. Knows nothing of how a model writes a call.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
@@ -16,6 +17,7 @@ from gateway.tools.toolbox import Tool, Toolbox
 # Of what is nested in a schema or in arguments.
 MAX_DEPTH = 128
 FunctionName = Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+CallId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 # Of a function that the client says nothing about.
 NO_PARAMETERS: Mapping[str, Any] = {
     "type": "object",
@@ -66,7 +68,7 @@ class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A call that an answer made; clients send it back with the conversation."""
 
-    id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    id: CallId
     function: CalledFunction
     type: Literal["function"] = "function"
 
@@ -111,6 +113,30 @@ class Message(Protocol):
     def tool_call_id(self) -> str | None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function that the client describes, and where in its request."""
+
+    definition: FunctionDefinition
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a client wants to be called, freed of its spelling."""
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    # Those that may be, each with its place in the request; None for all.
+    allowed: Mapping[str, str] | None = None
+    # Whether there may be a single call at most.
+    is_one: bool = False
+
+    @classmethod
+    def one(cls, name: str, *, place: str) -> "Chosen":
+        """Whoever names a function wants one call of it."""
+        return cls("required", {name: place}, is_one=True)
+
+
 def asked_toolbox(
     tools: Sequence[ToolDefinition] | None,
     choice: ToolChoice | None,
@@ -118,28 +144,40 @@ def asked_toolbox(
     is_parallel: bool = True,
 ) -> Toolbox | None:
     """What the answer may call; None where that is nothing. Raises InvalidRequest."""
-    tools, choice = tools or (), choice or "auto"
-    names = [tool.function.name for tool in tools]
-    _check_names(names)
-    if not tools and choice not in ("auto", "none"):
+    functions = [
+        Function(tool.function, f"tools[{number}].function")
+        for number, tool in enumerate(tools or ())
+    ]
+    if isinstance(choice, NamedTool):
+        chosen = Chosen.one(choice.function.name, place="tool_choice.function.name")
+    else:
+        chosen = Chosen(choice or "auto")
+    return toolbox_of(functions, chosen, is_parallel=is_parallel)
+
+
+def toolbox_of(
+    functions: Sequence[Function], chosen: Chosen, *, is_parallel: bool
+) -> Toolbox | None:
+    """What the answer may call; None where that is nothing. Raises InvalidRequest."""
+    _check_names(functions)
+    if not functions and (chosen.mode == "required" or chosen.allowed is not None):
         raise InvalidRequest(
             "'tool_choice' asks for a call, and there are no 'tools': give at least one.",
             param="tool_choice",
         )
-    if not tools or choice == "none":
+    if not functions or chosen.mode == "none":
         return None
-    only = choice.function.name if isinstance(choice, NamedTool) else None
-    if only is not None and only not in names:
-        raise InvalidRequest(
-            f"'tool_choice' names {only!r}, which is not in 'tools'.",
-            param="tool_choice.function.name",
-        )
+    names = {each.definition.name for each in functions}
+    for name, place in (chosen.allowed or {}).items():
+        if name not in names:
+            raise InvalidRequest(
+                f"'tool_choice' names {name!r}, which is not in 'tools'.", param=place
+            )
     return Toolbox(
-        tuple(_tool(number, tool) for number, tool in enumerate(tools)),
-        must_call=choice != "auto",
-        only=only,
-        # Whoever names a function wants one call of it.
-        is_parallel=is_parallel and only is None,
+        tuple(map(_tool, functions)),
+        must_call=chosen.mode == "required",
+        allowed=None if chosen.allowed is None else frozenset(chosen.allowed),
+        is_parallel=is_parallel and not chosen.is_one,
     )
 
 
@@ -164,13 +202,16 @@ def check_form(toolbox: Toolbox, grammar: AskedGrammar | None, *, ignore_eos: bo
         )
 
 
-def _check_names(names: Sequence[str]) -> None:
-    for number, name in enumerate(names):
-        if name in names[:number]:
+def _check_names(functions: Sequence[Function]) -> None:
+    names: set[str] = set()
+    for each in functions:
+        name = each.definition.name
+        if name in names:
             raise InvalidRequest(
                 f"There are two tools {name!r}: give each a name of its own.",
-                param=f"tools[{number}].function.name",
+                param=f"{each.place}.name",
             )
+        names.add(name)
 
 
 def _check_depth(value: dict[str, Any], place: str) -> None:
@@ -187,9 +228,8 @@ def _check_depth(value: dict[str, Any], place: str) -> None:
         level = [inner for each in lists for inner in each if isinstance(inner, dict | list)]
 
 
-def _tool(number: int, tool: ToolDefinition) -> Tool:
-    function = tool.function
-    place = f"tools[{number}].function.parameters"
+def _tool(described: Function) -> Tool:
+    function, place = described.definition, f"{described.place}.parameters"
     parameters = dict(NO_PARAMETERS if function.parameters is None else function.parameters)
     _check_depth(parameters, place)
     if parameters.setdefault("type", "object") != "object":
@@ -233,18 +273,20 @@ def check_turns(messages: Sequence[Message]) -> None:
 def calls_for_template(calls: Sequence[ToolCall], *, place: str) -> list[dict[str, Any]]:
     """Calls as chat templates take them: arguments as values. Raises InvalidRequest."""
     return [
-        {
-            "id": call.id,
-            "type": "function",
-            "function": {
-                "name": call.function.name,
-                "arguments": _arguments(
-                    call.function.arguments, f"{place}[{number}].function.arguments"
-                ),
-            },
-        }
+        call_for_template(
+            call.id,
+            call.function.name,
+            call.function.arguments,
+            place=f"{place}[{number}].function.arguments",
+        )
         for number, call in enumerate(calls)
     ]
+
+
+def call_for_template(call_id: str, name: str, arguments: str, *, place: str) -> dict[str, Any]:
+    """`place` is where the arguments stand. Raises InvalidRequest."""
+    function = {"name": name, "arguments": _arguments(arguments, place)}
+    return {"id": call_id, "type": "function", "function": function}
 
 
 def _arguments(text: str, place: str) -> dict[str, Any]:

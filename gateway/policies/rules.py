@@ -6,7 +6,7 @@ read: it is the model's, the same for every request, and no client chose it.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway.errors import ContentRefused, PolicyViolation
@@ -14,10 +14,16 @@ from gateway.policies.document import Policy
 from gateway.policies.patterns import Pattern, compile_input, compile_output, first_hit
 
 # What every request has.
-ALWAYS_ALLOWED = frozenset({"model", "messages", "prompt", "input"})
+ALWAYS_ALLOWED = frozenset({"model", "messages", "prompt", "input", "instructions"})
+# Fields of /v1/responses by what a chat calls them: who names the one means both.
+OLDER_NAMES: Mapping[str, str] = {
+    "include": "logprobs",
+    "max_output_tokens": "max_tokens",
+    "text": "response_format",
+}
 # What they tell would spell the text that is held back.
-SPELLING_FIELDS = frozenset({"logprobs", "return_token_ids"})
-MAX_TOKENS_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
+SPELLING_FIELDS = frozenset({"include", "logprobs", "return_token_ids"})
+MAX_TOKENS_FIELDS = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens"})
 # Instructions times characters up to which a search stays on the event loop: 4 ms at worst.
 MAX_WORK_HERE = 1_000_000
 
@@ -70,9 +76,9 @@ class Rules:
 
     def _check_fields(self, fields: frozenset[str]) -> None:
         policy = self.policy
-        denied = fields & set(policy.denied_parameters)
+        denied = _named(fields, policy.denied_parameters)
         if policy.allowed_parameters is not None:
-            denied |= fields - ALWAYS_ALLOWED - set(policy.allowed_parameters)
+            denied |= fields - ALWAYS_ALLOWED - _named(fields, policy.allowed_parameters)
         if denied:
             name = min(denied)
             raise PolicyViolation(
@@ -124,3 +130,8 @@ class Rules:
 
     def _denies(self, texts: Sequence[str]) -> str | None:
         return next(filter(None, (first_hit(self._deny_input, text) for text in texts)), None)
+
+
+def _named(fields: frozenset[str], names: Sequence[str]) -> frozenset[str]:
+    """Those of the fields that a policy names."""
+    return frozenset(field for field in fields if field in names or OLDER_NAMES.get(field) in names)

@@ -25,14 +25,15 @@ class Toolbox:
     tools: tuple[Tool, ...]
     # Whether the answer has to be calls.
     must_call: bool = False
-    # The one that has to be called; None where the model chooses.
-    only: str | None = None
+    # Those that may be called; None for all that the model is told of.
+    allowed: frozenset[str] | None = None
     # Whether there may be several calls.
     is_parallel: bool = True
 
     @property
     def callable(self) -> tuple[Tool, ...]:
-        return tuple(tool for tool in self.tools if self.only in (None, tool.name))
+        allowed = self.allowed
+        return tuple(tool for tool in self.tools if allowed is None or tool.name in allowed)
 
     @property
     def names(self) -> frozenset[str]:

@@ -32,6 +32,8 @@ async def gateway(home: Home, database: Database, tmp_path: Path) -> AsyncIterat
         (CHAT, chat(stream=True, stream_options={"include_usage": True})),
         ("/v1/completions", {"model": "echo", "prompt": "Hello", "stream": True}),
         ("/v1/completions", {"model": "echo", "prompt": "Hello", "logprobs": None}),
+        ("/v1/responses", {"model": "echo", "input": "Hello"}),
+        ("/v1/responses", {"model": "echo", "input": "Hello", "stream": True}),
     ],
 )
 async def test_a_named_request_is_answered_and_billed_once(

@@ -6,7 +6,7 @@ The table in README says which values do what; each of its cells is asked of a w
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ from openai.types.chat.completion_create_params import (
     CompletionCreateParamsStreaming as ChatParams,
 )
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as Params
+from openai.types.responses.response_create_params import (
+    ResponseCreateParamsStreaming as ResponseParams,
+)
 
 from gateway.api.chat import ChatCompletionRequest
 from gateway.api.completions import CompletionRequest
+from gateway.api.responses.request import ResponseRequest
 from gateway.database import Database
 from tests.conftest import Home
 from tests.gateway.whole_gateway import MODEL, whole_gateway
@@ -115,7 +119,75 @@ COMPLETIONS = (
     Row("n", (2, 128), (1,), (0, 129)),
     Row("suffix", (), (), ("w9",)),
 )
+FLAT_TOOL = {"type": "function", **FUNCTION}
+LOGPROBS = "message.output_text.logprobs"
+HIDDEN = "reasoning.encrypted_content"
+ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]}
+RESPONSES = (
+    Row("model", (MODEL,), (), (None,), is_required=True),
+    Row(
+        "input",
+        ("w1 w2", [{"role": "user", "content": "w999"}]),
+        (),
+        (None, "", [], [{"type": "item_reference", "id": "msg_1"}]),
+        is_required=True,
+    ),
+    Row("access_programs", (), (), ({"cyber": "standard"},)),
+    Row("background", (), (False,), (True,)),
+    Row("context_management", (), ([],), ([{"type": "compaction"}],)),
+    Row("conversation", (), (), ("conv_1",)),
+    Row("image", (), ({"context_compression": "auto"},), ({"context_compression": "enabled"},)),
+    Row("include", ([LOGPROBS],), ([], [HIDDEN]), (["file_search_call.results"],)),
+    Row("instructions", ("w7",), ("",), (7,)),
+    Row("max_output_tokens", (3,), (), (0,)),
+    Row("max_tool_calls", (), (), (2,)),
+    Row("metadata", ({"team": "a"},), ({},), ({"team": 1},)),
+    Row("moderation", (), (), ({"model": "omni-moderation-latest"},)),
+    Row("parallel_tool_calls", (False,), (True,), ("yes",), beside={"tools": [FLAT_TOOL]}),
+    Row("previous_response_id", (), (), ("resp_1",)),
+    Row("prompt", (), (), ({"id": "pmpt_1"},)),
+    Row("prompt_cache_key", ("a",), (), (7,)),
+    Row("prompt_cache_options", (), ({"mode": "implicit"},), ({"mode": "explicit"},)),
+    Row("prompt_cache_retention", (), ("in_memory",), ("24h",)),
+    Row(
+        "reasoning",
+        (),
+        ({"effort": None, "summary": None, "mode": "standard"},),
+        ({"effort": "high"}, {"summary": "auto"}),
+    ),
+    Row("safety_identifier", ("ada",), ("",), (7,)),
+    Row("service_tier", ("flex", "priority", "fast"), ("auto", "default"), ("scale",)),
+    Row("store", (), (False,), (True,)),
+    Row("stream", (True,), (False,), ("yes",)),
+    Row(
+        "stream_options",
+        ({"include_obfuscation": True},),
+        (),
+        ({"x": 1},),
+        beside={"stream": True},
+    ),
+    Row("temperature", (0.5,), (), (2.5,)),
+    Row(
+        "text",
+        ({"format": {"type": "json_object"}},),
+        ({"format": {"type": "text"}, "verbosity": "medium"},),
+        ({"verbosity": "low"}, {"format": {"type": "grammar"}}),
+    ),
+    Row(
+        "tool_choice",
+        ("required", {"type": "function", "name": "f"}, ALLOWED),
+        ("auto", "none"),
+        ("perhaps", {"type": "web_search"}),
+        beside={"tools": [FLAT_TOOL]},
+    ),
+    Row("tools", ([FLAT_TOOL],), ([],), ([{"type": "web_search"}],)),
+    Row("top_logprobs", (2,), (0,), (2, 21), beside={"include": [LOGPROBS]}),
+    Row("top_p", (0.5,), (1,), (0,)),
+    Row("truncation", (), ("disabled",), ("auto",)),
+    Row("user", ("ada",), ("",), (7,)),
+)
 CHAT_PATH, PROMPT_PATH = "/v1/chat/completions", "/v1/completions"
+RESPONSE_PATH = "/v1/responses"
 # Answers are echoes: w999 ends them.
 PROMPT = "w1 w2 w3 w999"
 BEGUN = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w999"}]
@@ -165,6 +237,13 @@ BEYOND = (
     Row("truncate_prompt_tokens", (), (), (10,)),
     Row("use_beam_search", (), (False,), (True,)),
 )
+# Those that responses have too.
+BEYOND_RESPONSES = tuple(
+    replace(row, only="")
+    for row in (*SAMPLING, *BEYOND)
+    if row.name in ResponseRequest.__struct_fields__
+    and row.name not in {each.name for each in RESPONSES}
+)
 TABLES = {
     CHAT_PATH: (
         CHAT,
@@ -172,6 +251,7 @@ TABLES = {
         {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}]},
     ),
     PROMPT_PATH: (COMPLETIONS, Params, {"model": MODEL, "prompt": PROMPT}),
+    RESPONSE_PATH: (RESPONSES, ResponseParams, {"model": MODEL, "input": PROMPT}),
 }
 
 
@@ -195,7 +275,12 @@ def test_the_table_has_every_field_of_the_sdks_requests_and_no_other(path: str) 
 
 
 @pytest.mark.parametrize(
-    ("path", "body"), [(CHAT_PATH, ChatCompletionRequest), (PROMPT_PATH, CompletionRequest)]
+    ("path", "body"),
+    [
+        (CHAT_PATH, ChatCompletionRequest),
+        (PROMPT_PATH, CompletionRequest),
+        (RESPONSE_PATH, ResponseRequest),
+    ],
 )
 def test_no_field_that_is_taken_is_in_no_table(path: str, body: type[msgspec.Struct]) -> None:
     rows = _rows(path)
@@ -211,7 +296,7 @@ async def test_every_cell_of_the_table_is_true(client: httpx.AsyncClient, path: 
     async def ask(**fields: Any) -> httpx.Response:
         return await client.post(path, json={**plain, **fields})
 
-    untouched = (await ask()).json()["choices"]
+    untouched = _said(await ask())
     for row in _rows(path):
         for value in row.honoured:
             answer = await ask(**row.beside, **{row.name: value})
@@ -219,7 +304,7 @@ async def test_every_cell_of_the_table_is_true(client: httpx.AsyncClient, path: 
         for value in row.all_neutral:
             answer = await ask(**{row.name: value})
             assert answer.status_code == 200, (row.name, value, answer.text)
-            assert answer.json()["choices"] == untouched, (row.name, value)
+            assert _said(answer) == untouched, (row.name, value)
         for value in row.refused:
             answer = await ask(**{row.name: value})
             assert answer.status_code == 400, (row.name, value, answer.text)
@@ -238,15 +323,29 @@ def test_the_readme_has_the_table(request: pytest.FixtureRequest) -> None:
         assert text == written, "run it with --write-readme"
 
 
+def _said(answer: httpx.Response) -> Any:
+    """What was answered, without what no answer shares with another."""
+    made = answer.json()
+    return made["choices"] if "choices" in made else [{**each, "id": ""} for each in made["output"]]
+
+
 def _rows(path: str) -> list[Row]:
     """All that a request may have."""
+    if path == RESPONSE_PATH:
+        return [*RESPONSES, *BEYOND_RESPONSES]
     return [*TABLES[path][0], *(row for row in BEYOND if row.only in ("", path))]
 
 
 def _spelled() -> str:
     lines = []
-    titles = {f"`{path}`": rows for path, (rows, _, _) in TABLES.items()}
-    for title, rows in (titles | {"both, beyond OpenAI": BEYOND}).items():
+    titles = {
+        f"`{CHAT_PATH}`": CHAT,
+        f"`{PROMPT_PATH}`": COMPLETIONS,
+        "both, beyond OpenAI": BEYOND,
+        f"`{RESPONSE_PATH}`": RESPONSES,
+        f"`{RESPONSE_PATH}`, beyond OpenAI": BEYOND_RESPONSES,
+    }
+    for title, rows in titles.items():
         lines += [
             f"| {title} | supported | accepted at its default | refused with 400 |",
             "|---|---|---|---|",

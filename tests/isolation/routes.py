@@ -116,6 +116,10 @@ def completion(**fields: Any) -> dict[str, Any]:
     return {"prompt": "w7 w8", "max_tokens": 2, "ignore_eos": True, **fields}
 
 
+def response(**fields: Any) -> dict[str, Any]:
+    return {"input": "w7 w8", "max_output_tokens": 2, "ignore_eos": True, **fields}
+
+
 def embeddings(**fields: Any) -> dict[str, Any]:
     return {"input": ["w7 w8", "w9"], **fields}
 
@@ -220,6 +224,7 @@ CASES = [
     Case("GET", "/v1/usage", "tenant", nosy_reports, reports, lambda names: reports(names)[0]),
     chatting(),
     generating("/v1/completions", completion),
+    generating("/v1/responses", response),
     generating("/v1/embeddings", embeddings, is_streamed=False),
     generating("/v1/estimate", estimate, is_streamed=False),
     generating("/v1/tokenize", tokenize, is_streamed=False),

@@ -13,6 +13,7 @@ from gateway import audit, tenants
 from gateway.api.chat import ChatCompletionRequest
 from gateway.api.completions import CompletionRequest
 from gateway.api.embeddings import EmbeddingsRequest
+from gateway.api.responses.request import ResponseRequest
 from gateway.auth import Principal
 from gateway.database import Database
 from gateway.errors import InvalidPolicy, NotFound
@@ -29,6 +30,7 @@ PARAMETERS = frozenset(
         *ChatCompletionRequest.__struct_fields__,
         *CompletionRequest.__struct_fields__,
         *EmbeddingsRequest.__struct_fields__,
+        *ResponseRequest.__struct_fields__,
     }
 )
 
