@@ -312,7 +312,7 @@ async def chat_completions(
 ) -> Response[ChatCompletion] | Stream:
     """Answer a conversation with a base model or one of the caller's adapters."""
     principal = caller_of(request)
-    asked = _read(data, principal)
+    asked = read_request(data, principal)
     answering = await desk.attempts.begin(request, principal, is_streamed=asked.is_streamed)
     if isinstance(answering, KeptAnswer):
         return replay(answering)
@@ -335,7 +335,8 @@ async def chat_completions(
     )
 
 
-def _read(data: ChatCompletionRequest, principal: Principal) -> GenerationRequest:
+def read_request(data: ChatCompletionRequest, principal: Principal) -> GenerationRequest:
+    """What is asked for, freed of its spelling. Raises InvalidRequest and NotAllowed."""
     refuse_unserved(data)
     if data.stream_options is not None and not data.stream:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
@@ -414,13 +415,21 @@ async def _whole(
     answers: Sequence[WholeAnswer],
     answering: Answering,
 ) -> Response[ChatCompletion]:
-    [prompt], told = generation.prompts, answers[0].prompt_logprobs
     try:
-        of_prompt = await _of_prompt(generation.codec, data, prompt, told)
+        completion = await compose(generation, data, answers)
     except BaseException:
         generation.leave()
         raise
-    completion = ChatCompletion(
+    return await finish_whole(generation, completion, answering)
+
+
+async def compose(
+    generation: Generation, data: ChatCompletionRequest, answers: Sequence[WholeAnswer]
+) -> ChatCompletion:
+    """The body of a whole answer."""
+    [prompt], told = generation.prompts, answers[0].prompt_logprobs
+    of_prompt = await _of_prompt(generation.codec, data, prompt, told)
+    return ChatCompletion(
         id=_id(generation),
         created=int(generation.created.timestamp()),
         model=data.model,
@@ -434,7 +443,6 @@ async def _whole(
         prompt_token_ids=list(prompt) if data.return_token_ids else msgspec.UNSET,
         prompt_logprobs=of_prompt,
     )
-    return await finish_whole(generation, completion, answering)
 
 
 def _message(answer: WholeAnswer) -> AssistantMessage:

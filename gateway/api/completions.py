@@ -173,7 +173,7 @@ async def completions(
     desk: NamedDependency[Desk],
 ) -> Response[Completion] | Stream:
     """Continue a prompt with a base model or one of the caller's adapters."""
-    principal, asked = caller_of(request), _read(data)
+    principal, asked = caller_of(request), read_request(data)
     answering = await desk.attempts.begin(request, principal, is_streamed=asked.is_streamed)
     if isinstance(answering, KeptAnswer):
         return replay(answering)
@@ -196,7 +196,8 @@ async def completions(
     )
 
 
-def _read(data: CompletionRequest) -> GenerationRequest:
+def read_request(data: CompletionRequest) -> GenerationRequest:
+    """What is asked for, freed of its spelling. Raises InvalidRequest."""
     refuse_unserved(data)
     prompts = _prompts(data.prompt)
     if data.stream_options is not None and not data.stream:
@@ -289,15 +290,19 @@ async def _whole(
     answering: Answering,
 ) -> Response[Completion]:
     try:
-        choices = [
-            await _spell_whole(generation, data, answers, index) for index in range(len(answers))
-        ]
+        completion = await compose(generation, data, answers)
     except BaseException:
         generation.leave()
         raise
-    usage = Usage.of(generation.bill())
-    completion = _completion(generation, data, *choices, usage=usage)
     return await finish_whole(generation, completion, answering)
+
+
+async def compose(
+    generation: Generation, data: CompletionRequest, answers: Sequence[WholeAnswer]
+) -> Completion:
+    """The body of a whole answer."""
+    choices = [await _spell_whole(generation, data, answers, n) for n in range(len(answers))]
+    return _completion(generation, data, *choices, usage=Usage.of(generation.bill()))
 
 
 async def _spell_whole(
