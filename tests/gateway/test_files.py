@@ -10,9 +10,12 @@ import openai
 import pytest
 from sqlalchemy import text
 
+from adapters.store import ArtifactStore
 from gateway.database import Database
+from gateway.files import Files
 from gateway.fsck import Fsck
 from gateway.object_ids import FILE, read_id
+from gateway.staging import Staging
 from tests.conftest import Home
 from tests.engine.echo_engine import until
 from tests.gateway.batch_lab import create, line, speaker_of
@@ -37,6 +40,16 @@ async def client(gateway: Gateway) -> AsyncIterator[openai.AsyncOpenAI]:
 
 def documents(folder: Path) -> set[str]:
     return {path.name for path in (folder / "store" / "documents").glob("*")}
+
+
+def files_of(database: Database, folder: Path) -> Files:
+    """Another gateway's, as it were."""
+    return Files(
+        database,
+        ArtifactStore((folder / "store").as_uri()),
+        staging=Staging(folder / "staging", max_upload_bytes=MAX_BYTES),
+        max_bytes_per_tenant=MAX_BYTES,
+    )
 
 
 async def expire(database: Database) -> None:
@@ -150,7 +163,7 @@ async def test_a_file_past_its_time_is_gone_with_its_bytes(
     await expire(database)
     with pytest.raises(openai.NotFoundError):
         await client.files.retrieve(made.id)
-    assert await gateway.app.state.parts.files.sweep() == 1
+    assert await files_of(database, tmp_path).sweep() == 1
     assert documents(tmp_path) == set()
 
 
@@ -163,7 +176,7 @@ async def test_a_file_stays_while_a_batch_reads_it(
     with pytest.raises(openai.ConflictError, match="still reads"):
         await client.files.delete(batch.input_file_id)
     await expire(database)
-    assert await gateway.app.state.parts.files.sweep() == 0
+    assert await files_of(database, tmp_path).sweep() == 0
     assert documents(tmp_path) == {str(read_id(FILE, batch.input_file_id))}
 
 
@@ -197,7 +210,7 @@ async def test_fsck_finds_bytes_without_a_file_and_files_without_bytes(
     (tmp_path / "store" / "documents" / str(read_id(FILE, lost.id))).unlink()
     stray = "0190163d-8694-739b-aea5-966c26f8ad90"
     (tmp_path / "store" / "documents" / stray).write_bytes(b"x")
-    store = gateway.app.state.parts.store
+    store = ArtifactStore((tmp_path / "store").as_uri())
     fsck = Fsck(database, store, grace=datetime.timedelta())
     found = {
         problem.subject: problem.kind
