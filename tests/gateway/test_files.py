@@ -204,9 +204,9 @@ async def test_files_and_batches_go_with_their_tenant(
 async def test_fsck_finds_bytes_without_a_file_and_files_without_bytes(
     gateway: Gateway, client: openai.AsyncOpenAI, database: Database, tmp_path: Path
 ) -> None:
-    kept, lost = (
+    kept, lost = [
         await client.files.create(file=(name, b"{}"), purpose="batch") for name in ("a", "b")
-    )
+    ]
     (tmp_path / "store" / "documents" / str(read_id(FILE, lost.id))).unlink()
     stray = "0190163d-8694-739b-aea5-966c26f8ad90"
     (tmp_path / "store" / "documents" / stray).write_bytes(b"x")
