@@ -96,12 +96,9 @@ class BatchView(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, order: Order) -> "BatchView":
         batch = order.batch
-        ends = {
-            f"{status}_at": _seconds(batch.ended_at) if batch.status == status else None
-            for status in ("completed", "failed", "expired", "cancelled")
-        }
         has_files = batch.ended_at is not None
         faults = msgspec.convert(batch.errors, list[Fault])
+        ended_at = _seconds(batch.ended_at)
         return cls(
             id=spell_id(BATCH, batch.id),
             endpoint=batch.endpoint,
@@ -114,10 +111,13 @@ class BatchView(msgspec.Struct, frozen=True, kw_only=True):
             in_progress_at=_seconds(batch.in_progress_at),
             expires_at=int(batch.expires_at.timestamp()),
             finalizing_at=_seconds(batch.finalizing_at),
+            completed_at=ended_at if batch.status == "completed" else None,
+            failed_at=ended_at if batch.status == "failed" else None,
+            expired_at=ended_at if batch.status == "expired" else None,
             cancelling_at=_seconds(batch.cancelling_at),
+            cancelled_at=ended_at if batch.status == "cancelled" else None,
             request_counts=RequestCounts(batch.num_requests, order.num_completed, order.num_failed),
             metadata=batch.metadata_,
-            **ends,
         )
 
 

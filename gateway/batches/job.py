@@ -240,8 +240,8 @@ class Job:
             return None
         except Exception:
             logger.exception("batch_line_failed", extra={"batch_id": str(self._batch.id)})
-            error = GatewayError("Something went wrong on our side.")
-            await self._record_error(number, line, error)
+            ours = GatewayError("Something went wrong on our side.")
+            await self._record_error(number, line, ours)
             return None
         await self._deliver(number, line, answered)
         return None
