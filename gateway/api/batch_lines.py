@@ -3,14 +3,15 @@
 What a route reads, refuses and answers is its own; here is only what a batch changes of it.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from gateway.api import chat, completions, embeddings
-from gateway.api.answer import put_together
+from gateway.api.answer import WholeAnswer, put_together
 from gateway.api.unknown_fields import take_out
 from gateway.auth import Principal
 from gateway.batches.job import Answered
@@ -25,6 +26,8 @@ SCOPE = "inference"
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 Body = TypeVar("Body", bound=msgspec.Struct)
+# Makes the body of whole answers.
+Spell = Callable[[Generation, Sequence[WholeAnswer]], Awaitable[msgspec.Struct]]
 
 
 class LineAnswerer:
@@ -59,49 +62,56 @@ class LineAnswerer:
         return await self._answers[endpoint](principal, asked)
 
     async def _chat(self, principal: Principal, asked: Any) -> Answered:
-        data = self._decode(asked, chat.ChatCompletionRequest)
-        generation = await self._start(principal, chat.read_request(data, principal))
-        try:
-            answers = await put_together(generation)
-            completion = await chat.compose(generation, data, answers)
-            return Answered(msgspec.json.encode(completion), generation)
-        except BaseException:
-            generation.leave()
-            raise
+        data, ignored = self._decode(asked, chat.ChatCompletionRequest)
+        request = chat.read_request(data, principal)
+        return await self._generate(principal, request, partial(_chat_body, data), ignored)
 
     async def _complete(self, principal: Principal, asked: Any) -> Answered:
-        data = self._decode(asked, completions.CompletionRequest)
-        generation = await self._start(principal, completions.read_request(data))
+        data, ignored = self._decode(asked, completions.CompletionRequest)
+        request = completions.read_request(data)
+        return await self._generate(principal, request, partial(_completion_body, data), ignored)
+
+    async def _generate(
+        self, principal: Principal, request: GenerationRequest, spell: Spell, ignored: list[str]
+    ) -> Answered:
+        request = replace(request, endpoint=BATCH + request.endpoint, priority=PRIORITY)
+        generation = await self._inference.start(principal, request)
         try:
-            answers = await put_together(generation)
-            completion = await completions.compose(generation, data, answers)
-            return Answered(msgspec.json.encode(completion), generation)
+            body = await spell(generation, await put_together(generation))
+            return Answered(msgspec.json.encode(body), generation, ignored)
         except BaseException:
             generation.leave()
             raise
 
     async def _embed(self, principal: Principal, asked: Any) -> Answered:
-        data = self._decode(asked, embeddings.EmbeddingsRequest)
+        data, ignored = self._decode(asked, embeddings.EmbeddingsRequest)
         request = embeddings.read_request(data)
         request = replace(request, endpoint=BATCH + request.endpoint, priority=PRIORITY)
         embedding = await self._inference.embed(principal, request)
         try:
             answer = await embeddings.compose(embedding, data, await embedding.vectors())
-            return Answered(msgspec.json.encode(answer), embedding)
+            return Answered(msgspec.json.encode(answer), embedding, ignored)
         except BaseException:
             embedding.leave()
             raise
 
-    async def _start(self, principal: Principal, request: GenerationRequest) -> Generation:
-        return await self._inference.start(
-            principal, replace(request, endpoint=BATCH + request.endpoint, priority=PRIORITY)
-        )
-
-    def _decode(self, asked: Any, kind: type[Body]) -> Body:
-        if self._takes_out_unknown:
-            take_out(asked, kind)
+    def _decode(self, asked: Any, kind: type[Body]) -> tuple[Body, list[str]]:
+        """The body, and the names of what was taken out of it."""
+        ignored = take_out(asked, kind) if self._takes_out_unknown else []
         try:
             # As the framework decodes the bodies of routes.
-            return msgspec.convert(asked, kind, strict=False, str_keys=True)
+            return msgspec.convert(asked, kind, strict=False, str_keys=True), ignored
         except msgspec.ValidationError as error:
             raise invalid_field(error) from error
+
+
+async def _chat_body(
+    data: chat.ChatCompletionRequest, generation: Generation, answers: Sequence[WholeAnswer]
+) -> msgspec.Struct:
+    return await chat.compose(generation, data, answers)
+
+
+async def _completion_body(
+    data: completions.CompletionRequest, generation: Generation, answers: Sequence[WholeAnswer]
+) -> msgspec.Struct:
+    return await completions.compose(generation, data, answers)

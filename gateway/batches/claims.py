@@ -4,6 +4,7 @@ A claim is a lease that its gateway renews; whoever lost it writes nothing any m
 what is billed for it are one transaction: the package's docstring says why that is exactly once.
 """
 
+import asyncio
 import datetime
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -21,6 +22,8 @@ from gateway.tables import Batch, BatchResult, TenantFile, new_id
 
 # A gateway that has not renewed its claims for so long is gone, or cannot write anything.
 LEASE = datetime.timedelta(seconds=30)
+# Each holds a connection of the pool, of ten, which settling needs too.
+MAX_WRITES = 4
 # Rows that are fetched at once: a few hundred answers.
 PAGE_ROWS = 200
 
@@ -105,6 +108,7 @@ class Claims:
     def __init__(self, database: Database, *, instance_id: uuid.UUID) -> None:
         self._database = database
         self._instance_id = instance_id
+        self._writing = asyncio.Semaphore(MAX_WRITES)
 
     async def release_earlier(self) -> None:
         """Let go of what this gateway's earlier lives worked at: they are over."""
@@ -166,7 +170,7 @@ class Claims:
             "is_error": result.is_error,
             "line": result.line,
         }
-        async with self._database.as_worker() as session:
+        async with self._writing, self._database.as_worker() as session:
             if not await session.scalar(STILL_OURS, {"id": batch.id, "claim_id": claim.id}):
                 return False
             if await session.scalar(INSERT_RESULT, row) is None:

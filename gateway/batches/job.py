@@ -9,7 +9,7 @@ import contextlib
 import logging
 import random
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +75,8 @@ class Answered:
 
     body: bytes
     work: Work
+    # Fields that were not known, where the operator wants them told of instead of refused.
+    ignored_fields: Sequence[str] = ()
 
 
 # What a route makes of a body, for a key; raises what the route would answer.
@@ -266,7 +268,13 @@ class Job:
     async def _deliver(self, number: int, line: InputLine, answered: Answered) -> None:
         """Write an answer down with what is owed for it, and let it go where that cannot be."""
         work = answered.work
-        spelled = spell_answer(line, work.request_id, status=200, body=answered.body)
+        spelled = spell_answer(
+            line,
+            work.request_id,
+            status=200,
+            body=answered.body,
+            ignored_fields=answered.ignored_fields,
+        )
         result = Result(number, work.request_id, is_error=False, line=spelled)
         settlement = work.settlement()
 

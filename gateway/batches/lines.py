@@ -6,9 +6,9 @@ in them; nothing of what a body asks for.
 
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -60,6 +60,8 @@ class LineResponse(msgspec.Struct, frozen=True):
     status_code: int
     request_id: str
     body: msgspec.Raw
+    # What the route says in `x-ignored-fields`.
+    ignored_fields: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
 class LineError(msgspec.Struct, frozen=True):
@@ -186,9 +188,17 @@ async def read_lines(read: Read, size_bytes: int) -> AsyncIterator[tuple[int, by
         yield number, bytes(pending)
 
 
-def spell_answer(line: InputLine, request_id: uuid.UUID, *, status: int, body: bytes) -> bytes:
+def spell_answer(
+    line: InputLine,
+    request_id: uuid.UUID,
+    *,
+    status: int,
+    body: bytes,
+    ignored_fields: Sequence[str] = (),
+) -> bytes:
     """A line of the output: what the route answered, be it an error."""
-    response = LineResponse(status, str(request_id), msgspec.Raw(body))
+    ignored = list(ignored_fields) or msgspec.UNSET
+    response = LineResponse(status, str(request_id), msgspec.Raw(body), ignored)
     return _spell(OutputLine(spell_id(LINE, request_id), line.custom_id, response, None))
 
 
@@ -199,5 +209,5 @@ def spell_unasked(line: InputLine, *, code: str, message: str) -> bytes:
     )
 
 
-def _spell(line: Any) -> bytes:
+def _spell(line: OutputLine) -> bytes:
     return msgspec.json.encode(line) + b"\n"

@@ -444,3 +444,17 @@ async def test_lines_are_read_whole_wherever_the_pieces_end() -> None:
 
     found = [(n, len(raw)) async for n, raw in read_lines(read_bytes, len(content))]
     assert found == [(1, 1), (2, (1 << 20) + 7), (4, 3)]
+
+
+async def test_fields_that_are_told_of_instead_of_refused_are_told_in_the_line(
+    home: Home, database: Database, tmp_path: Path
+) -> None:
+    async with (
+        whole_gateway(home, database, tmp_path, reports_unknown_fields=True) as gateway,
+        speaker_of(gateway, gateway.client) as client,
+    ):
+        asked = [line("a", chat(flavour="sweet")), line("b")]
+        batch = await ended(client, await create(client, asked))
+        answers = await read(client, batch.output_file_id)
+    assert answers["a"]["response"]["ignored_fields"] == ["flavour"]
+    assert "ignored_fields" not in answers["b"]["response"]
