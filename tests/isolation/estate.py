@@ -377,7 +377,7 @@ class _Builder:
                     api_key_id=event.api_key_id,
                     endpoint="/v1/chat/completions",
                     input_file_id=file_id,
-                    metadata_={"mark": self.mark},
+                    metadata_={"note": f"batch-{self.mark}"},
                     status="cancelled",
                     expires_at=LONG_AGO,
                     ended_at=LONG_AGO,
