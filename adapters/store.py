@@ -6,6 +6,7 @@
     files/<aa>/<sha256>                                files as they were uploaded
     text-bundles/<aa>/<digest>/text_bundle.msgpack
     uploads/<upload>/<part>                            pieces of uploads that are not whole yet
+    documents/<document>                               files that are nobody's but one owner's
 
 Weights that two uploads spell differently have one digest: the first upload's file lies beside the
 adapter, every other's is a file of its own. Knows nothing of names or owners: what is stored is
@@ -40,6 +41,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _BUNDLE_FILE = "text_bundle.msgpack"
 _SHA256_FILE = f"{WEIGHTS_FILE}.sha256"
 _ADAPTERS, _BUNDLES, _UPLOADS, _FILES = "adapters", "text-bundles", "uploads", "files"
+_DOCUMENTS = "documents"
 # What reading a file holds in memory at a time.
 _CHUNK_BYTES = 1 << 20
 # A store that is away is told to the caller, who can come again; its own default is three minutes.
@@ -231,6 +233,22 @@ class ArtifactStore:
             async for metas in obstore.list(self._store, f"{_UPLOADS}/{upload_id}"):
                 for meta in metas:
                     await self._delete(meta["path"])
+
+    async def put_document(self, document_id: uuid.UUID, path: Path) -> None:
+        """Store a file under an id of its own; once more replaces it."""
+        await self._put_path(f"{_DOCUMENTS}/{document_id}", path)
+
+    async def find_document(self, document_id: uuid.UUID) -> FoundFile | None:
+        """Where a document lies, for `stream_file`; None where it is not stored."""
+        return await self._found(f"{_DOCUMENTS}/{document_id}")
+
+    async def delete_document(self, document_id: uuid.UUID) -> None:
+        """Remove a document; one that is not there is not an error."""
+        await self._delete(f"{_DOCUMENTS}/{document_id}")
+
+    async def documents(self) -> list[Stored]:
+        """Every document, by id."""
+        return await self._list(_DOCUMENTS, depth=-1)
 
     async def adapters(self) -> list[Stored]:
         """Everything that is stored as an adapter, whole or not, by digest."""

@@ -25,13 +25,14 @@ from engine.client import EngineLink
 from engine.protocol import Frame, ProbeReport
 from gateway import api
 from gateway.aliases import Aliases
-from gateway.api import billing as billing_routes
 from gateway.api import (
+    batches,
     chat,
     completions,
     embeddings,
     estimate,
     exports,
+    files,
     health,
     keys,
     limits,
@@ -44,13 +45,25 @@ from gateway.api import (
     tenant,
     tokens,
 )
+from gateway.api import billing as billing_routes
 from gateway.api.admin import admin_router
 from gateway.api.attempts import Attempts, Desk
+from gateway.api.batch_lines import LineAnswerer
 from gateway.api.document import openapi_config
 from gateway.api.unknown_fields import name_ignored, take_out_unknown
-from gateway.api.wire import answer_error, answer_http_exception, answer_unexpected
+from gateway.api.wire import (
+    answer_error,
+    answer_http_exception,
+    answer_unexpected,
+    openai_error,
+)
 from gateway.auth import Authenticator, check_routes, guard, provide_principal
 from gateway.base_models import BaseModels
+from gateway.batches.claims import Claims
+from gateway.batches.job import Workshop
+from gateway.batches.orders import Orders
+from gateway.batches.runner import MAX_LINES, BatchRunner
+from gateway.batches.slots import Slots
 from gateway.blobs import Blobs
 from gateway.bookkeeping import Bookkeeper
 from gateway.database import Database
@@ -58,6 +71,7 @@ from gateway.engine_host import EngineHost
 from gateway.engines import Engines
 from gateway.errors import GatewayError, JournalFailed
 from gateway.examples import ExampleRunner
+from gateway.files import Files
 from gateway.grammars import Grammars
 from gateway.grants import Grants
 from gateway.idempotency import Answers
@@ -117,6 +131,9 @@ class Parts:
     attempts: Attempts
     contents: Contents
     policies: Policies
+    files: Files
+    orders: Orders
+    batch_runner: BatchRunner
 
 
 def build(settings: Settings) -> Parts:
@@ -168,13 +185,38 @@ def build(settings: Settings) -> Parts:
         settings.peppers,
         allowed_networks=settings.webhook_networks,
     )
+    authenticator = Authenticator(
+        database, settings.peppers, trusted_proxies=settings.trusted_proxies
+    )
+    inference = Inference(
+        database=database,
+        registry=registry,
+        texts=texts,
+        router=router,
+        journal=journal,
+        ledger=ledger,
+        contents=contents,
+        policies=policies,
+        grammars=grammars,
+    )
+    tenant_files = Files(
+        database, store, staging=staging, max_bytes_per_tenant=settings.max_file_bytes_per_tenant
+    )
+    answerer = LineAnswerer(inference, takes_out_unknown=settings.reports_unknown_fields)
+    workshop = Workshop(
+        claims=Claims(database, instance_id=journal.instance_id),
+        files=tenant_files,
+        staging=staging,
+        slots=Slots(MAX_LINES),
+        find_principal=authenticator.principal_of,
+        answer=answerer.answer,
+        spell_error=openai_error,
+    )
 
     return Parts(
         settings=settings,
         database=database,
-        authenticator=Authenticator(
-            database, settings.peppers, trusted_proxies=settings.trusted_proxies
-        ),
+        authenticator=authenticator,
         store=store,
         registry=registry,
         aliases=Aliases(database),
@@ -201,20 +243,13 @@ def build(settings: Settings) -> Parts:
             shelf=retention,
             root=settings.lora_folder,
         ),
-        inference=Inference(
-            database=database,
-            registry=registry,
-            texts=texts,
-            router=router,
-            journal=journal,
-            ledger=ledger,
-            contents=contents,
-            policies=policies,
-            grammars=grammars,
-        ),
+        inference=inference,
         contents=contents,
         policies=policies,
         attempts=Attempts(Answers(database), compares_streams=settings.max_retry_credit_nano > 0),
+        files=tenant_files,
+        orders=Orders(database),
+        batch_runner=BatchRunner(workshop),
     )
 
 
@@ -296,7 +331,9 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.attempts.answers)
         await stack.enter_async_context(Bookkeeper(parts.database))
         await parts.uploads.sweep()
+        await stack.enter_async_context(parts.files)
         await stack.enter_async_context(parts.engines)
+        await stack.enter_async_context(parts.batch_runner)
         yield
 
 
@@ -311,12 +348,21 @@ def create_app(settings: Settings) -> Litestar:
     app = Litestar(
         [
             admin_router,
+            batches.cancel_batch,
+            batches.create_batch,
+            batches.get_batch,
+            batches.list_batches,
             billing_routes.billing_router,
             chat.chat_completions,
             completions.completions,
             embeddings.embeddings,
             estimate.estimate,
             exports.exports_router,
+            files.create_file,
+            files.delete_file,
+            files.get_content,
+            files.get_file,
+            files.list_files,
             health.live,
             health.ready,
             lora.load_lora_adapter,
@@ -365,9 +411,11 @@ def create_app(settings: Settings) -> Litestar:
 
 # What handlers may ask for by the name of a parameter.
 _HANDED_OUT = (
-    *("aliases", "authenticator", "base_models", "database", "engines", "grants", "inference"),
+    *("aliases", "authenticator", "base_models", "batch_runner", "database", "engines", "files"),
+    *("grants", "inference"),
     *(
         "ledger",
+        "orders",
         "registry",
         "outbox",
         "residency",

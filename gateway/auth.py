@@ -281,6 +281,8 @@ class Authenticator:
         self._failed = FailedLookUps()
         # SHA-256 of the whole key -> who it is; the oldest first.
         self._known: dict[bytes, _Known] = {}
+        # Key's id -> the same, of keys that nobody shows.
+        self._by_id: dict[uuid.UUID, _Known] = {}
         # Grows with each change, so that an answer read before one is not remembered after it.
         self._num_changes = 0
         self._listening: asyncio.Task[None] | None = None
@@ -304,6 +306,7 @@ class Authenticator:
         """Look every key up anew from now on."""
         self._num_changes += 1
         self._known.clear()
+        self._by_id.clear()
 
     async def issue_key(
         self,
@@ -364,6 +367,33 @@ class Authenticator:
             raise NotAllowed("This key may not be used from this address.")
         return known.principal
 
+    async def principal_of(self, key_id: uuid.UUID) -> Principal:
+        """Who a key stands for, where nobody shows it: for what was begun with it and goes on.
+
+        Raises InvalidKey, NotAllowed where its tenant is not active, or Unavailable.
+        """
+        known = self._by_id.get(key_id)
+        if known is None or not known.is_fresh():
+            num_changes = self._num_changes
+            known = await self._look_up_by_id(key_id)
+            if num_changes == self._num_changes:
+                self._by_id[key_id] = known
+        return known.principal
+
+    async def _look_up_by_id(self, key_id: uuid.UUID) -> "_Known":
+        self._by_id = {each: known for each, known in self._by_id.items() if known.is_fresh()}
+        try:
+            async with self._database.as_worker() as session:
+                public_id = await session.scalar(
+                    select(ApiKey.public_id).where(ApiKey.id == key_id)
+                )
+            rows = await self._database.call(FIND_KEY, {"public_id": public_id})
+        except DATABASE_TROUBLE as error:
+            raise Unavailable("Keys cannot be checked now; try again shortly.") from error
+        if not rows:
+            raise _invalid("The API key is not known here.")
+        return _still_good(rows[0], ends_at=rows[0]["expires_at"])
+
     async def _find(self, authorization: str | None, address: Address | None) -> "_Known":
         plain = _bearer(authorization)
         public_id = public_id_of(plain)
@@ -414,18 +444,7 @@ class Authenticator:
             if row["previous_expires_at"] <= now:
                 raise _invalid("The API key was replaced by a newer one.")
             ends_at = min(filter(None, (ends_at, row["previous_expires_at"])))
-        if row["revoked_at"] is not None:
-            raise _invalid("The API key was revoked.")
-        if row["expires_at"] is not None and row["expires_at"] <= now:
-            raise _invalid("The API key has expired.")
-        if row["tenant_id"] is not None and row["tenant_status"] != "active":
-            raise NotAllowed(f"The tenant {row['tenant_slug']!r} is {row['tenant_status']}.")
-        networks = (
-            None
-            if row["ip_ranges"] is None
-            else parse_networks(row["ip_ranges"], param="ip_ranges")
-        )
-        return _Known(_principal(row), networks, ends_at, time.monotonic() + CACHE_S)
+        return _still_good(row, ends_at=ends_at)
 
     def _is_secret(
         self, plain: str, secret_hmac: bytes | None, *, pepper_version: int | None
@@ -458,6 +477,20 @@ class _Known:
         if self.expires_at is not None and self.expires_at <= datetime.datetime.now(datetime.UTC):
             return False
         return time.monotonic() < self.until
+
+
+def _still_good(row: Mapping[str, Any], *, ends_at: datetime.datetime | None) -> _Known:
+    """What is known of a key that may be used. Raises InvalidKey or NotAllowed."""
+    if row["revoked_at"] is not None:
+        raise _invalid("The API key was revoked.")
+    if row["expires_at"] is not None and row["expires_at"] <= datetime.datetime.now(datetime.UTC):
+        raise _invalid("The API key has expired.")
+    if row["tenant_id"] is not None and row["tenant_status"] != "active":
+        raise NotAllowed(f"The tenant {row['tenant_slug']!r} is {row['tenant_status']}.")
+    networks = (
+        None if row["ip_ranges"] is None else parse_networks(row["ip_ranges"], param="ip_ranges")
+    )
+    return _Known(_principal(row), networks, ends_at, time.monotonic() + CACHE_S)
 
 
 async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:

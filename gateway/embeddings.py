@@ -24,7 +24,7 @@ from gateway.errors import (
     InvalidRequest,
     Unavailable,
 )
-from gateway.journal import Meter
+from gateway.journal import Meter, Settlement
 from gateway.ledger import Ledger
 from gateway.limits import Admission, waited_too_long
 from gateway.overload import Place
@@ -58,6 +58,9 @@ class EmbeddingRequest:
     user: str | None = None
     # Names the fields that the client gave, where a policy asks.
     fields: Callable[[], frozenset[str]] = frozenset
+    # As in a generation's request.
+    endpoint: str = ENDPOINT
+    priority: int = 0
 
     async def encode(self, codec: TextCodec, *, context_length: int) -> list[list[int]]:
         """The token ids of each input. Raises InvalidRequest, ContextLengthExceeded."""
@@ -173,6 +176,10 @@ class Embedding:
     def bill(self) -> Bill:
         """What `finish` is going to say, once all vectors are there."""
         return self._meter.usage()
+
+    def settlement(self) -> Settlement:
+        """What `finish` is going to have settled."""
+        return self._ledger.ending(self.request_id, "stop")
 
     def finish(self) -> Bill:
         """Close a whole answer; call it just before its body is written."""

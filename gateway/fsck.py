@@ -35,6 +35,12 @@ NAMED = text("""
 """)
 BASE_BUNDLES = text("SELECT name, text_bundle_digest FROM base_models ORDER BY name")
 UPLOAD_IDS = text("SELECT id FROM uploads")
+# Those that a batch is going to have are named before they are stored.
+FILE_IDS = text("""
+    SELECT id, true AS is_whole FROM tenant_files
+    UNION ALL SELECT output_file_id, false FROM batches WHERE ended_at IS NULL
+    UNION ALL SELECT error_file_id, false FROM batches WHERE ended_at IS NULL
+""")
 MARK_MISSING = text("""
     UPDATE adapter_versions SET state = 'missing'
     WHERE id = :id AND state IN ('probing', 'ready') RETURNING id
@@ -129,6 +135,7 @@ class Fsck:
         problems += [p async for p in self._orphans(stored, named, kind="adapter")]
         problems += [p async for p in self._orphans(files, named_files, kind="file")]
         problems += [p async for p in self._orphans(bundles, named_bundles, kind="bundle")]
+        problems += [p async for p in self._documents()]
         problems += [p async for p in self._stale_uploads()]
         problems += await asyncio.to_thread(self._unfinished)
         return report
@@ -254,6 +261,24 @@ class Fsck:
                 yield problem
             elif await discard(each.name):
                 yield replace(problem, is_repaired=True)
+
+    async def _documents(self) -> AsyncIterator[Problem]:
+        """Tenants' own files without bytes, and bytes that are nobody's file."""
+        stored = await self._store.documents()
+        async with self._database.as_worker() as session:
+            rows = (await session.execute(FILE_IDS)).all()
+        there, known = {each.name for each in stored}, {str(row.id) for row in rows}
+        for row in rows:
+            is_missed = row.is_whole and str(row.id) not in there
+            if is_missed and await self._store.find_document(row.id) is None:
+                yield Problem("missing_document", str(row.id), "its bytes are not in the store")
+        for each in stored:
+            if each.name in known or not self._is_old(each.modified_at):
+                continue
+            if self._must_repair:
+                await self._store.delete_document(uuid.UUID(each.name))
+            message = f"{each.size_bytes} bytes that no file knows"
+            yield Problem("orphan_document", each.name, message, is_repaired=self._must_repair)
 
     async def _stale_uploads(self) -> AsyncIterator[Problem]:
         async with self._database.as_worker() as session:

@@ -10,7 +10,7 @@ import logging
 import secrets
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,6 @@ from gateway.choices import Choice, Delta, FinishReason
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.embeddings import (
     DEFAULT_POOLING,
-    ENDPOINT,
     NO_TOKENS,
     Embedding,
     EmbeddingRequest,
@@ -48,7 +47,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.grammars import AskedGrammar, Grammars, InvalidGrammar
-from gateway.journal import Journal, Meter, Opened
+from gateway.journal import Journal, Meter, Opened, Settlement
 from gateway.ledger import Ledger
 from gateway.limits import Admission, Ask, admit, refused, rehearse, waited_too_long
 from gateway.overload import Place
@@ -56,7 +55,7 @@ from gateway.policies.rules import Asked
 from gateway.policies.screen import Text
 from gateway.policies.store import Policies
 from gateway.policies.watch import Watch
-from gateway.prices import Bill, ceiling
+from gateway.prices import BATCH, Bill, ceiling
 from gateway.privacy import Contents
 from gateway.registry import Registry, Target, model_not_found
 from gateway.routing import Router
@@ -344,10 +343,17 @@ class Generation:
         """What `finish` is going to say, once the last delta is there."""
         return self._meter.usage()
 
+    def settlement(self) -> Settlement:
+        """What `finish` is going to have settled, once the last delta is there."""
+        return self._ledger.ending(self.request_id, self._outcome())
+
+    def _outcome(self) -> FinishReason:
+        return _worst(choice.outcome for choice in self._choices.values())
+
     def finish(self) -> Bill:
         """Close whole answers; call it just before their last byte is written."""
         assert self.is_over, "answers are finished after their last deltas"
-        outcome = _worst(choice.outcome for choice in self._choices.values())
+        outcome = self._outcome()
         self._is_closed = True
         self._place.leave()
         self._end(outcome)
@@ -568,6 +574,13 @@ class Inference:
         )
 
     async def _admit(self, principal: Principal, target: Target, **asked: Any) -> Admission:
+        """A request of a batch may wait for its first token for as long as that takes."""
+        admission = await self._admit_soon(principal, target, **asked)
+        if asked["endpoint"].startswith(BATCH):
+            return replace(admission, queue_time_ms=None)
+        return admission
+
+    async def _admit_soon(self, principal: Principal, target: Target, **asked: Any) -> Admission:
         """What ended and is not settled yet stands in nobody's way: then it is asked again."""
         try:
             return await admit(self._database, principal, target, **asked)
@@ -704,7 +717,7 @@ class Inference:
                 principal,
                 target,
                 request_id=request_id,
-                endpoint=ENDPOINT,
+                endpoint=request.endpoint,
                 prompt_tokens=num_tokens,
                 max_tokens=0,
                 gateway_instance_id=self._journal.instance_id,
@@ -714,14 +727,16 @@ class Inference:
             raise
         # No await from here on: the journal knows the sequences before their first frame can come.
         pooling = request.pooling or codec.pooling or DEFAULT_POOLING
-        streams = _submit_prompts(link, principal, target, prompts, pooling=pooling)
+        streams = _submit_prompts(
+            link, principal, target, prompts, pooling=pooling, priority=request.priority
+        )
         try:
             meter = self._journal.opened(
                 Opened.of(
                     principal,
                     target,
                     admission,
-                    endpoint=ENDPOINT,
+                    endpoint=request.endpoint,
                     is_streamed=False,
                     prompt_tokens=num_tokens,
                     sequence_ids=[stream.sequence_id for stream in streams],
@@ -825,6 +840,7 @@ def _submit_prompts(
     prompts: Sequence[Sequence[int]],
     *,
     pooling: PoolingKind,
+    priority: int,
 ) -> list[SequenceStream]:
     return [
         link.submit(
@@ -834,6 +850,7 @@ def _submit_prompts(
             adapter_fingerprint=target.fingerprint,
             cache_salt=principal.cache_salt,
             fairness_key=str(principal.tenant_id),
+            priority=priority,
             pooling=pooling,
         )
         for token_ids in prompts

@@ -471,19 +471,23 @@ class Journal:
 
         Raises JournalFailed; the request then stays open here, and the next start settles it.
         """
-        meter = self._meters[request_id]
-        settlement = Settlement(
-            opened=meter.opened,
-            outcome=outcome,
-            finished_at=datetime.datetime.now(datetime.UTC),
-            bill=meter.usage() if _is_billed(meter, outcome, sent=sent) else None,
-        )
+        meter, settlement = self._meters[request_id], self.ending(request_id, outcome, sent=sent)
         self._append(Closed(meter.opened.number, outcome, settlement.finished_at, settlement.bill))
         del self._meters[request_id]
         for sequence_id in meter.opened.sequence_ids:
             del self._by_sequence[sequence_id]
         self._unsettled[request_id] = settlement
         return settlement
+
+    def ending(self, request_id: uuid.UUID, outcome: str, *, sent: bool = True) -> Settlement:
+        """What `closed` would say now; nothing is written."""
+        meter = self._meters[request_id]
+        return Settlement(
+            opened=meter.opened,
+            outcome=outcome,
+            finished_at=datetime.datetime.now(datetime.UTC),
+            bill=meter.usage() if _is_billed(meter, outcome, sent=sent) else None,
+        )
 
     def settled(self, request_ids: Collection[uuid.UUID]) -> None:
         """The database has these: forget them, and drop the files that nobody needs any more."""

@@ -409,6 +409,13 @@ class Ledger:
         self._enqueue([settlement])
         return settlement.bill or Bill()
 
+    def ending(self, request_id: uuid.UUID, outcome: str) -> Settlement:
+        """What `close` would have settled, for who writes that and the answer in one transaction.
+
+        `close` it once that is done: what is settled already, it settles no second time.
+        """
+        return self._journal.ending(request_id, outcome)
+
     async def settle_ended_of(self, tenant_id: uuid.UUID) -> bool:
         """Settle now what a tenant's requests that have ended still hold; whether there was any.
 

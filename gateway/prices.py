@@ -22,8 +22,13 @@ TOKENS_PER_RATE = 1_000_000
 BYTE_HOURS_PER_RATE = 1 << 30
 # A million USD per million tokens: far above any price, far below where BIGINT would overflow.
 MAX_RATE_NANO = 10**15
+# A basis point is a ten-thousandth.
+WHOLE_BP = 10_000
+# What the endpoint of a batch's requests begins with, in holds, events and reports.
+BATCH = "batch."
 
 Rate = Annotated[int, msgspec.Meta(ge=0, le=MAX_RATE_NANO)]
+Discount = Annotated[int, msgspec.Meta(ge=0, le=WHOLE_BP)]
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -33,6 +38,8 @@ class Rates(msgspec.Struct, frozen=True):
     cached_input_nano_per_million: Rate = 0
     output_nano_per_million: Rate = 0
     storage_nano_per_gib_hour: Rate = 0
+    # What tokens of a batch's requests cost less.
+    batch_discount_bp: Discount = 0
 
     @classmethod
     def of(cls, row: PriceVersion) -> Self:
@@ -40,7 +47,7 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 class Price(msgspec.Struct, frozen=True, array_like=True):
-    """The rates that were pinned for a request when it was admitted."""
+    """The rates that were pinned for a request when it was admitted; a batch's are discounted."""
 
     # The row of `price_versions`.
     id: uuid.UUID
@@ -101,6 +108,14 @@ def ceiling(price: Price, *, prompt_tokens: int, output_tokens: int) -> int:
 def amount(quantity: int, *, rate_nano: int, per: int) -> int:
     """Nano-USD of a quantity at a rate, rounded once, half to even; less than nothing too."""
     return _divide_half_even(quantity * rate_nano, per)
+
+
+def discounted(rate_nano: int, *, discount_bp: int) -> int:
+    """A rate for batches: a whole number of nano-USD again, rounded half to even.
+
+    The requests of a batch are then priced like any other. The schema has the same function.
+    """
+    return _divide_half_even(rate_nano * (WHOLE_BP - discount_bp), WHOLE_BP)
 
 
 def storage_cost(size_bytes: int, *, rate_nano: int) -> int:
@@ -205,6 +220,7 @@ async def _insert_price(
         cached_input_nano_per_million=rates.cached_input_nano_per_million,
         output_nano_per_million=rates.output_nano_per_million,
         storage_nano_per_gib_hour=rates.storage_nano_per_gib_hour,
+        batch_discount_bp=rates.batch_discount_bp,
     )
     session.add(row)
     await session.flush()

@@ -21,12 +21,14 @@ from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import Conflict, NotFound
 from gateway.tables import (
     ApiKey,
+    Batch,
     BillingAccount,
     ContentPolicy,
     EndUser,
     IdempotencyKey,
     StoredContent,
     Tenant,
+    TenantFile,
 )
 
 logger = logging.getLogger(__name__)
@@ -47,10 +49,11 @@ KEEP_DAYS = text("""
 
 
 class Erased(msgspec.Struct, frozen=True):
-    """How many rows were made nameless, and how many texts were deleted."""
+    """How many rows were made nameless, and how many texts and files were deleted."""
 
     num_end_users: int
     num_contents: int
+    num_files: int = 0
 
 
 class Contents:
@@ -194,7 +197,23 @@ async def erase_tenant(session: AsyncSession, slug: str) -> Erased:
     await session.execute(delete(ContentPolicy).where(ContentPolicy.tenant_id == tenant.id))
     num_contents = await _delete_contents(session, StoredContent.tenant_id == tenant.id)
     await _forget_answers(session, tenant.id)
-    return Erased(num_end_users, num_contents)
+    return Erased(num_end_users, num_contents, await _give_up_files(session, tenant.id))
+
+
+async def _give_up_files(session: AsyncSession, tenant_id: uuid.UUID) -> int:
+    """Batches go with what came of them; bytes of files go when expired ones are swept."""
+    await session.execute(
+        delete(Batch).where(Batch.tenant_id == tenant_id),
+        execution_options={"synchronize_session": False},
+    )
+    given_up = await session.execute(
+        update(TenantFile)
+        .where(TenantFile.tenant_id == tenant_id)
+        .values(filename=ERASED, expires_at=func.now())
+        .returning(TenantFile.id),
+        execution_options={"synchronize_session": False},
+    )
+    return len(given_up.all())
 
 
 async def forget_contents(database: Database) -> None:

@@ -13,6 +13,8 @@ from gateway.tools import syntaxes
 
 MEBIBYTE = 1 << 20
 PURGE_AFTER_DAYS = 30
+# Fifty batches of the largest size.
+MAX_FILE_BYTES_PER_TENANT = 10_000 * MEBIBYTE
 LORA_FOLDER_VARIABLE = "MANYLORA_LORA_FOLDER"
 UNKNOWN_FIELDS_VARIABLE = "MANYLORA_UNKNOWN_FIELDS"
 PARSER_VARIABLE = "MANYLORA_TOOL_CALL_PARSER"
@@ -49,6 +51,8 @@ class Settings:
     # For tenants without limits of their own; None for no limit.
     max_adapters_per_tenant: int | None = None
     max_adapter_bytes_per_tenant: int | None = None
+    # Of a tenant's own files: what batches are to do, and what came of them.
+    max_file_bytes_per_tenant: int = MAX_FILE_BYTES_PER_TENANT
     # What /v1/load_lora_adapter may read from; None where it may not.
     lora_folder: Path | None = None
     # Ranges of addresses whose `X-Forwarded-For` is believed.
@@ -84,6 +88,7 @@ class Settings:
             "MANYLORA_PURGE_AFTER_DAYS": str(self.purge_after_days),
             **_given("MANYLORA_MAX_ADAPTERS_PER_TENANT", self.max_adapters_per_tenant),
             **_given("MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT", self.max_adapter_bytes_per_tenant),
+            "MANYLORA_MAX_FILE_BYTES_PER_TENANT": str(self.max_file_bytes_per_tenant),
             **_given(PARENT_VARIABLE, self.parent_pid),
             **_given(LORA_FOLDER_VARIABLE, self.lora_folder),
             **_given("MANYLORA_SUPERVISOR", self.supervisor_socket),
@@ -112,6 +117,9 @@ class Settings:
             max_adapters_per_tenant=_optional(environment, "MANYLORA_MAX_ADAPTERS_PER_TENANT"),
             max_adapter_bytes_per_tenant=_optional(
                 environment, "MANYLORA_MAX_ADAPTER_BYTES_PER_TENANT"
+            ),
+            max_file_bytes_per_tenant=_integer(
+                environment, "MANYLORA_MAX_FILE_BYTES_PER_TENANT", MAX_FILE_BYTES_PER_TENANT
             ),
             lora_folder=_path(environment, LORA_FOLDER_VARIABLE),
             supervisor_socket=_path(environment, "MANYLORA_SUPERVISOR"),

@@ -33,7 +33,7 @@ from gateway.embedded import EmbeddedPostgres
 from gateway.engine_room import EngineRoom, ServedModel
 from gateway.errors import InvalidKey
 from gateway.private_files import write_private
-from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS, Settings
+from gateway.settings import MAX_FILE_BYTES_PER_TENANT, MEBIBYTE, PURGE_AFTER_DAYS, Settings
 
 POLL_INTERVAL_S = 0.1
 # What is done once requests are answered.
@@ -62,6 +62,7 @@ class ServeOptions:
     # None for no limit.
     max_adapters_per_tenant: int | None = None
     max_adapter_bytes_per_tenant: int | None = None
+    max_file_bytes_per_tenant: int = MAX_FILE_BYTES_PER_TENANT
     # What adapters may be loaded from by path.
     lora_folder: Path | None = None
     trusted_proxies: tuple[Network, ...] = ()
@@ -204,6 +205,7 @@ class Supervisor:
             purge_after_days=options.purge_after_days,
             max_adapters_per_tenant=options.max_adapters_per_tenant,
             max_adapter_bytes_per_tenant=options.max_adapter_bytes_per_tenant,
+            max_file_bytes_per_tenant=options.max_file_bytes_per_tenant,
             lora_folder=options.lora_folder,
             trusted_proxies=options.trusted_proxies,
             webhook_networks=options.webhook_networks,

@@ -82,6 +82,7 @@ class Tenant(Table):
         CheckConstraint(f"slug ~ '^{SLUG_PATTERN}$'", name="slug"),
         CheckConstraint("status IN ('active', 'suspended', 'closed')", name="status"),
         CheckConstraint("max_adapters >= 0 AND max_adapter_bytes >= 0", name="quotas"),
+        CheckConstraint("max_file_bytes >= 0", name="file_quota"),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -93,6 +94,8 @@ class Tenant(Table):
     # Most adapters that are not deleted, and most bytes of their versions; null for no limit.
     max_adapters: Mapped[int | None] = mapped_column(Integer)
     max_adapter_bytes: Mapped[int | None]
+    # Of its own files; null for what the operator gives everybody.
+    max_file_bytes: Mapped[int | None]
     created_at: Mapped[datetime.datetime] = _now()
 
 
@@ -432,6 +435,7 @@ class PriceVersion(Table):
             name="not_negative",
         ),
         CheckConstraint("storage_nano_per_gib_hour >= 0", name="storage_not_negative"),
+        CheckConstraint("batch_discount_bp BETWEEN 0 AND 10000", name="batch_discount"),
         CheckConstraint("NOT isempty(effective)", name="effective"),
     )
 
@@ -445,6 +449,8 @@ class PriceVersion(Table):
     output_nano_per_million: Mapped[int]
     # For each GiB of an adapter's versions and each hour that it is kept.
     storage_nano_per_gib_hour: Mapped[int] = mapped_column(server_default="0")
+    # Ten-thousandths that a batch's requests cost less. See `gateway.prices.discounted`.
+    batch_discount_bp: Mapped[int] = mapped_column(Integer, server_default="0")
     created_at: Mapped[datetime.datetime] = _now()
 
 
@@ -703,8 +709,9 @@ class StatementLine(Table):
         UniqueConstraint("statement_id", "number"),
         CheckConstraint("kind IN ('usage', 'storage', 'credit')", name="kind"),
         CheckConstraint(
-            "unit IN ('input_tokens', 'cached_input_tokens', 'output_tokens', 'byte_hours',"
-            " 'roundings', 'retries')",
+            "unit IN ('input_tokens', 'cached_input_tokens', 'output_tokens',"
+            " 'batch_input_tokens', 'batch_cached_input_tokens', 'batch_output_tokens',"
+            " 'byte_hours', 'roundings', 'retries')",
             name="unit",
         ),
         CheckConstraint("extract(day FROM usage_month) = 1", name="usage_month"),
@@ -974,3 +981,104 @@ class PolicyDecision(Table):
     rule: Mapped[str] = mapped_column(primary_key=True)
     verdict: Mapped[str] = mapped_column(primary_key=True)
     num_decisions: Mapped[int]
+
+
+class TenantFile(Table):
+    """A file that a tenant keeps here: what a batch is to do, or what came of one.
+
+    Its bytes are in the artifact store, under its id.
+    """
+
+    __tablename__ = "tenant_files"
+    __table_args__ = (
+        CheckConstraint("purpose IN ('batch', 'batch_output')", name="purpose"),
+        CheckConstraint("size_bytes >= 0", name="size_bytes"),
+        Index("ix_tenant_files_tenant", "tenant_id", "id"),
+        Index("ix_tenant_files_expires_at", "expires_at"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    size_bytes: Mapped[int]
+    created_at: Mapped[datetime.datetime] = _now()
+    expires_at: Mapped[datetime.datetime]
+
+
+class Batch(Table):
+    """Many requests in one file, answered when there is time; one gateway works at it at a time."""
+
+    __tablename__ = "batches"
+    __table_args__ = (
+        UniqueConstraint("id", "tenant_id"),
+        CheckConstraint(
+            "status IN ('validating', 'in_progress', 'finalizing', 'completed', 'failed',"
+            " 'expired', 'cancelling', 'cancelled')",
+            name="status",
+        ),
+        CheckConstraint(
+            "outcome IN ('completed', 'failed', 'expired', 'cancelled')", name="outcome"
+        ),
+        CheckConstraint(
+            "(ended_at IS NOT NULL) = (status IN ('completed', 'failed', 'expired', 'cancelled'))",
+            name="ended_at",
+        ),
+        CheckConstraint(
+            "num_nonnulls(claim_id, gateway_instance_id, lease_until) IN (0, 3)", name="claim"
+        ),
+        Index("ix_batches_tenant", "tenant_id", "id"),
+        Index("ix_batches_open", "created_at", postgresql_where=text("ended_at IS NULL")),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    # Whose requests they are.
+    api_key_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("api_keys.id"))
+    # The route that answers them, e.g. "/v1/chat/completions"
+    endpoint: Mapped[str]
+    # Files may be gone while the batch is still told of.
+    input_file_id: Mapped[uuid.UUID]
+    metadata_: Mapped[dict[str, str] | None] = mapped_column("metadata")
+    output_expires_after_s: Mapped[int | None]
+    status: Mapped[str] = mapped_column(server_default="validating")
+    # Once no more results are taken: what it is going to end as.
+    outcome: Mapped[str | None]
+    # [{"code", "message", "line", "param"}]: why it failed.
+    errors: Mapped[list[dict[str, Any]]] = mapped_column(server_default=text("'[]'"))
+    # Known once the input is read; the other two once it has ended.
+    num_requests: Mapped[int] = mapped_column(server_default="0")
+    num_completed: Mapped[int] = mapped_column(server_default="0")
+    num_failed: Mapped[int] = mapped_column(server_default="0")
+    output_file_id: Mapped[uuid.UUID | None]
+    error_file_id: Mapped[uuid.UUID | None]
+    created_at: Mapped[datetime.datetime] = _now()
+    expires_at: Mapped[datetime.datetime]
+    in_progress_at: Mapped[datetime.datetime | None]
+    finalizing_at: Mapped[datetime.datetime | None]
+    cancelling_at: Mapped[datetime.datetime | None]
+    ended_at: Mapped[datetime.datetime | None]
+    # Who works at it, and until when the others believe that.
+    claim_id: Mapped[uuid.UUID | None]
+    gateway_instance_id: Mapped[uuid.UUID | None]
+    lease_until: Mapped[datetime.datetime | None]
+
+
+class BatchResult(Table):
+    """What came of one line of a batch that has not ended; then it is in the batch's files."""
+
+    __tablename__ = "batch_results"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["batch_id", "tenant_id"], ["batches.id", "batches.tenant_id"], ondelete="CASCADE"
+        ),
+    )
+
+    batch_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    # Of the line in the input, from 1 on.
+    number: Mapped[int] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    request_id: Mapped[uuid.UUID]
+    is_error: Mapped[bool]
+    # As it is going to be in the file.
+    line: Mapped[bytes]

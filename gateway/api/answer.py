@@ -56,7 +56,7 @@ async def collect(request: Request[Any, Any, Any], generation: Generation) -> li
 
     Raises ClientGone then, and what `Generation.deltas` raises.
     """
-    answer = asyncio.ensure_future(_put_together(generation))
+    answer = asyncio.ensure_future(put_together(generation))
     try:
         await wait_unless_gone(request, answer)
         return answer.result()
@@ -86,7 +86,8 @@ async def wait_unless_gone(
         await asyncio.wait({gone})
 
 
-async def _put_together(generation: Generation) -> list[WholeAnswer]:
+async def put_together(generation: Generation) -> list[WholeAnswer]:
+    """Wait for all choices to be whole. Raises what `Generation.deltas` raises."""
     parts: list[list[Delta]] = [[] for _ in range(generation.num_choices)]
     async for delta in generation.deltas():
         parts[delta.index].append(delta)

@@ -28,7 +28,7 @@ from gateway.billing.usage import Dimension
 from gateway.billing.writers import Format
 from gateway.database import Database
 from gateway.errors import InvalidRequest, NotFound
-from gateway.prices import PriceScope, Rate, Rates, price_at, set_price
+from gateway.prices import Discount, PriceScope, Rate, Rates, price_at, set_price
 from gateway.tables import Adapter, BaseModel, PriceVersion, Tenant
 
 
@@ -43,6 +43,8 @@ class PriceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cached_input_nano_per_million: Rate | None = None
     # For each GiB of adapters' versions and each hour that they are kept.
     storage_nano_per_gib_hour: Rate = 0
+    # Ten-thousandths that tokens of batches cost less: 5000 is half price.
+    batch_discount_bp: Discount = 0
     # For one tenant alone, by slug, or for one adapter alone, by public name.
     tenant: str | None = None
     adapter: str | None = None
@@ -63,6 +65,7 @@ class PriceEntry(msgspec.Struct, frozen=True):
     cached_input_nano_per_million: int
     output_nano_per_million: int
     storage_nano_per_gib_hour: int
+    batch_discount_bp: int
     since: datetime.datetime = msgspec.field(name="from")
     # Null while it holds.
     until: datetime.datetime | None = msgspec.field(name="to")
@@ -95,8 +98,8 @@ async def report_usage(
 ) -> Stream:
     """Dates of the time zone, or RFC 3339 times; `to` is not included. Else: the current month.
 
-    `group_by` takes any of day, hour, tenant, adapter, version, key, model and user. With `as_of`,
-    a moment of the past, the report is what it was then, to the nano-USD.
+    `group_by` takes any of day, hour, tenant, adapter, version, key, model, user and endpoint. With
+    `as_of`, a moment of the past, the report is what it was then, to the nano-USD.
     """
     refuse_unknown(request.query_params, known=("tenant", *PARAMETERS))
     question = await read_question(request, database, allowed=tuple(Dimension))
@@ -140,6 +143,7 @@ async def change_price(
         ),
         output_nano_per_million=data.output_nano_per_million,
         storage_nano_per_gib_hour=data.storage_nano_per_gib_hour,
+        batch_discount_bp=data.batch_discount_bp,
     )
     async with database.as_worker() as session:
         scope = await _find_scope(session, data)
@@ -204,6 +208,7 @@ def _select_prices() -> Select[Any]:
             PriceVersion.cached_input_nano_per_million,
             PriceVersion.output_nano_per_million,
             PriceVersion.storage_nano_per_gib_hour,
+            PriceVersion.batch_discount_bp,
             func.lower(PriceVersion.effective).label("since"),
             func.upper(PriceVersion.effective).label("until"),
         )

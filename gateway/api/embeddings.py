@@ -108,7 +108,7 @@ async def embeddings(
 
     Inputs share batches with everything else. Prompt tokens are billed, once all vectors are there.
     """
-    principal, asked = caller_of(request), _read(data)
+    principal, asked = caller_of(request), read_request(data)
     answering = await desk.attempts.begin(request, principal, is_streamed=False)
     if isinstance(answering, KeptAnswer):
         return replay(answering)
@@ -120,7 +120,8 @@ async def embeddings(
         raise
 
 
-def _read(data: EmbeddingsRequest) -> EmbeddingRequest:
+def read_request(data: EmbeddingsRequest) -> EmbeddingRequest:
+    """What is asked for, freed of its spelling. Raises InvalidRequest."""
     refuse_unserved(data)
     return EmbeddingRequest(
         model=data.model,
@@ -165,15 +166,22 @@ async def _whole(
     embedding: Embedding, data: EmbeddingsRequest, vectors: list[bytes], answering: Answering
 ) -> Response[Embeddings]:
     try:
-        answer = Embeddings(
-            data=await _items(vectors, data.encoding_format or "float"),
-            model=data.model,
-            usage=EmbeddingsUsage.of(embedding.bill()),
-        )
+        answer = await compose(embedding, data, vectors)
         return await finish_whole(embedding, answer, answering)
     except BaseException:
         embedding.leave()
         raise
+
+
+async def compose(
+    embedding: Embedding, data: EmbeddingsRequest, vectors: list[bytes]
+) -> Embeddings:
+    """The body of a whole answer."""
+    return Embeddings(
+        data=await _items(vectors, data.encoding_format or "float"),
+        model=data.model,
+        usage=EmbeddingsUsage.of(embedding.bill()),
+    )
 
 
 async def _items(vectors: list[bytes], encoding_format: EncodingFormat) -> list[EmbeddingItem]:

@@ -12,6 +12,7 @@ from litestar.params import FromPath, JSONBody
 from gateway import audit, privacy, tenants
 from gateway.auth import Principal
 from gateway.database import Database
+from gateway.files import Files
 from gateway.privacy import Erased
 from gateway.tables import ContentPolicy
 
@@ -95,6 +96,7 @@ async def erase(
     data: JSONBody[Erasure],
     database: NamedDependency[Database],
     principal: NamedDependency[Principal],
+    files: NamedDependency[Files],
 ) -> Erased:
     """Names and texts go; numbers, and statements that are closed, stay as they are."""
     async with database.as_worker() as session:
@@ -112,6 +114,8 @@ async def erase(
             subject=owner.slug,
             details=msgspec.to_builtins(erased),
         )
+    if erased.num_files:
+        await files.sweep()
     return erased
 
 

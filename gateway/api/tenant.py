@@ -46,8 +46,8 @@ async def usage(
 ) -> Stream:
     """Dates of the time zone, or RFC 3339 times; `to` is not included. Else: the current month.
 
-    `group_by` takes any of day, hour, adapter, version, key, model and user. With `as_of`, a
-    moment of the past, the report is what it was then, to the nano-USD.
+    `group_by` takes any of day, hour, adapter, version, key, model, user and endpoint. With
+    `as_of`, a moment of the past, the report is what it was then, to the nano-USD.
     """
     refuse_unknown(request.query_params, known=PARAMETERS)
     question = await read_question(request, database, allowed=GROUPS)

@@ -39,10 +39,11 @@ async def take_out_unknown(request: Request[Any, Any, Any]) -> None:
     except SerializationException:
         # Told by whoever needs the body.
         return
-    request.scope["state"][_STATE] = _ignored(body, field.annotation)
+    request.scope["state"][_STATE] = take_out(body, field.annotation)
 
 
-def _ignored(body: Any, kind: type[msgspec.Struct]) -> list[str]:
+def take_out(body: Any, kind: type[msgspec.Struct]) -> list[str]:
+    """Take what a kind of request does not know out of a body; return the names."""
     names: list[str] = []
     while len(names) < MAX_IGNORED:
         name = _take_one(body, kind)

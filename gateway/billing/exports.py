@@ -36,10 +36,13 @@ FOCUS_COLUMNS = (
     *("ServiceSubcategory", "SkuId", "SkuMeter", "SkuPriceId"),
 )
 _PROVIDER = "Manylora"
+_TOKEN_UNITS = ("input_tokens", "cached_input_tokens", "output_tokens")
 _UNITS = {
-    "input_tokens": ("Tokens", "1000000 Tokens", TOKENS_PER_RATE),
-    "cached_input_tokens": ("Tokens", "1000000 Tokens", TOKENS_PER_RATE),
-    "output_tokens": ("Tokens", "1000000 Tokens", TOKENS_PER_RATE),
+    **{
+        f"{kind}{unit}": ("Tokens", "1000000 Tokens", TOKENS_PER_RATE)
+        for kind in ("", "batch_")
+        for unit in _TOKEN_UNITS
+    },
     "byte_hours": ("Byte-Hours", "GiB-Hours", BYTE_HOURS_PER_RATE),
 }
 

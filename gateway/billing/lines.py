@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from gateway.prices import BYTE_HOURS_PER_RATE, TOKENS_PER_RATE, amount
+from gateway.prices import BYTE_HOURS_PER_RATE, TOKENS_PER_RATE, amount, discounted
 
 # Months in which the rollups know more, or less, requests than the statements.
 UNSTATED_MONTHS = text("""
@@ -34,21 +34,30 @@ UNSTATED_MONTHS = text("""
 UNSTATED_USAGE = text("""
     WITH sides AS (
         SELECT m.month, e.base_model_id, e.adapter_id, e.price_version_id, count(*) AS roundings,
-               sum(e.prompt_tokens - e.cached_tokens) AS input_tokens,
-               sum(e.cached_tokens) AS cached_input_tokens,
-               sum(e.completion_tokens) AS output_tokens, sum(e.cost_nano) AS cost_nano
+               sum(e.prompt_tokens - e.cached_tokens) FILTER (WHERE NOT b.is_batch) AS input_tokens,
+               sum(e.cached_tokens) FILTER (WHERE NOT b.is_batch) AS cached_input_tokens,
+               sum(e.completion_tokens) FILTER (WHERE NOT b.is_batch) AS output_tokens,
+               sum(e.prompt_tokens - e.cached_tokens) FILTER (WHERE b.is_batch)
+                   AS batch_input_tokens,
+               sum(e.cached_tokens) FILTER (WHERE b.is_batch) AS batch_cached_input_tokens,
+               sum(e.completion_tokens) FILTER (WHERE b.is_batch) AS batch_output_tokens,
+               sum(e.cost_nano) AS cost_nano
         FROM unnest(CAST(:months AS date[])) AS m (month)
         JOIN usage_events e ON e.tenant_id = :tenant_id
             AND e.finished_at >= m.month::timestamp AT TIME ZONE 'UTC'
             AND e.finished_at < (m.month + interval '1 month') AT TIME ZONE 'UTC'
             AND e.settled_at <= :as_of
+        CROSS JOIN LATERAL (SELECT e.endpoint LIKE 'batch.%' AS is_batch) AS b
         GROUP BY m.month, e.base_model_id, e.adapter_id, e.price_version_id
         UNION ALL
         SELECT usage_month, base_model_id, adapter_id, price_version_id,
                -sum(quantity) FILTER (WHERE unit = 'roundings'),
                -sum(quantity) FILTER (WHERE unit = 'input_tokens'),
                -sum(quantity) FILTER (WHERE unit = 'cached_input_tokens'),
-               -sum(quantity) FILTER (WHERE unit = 'output_tokens'), -sum(amount_nano)
+               -sum(quantity) FILTER (WHERE unit = 'output_tokens'),
+               -sum(quantity) FILTER (WHERE unit = 'batch_input_tokens'),
+               -sum(quantity) FILTER (WHERE unit = 'batch_cached_input_tokens'),
+               -sum(quantity) FILTER (WHERE unit = 'batch_output_tokens'), -sum(amount_nano)
         FROM statement_lines
         WHERE tenant_id = :tenant_id AND kind = 'usage'
             AND usage_month = ANY (CAST(:months AS date[]))
@@ -56,10 +65,14 @@ UNSTATED_USAGE = text("""
     )
     SELECT s.month, s.base_model_id, s.adapter_id, s.price_version_id,
            p.input_nano_per_million, p.cached_input_nano_per_million, p.output_nano_per_million,
+           p.batch_discount_bp,
            CAST(sum(roundings) AS bigint) AS roundings,
            CAST(sum(input_tokens) AS bigint) AS input_tokens,
            CAST(sum(cached_input_tokens) AS bigint) AS cached_input_tokens,
            CAST(sum(output_tokens) AS bigint) AS output_tokens,
+           CAST(sum(batch_input_tokens) AS bigint) AS batch_input_tokens,
+           CAST(sum(batch_cached_input_tokens) AS bigint) AS batch_cached_input_tokens,
+           CAST(sum(batch_output_tokens) AS bigint) AS batch_output_tokens,
            CAST(sum(cost_nano) AS bigint) AS cost_nano
     FROM sides s
     JOIN price_versions p ON p.id = s.price_version_id
@@ -175,6 +188,11 @@ def _usage_lines(row: Row[Any]) -> Iterator[Line]:
         "input_tokens": row.input_nano_per_million,
         "cached_input_tokens": row.cached_input_nano_per_million,
         "output_tokens": row.output_nano_per_million,
+    }
+    discount_bp: int = row.batch_discount_bp
+    rates |= {
+        f"batch_{unit}": discounted(rate_nano, discount_bp=discount_bp)
+        for unit, rate_nano in rates.items()
     }
     priced = [
         _Priced(unit, getattr(row, unit), rate_nano, TOKENS_PER_RATE)

@@ -30,6 +30,7 @@ class Dimension(StrEnum):
     KEY = "key"
     MODEL = "model"
     USER = "user"
+    ENDPOINT = "endpoint"
 
 
 class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +51,8 @@ class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
     model: str | msgspec.UnsetType = msgspec.UNSET
     # What the requests' `user` field said; null for nobody, and for who was erased.
     user: str | msgspec.UnsetType | None = msgspec.UNSET
+    # e.g. "chat.completions"; of a batch "batch.chat.completions"
+    endpoint: str | msgspec.UnsetType = msgspec.UNSET
     requests: int
     prompt_tokens: int
     cached_tokens: int
@@ -127,6 +130,7 @@ _FIELDS = {
     Dimension.KEY: ("key_id", "key_name"),
     Dimension.MODEL: ("model",),
     Dimension.USER: ("user",),
+    Dimension.ENDPOINT: ("endpoint",),
 }
 # The names that a tenant's bills need and that it sees no row of: of adapters that were shared with
 # it once. Nothing for the worker, who sees every row.
@@ -196,6 +200,8 @@ def _columns(dimension: Dimension, *, time_zone: str) -> list[ColumnElement[Any]
             return [BaseModel.name.label("model")]
         case Dimension.USER:
             return [EndUser.name.label("user")]
+        case Dimension.ENDPOINT:
+            return [UsageEvent.endpoint.label("endpoint")]
 
 
 def _sums() -> list[ColumnElement[Any]]:

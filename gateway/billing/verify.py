@@ -86,9 +86,15 @@ FIND_COST_MISMATCHES = text("""
         FROM usage_events e
         JOIN price_versions p ON p.id = e.price_version_id
         CROSS JOIN LATERAL (
-            SELECT CAST(e.prompt_tokens - e.cached_tokens AS numeric) * p.input_nano_per_million
-                + CAST(e.cached_tokens AS numeric) * p.cached_input_nano_per_million
-                + CAST(e.completion_tokens AS numeric) * p.output_nano_per_million AS total
+            SELECT CASE WHEN e.endpoint LIKE 'batch.%' THEN p.batch_discount_bp ELSE 0 END AS bp
+        ) AS off
+        CROSS JOIN LATERAL (
+            SELECT CAST(e.prompt_tokens - e.cached_tokens AS numeric)
+                    * discounted(p.input_nano_per_million, off.bp)
+                + CAST(e.cached_tokens AS numeric)
+                    * discounted(p.cached_input_nano_per_million, off.bp)
+                + CAST(e.completion_tokens AS numeric)
+                    * discounted(p.output_nano_per_million, off.bp) AS total
         ) AS priced
     ) AS events
     WHERE cost_nano <> whole + CASE
@@ -126,9 +132,12 @@ FIND_STATEMENT_MISMATCHES = text("""
         SELECT tenant_id, kind, usage_month::timestamp AT TIME ZONE 'UTC', base_model_id,
                adapter_id, price_version_id,
                CASE WHEN unit IN ('roundings', 'retries') THEN -quantity ELSE 0 END,
-               CASE WHEN unit = 'input_tokens' THEN -quantity ELSE 0 END,
-               CASE WHEN unit = 'cached_input_tokens' THEN -quantity ELSE 0 END,
-               CASE WHEN unit = 'output_tokens' THEN -quantity ELSE 0 END,
+               CASE WHEN unit IN ('input_tokens', 'batch_input_tokens')
+                   THEN -quantity ELSE 0 END,
+               CASE WHEN unit IN ('cached_input_tokens', 'batch_cached_input_tokens')
+                   THEN -quantity ELSE 0 END,
+               CASE WHEN unit IN ('output_tokens', 'batch_output_tokens')
+                   THEN -quantity ELSE 0 END,
                CASE WHEN unit = 'byte_hours' THEN -quantity ELSE 0 END, -amount_nano
         FROM statement_lines
     )

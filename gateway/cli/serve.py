@@ -21,7 +21,7 @@ from gateway.demo import set_up_demo
 from gateway.engine_room import ServedModel
 from gateway.errors import DatabaseRefused, InvalidRequest
 from gateway.lora_modules import LoraModule, parse, register
-from gateway.settings import MEBIBYTE, PURGE_AFTER_DAYS
+from gateway.settings import MAX_FILE_BYTES_PER_TENANT, MEBIBYTE, PURGE_AFTER_DAYS
 from gateway.supervisor import ServeOptions, Supervisor, reachable
 from gateway.tools import syntaxes
 
@@ -137,6 +137,13 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
     help="The same for the bytes of their versions. [default: none]",
 )
 @click.option(
+    "--max-file-bytes-per-tenant",
+    type=click.IntRange(min=0),
+    default=MAX_FILE_BYTES_PER_TENANT,
+    show_default=True,
+    help="The same for their own files: what batches are to do, and what came of them.",
+)
+@click.option(
     "--trusted-proxy",
     "trusted_proxies",
     multiple=True,
@@ -220,6 +227,7 @@ def serve(
     purge_after_days: int,
     max_adapters_per_tenant: int | None,
     max_adapter_bytes_per_tenant: int | None,
+    max_file_bytes_per_tenant: int,
     lora_modules: tuple[LoraModule, ...],
     lora_folder: Path | None,
     trusted_proxies: tuple[Network, ...],
@@ -251,6 +259,7 @@ def serve(
         purge_after_days=purge_after_days,
         max_adapters_per_tenant=max_adapters_per_tenant,
         max_adapter_bytes_per_tenant=max_adapter_bytes_per_tenant,
+        max_file_bytes_per_tenant=max_file_bytes_per_tenant,
         lora_folder=lora_folder,
         trusted_proxies=trusted_proxies,
         webhook_networks=webhook_networks,

@@ -74,12 +74,6 @@ FAULTS = re.compile(
 ENTRY = re.compile(r"^(?=\d{4}-\d\d-\d\d )", re.MULTILINE)
 
 
-@pytest.fixture
-def seed(pytestconfig: pytest.Config) -> int:
-    asked = pytestconfig.getoption("--crash-seed")
-    return random.SystemRandom().randrange(10**6) if asked is None else int(asked)
-
-
 @dataclass(frozen=True)
 class Shops:
     """Of each tenant: its key, and what it may call."""

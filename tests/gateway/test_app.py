@@ -29,6 +29,7 @@ def settings(tmp_path) -> Settings:
         purge_after_days=30,
         max_adapters_per_tenant=0,
         max_adapter_bytes_per_tenant=5,
+        max_file_bytes_per_tenant=6,
         lora_folder=tmp_path / "adapters",
         trusted_proxies=(ip_network("10.0.0.0/8"),),
         webhook_networks=(ip_network("192.168.1.7/32"),),

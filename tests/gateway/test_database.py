@@ -40,6 +40,8 @@ from gateway.tables import (
     ApiKey,
     AuditEntry,
     BaseModel,
+    Batch,
+    BatchResult,
     BillingAccount,
     BillingPeriod,
     Budget,
@@ -59,6 +61,7 @@ from gateway.tables import (
     StoredContent,
     Table,
     Tenant,
+    TenantFile,
     TenantPolicy,
     Upload,
     UploadPart,
@@ -162,6 +165,8 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID, withheld_id: uuid.U
     webhook = Webhook(id=new_id(), url="https://alerts.example", pepper_version=1, **ours)
     end_user = EndUser(id=new_id(), name="somebody", **ours)
     kept = {"expires_at": now, **ours}
+    file = TenantFile(id=new_id(), filename="f", purpose="batch", size_bytes=1, **kept)
+    batch = Batch(id=new_id(), api_key_id=key.id, endpoint="/v1/e", input_file_id=file.id, **kept)
     return [
         tenant,
         Limit(id=new_id(), requests_per_minute=1, **ours),
@@ -210,6 +215,11 @@ def rows_of_a_tenant(slug: str, *, base_model_id: uuid.UUID, withheld_id: uuid.U
         TenantPolicy(id=new_id(), document={}, pepper_version=1, **ours),
         PolicyDecision(day=now.date(), rule="r", verdict="refused", num_decisions=1, **ours),
         StoredContent(id=event.id, prompt="p", completion="c", **kept),
+        file,
+        batch,
+        BatchResult(
+            batch_id=batch.id, number=1, request_id=event.id, is_error=False, line=b"{}", **ours
+        ),
         IdempotencyKey(
             api_key_id=key.id, key_digest=b"k", body_digest=b"b", claim_id=new_id(), **kept
         ),
@@ -397,6 +407,9 @@ async def test_a_tenant_cannot_add_a_row_for_another(database: Database, town: T
         "UPDATE billing_accounts SET bill_to = ''",
         "INSERT INTO usage_credits SELECT * FROM usage_credits",
         "DELETE FROM stored_contents",
+        "UPDATE batches SET status = 'in_progress'",
+        "DELETE FROM tenant_files",
+        "INSERT INTO batch_results SELECT * FROM batch_results",
         "UPDATE price_versions SET input_nano_per_million = 0",
         "UPDATE tenants SET status = 'active'",
         "UPDATE api_keys SET revoked_at = NULL",

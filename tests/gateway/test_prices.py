@@ -8,19 +8,21 @@ from decimal import ROUND_HALF_EVEN, Decimal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 
 from gateway.database import Database
 from gateway.errors import Conflict, InvalidRequest
 from gateway.prices import (
     MAX_RATE_NANO,
+    WHOLE_BP,
     Price,
     PriceScope,
     Rates,
     bill,
     ceiling,
     cost,
+    discounted,
     ensure_default,
     set_price,
 )
@@ -84,6 +86,22 @@ def test_cached_tokens_are_charged_at_their_own_rate():
     price = price_of(3_000_000, 1_000_000, 10_000_000)
     charged = bill(price, prompt_tokens=100, cached_tokens=40, completion_tokens=7)
     assert charged.cost_nano == 60 * 3 + 40 * 1 + 7 * 10
+
+
+async def test_a_discounted_rate_is_the_same_here_and_in_the_schema(database: Database) -> None:
+    rates = (0, 1, 2, 3, 5, 9_999, 10_001, 3_000_001, MAX_RATE_NANO - 1, MAX_RATE_NANO)
+    cases = [(rate, bp) for rate in rates for bp in (0, 1, 2_500, 3_333, 5_000, 9_999, WHOLE_BP)]
+    query = text("""
+        SELECT discounted(rate, bp) FROM unnest(
+            CAST(:rates AS bigint[]), CAST(:discounts AS integer[])
+        ) WITH ORDINALITY AS asked (rate, bp, place) ORDER BY place
+    """)
+    asked = {"rates": [rate for rate, _ in cases], "discounts": [bp for _, bp in cases]}
+    async with database.as_worker() as session:
+        found = list(await session.scalars(query, asked))
+    assert found == [discounted(rate, discount_bp=bp) for rate, bp in cases]
+    # Half of an odd rate goes to the even neighbour.
+    assert [discounted(rate, discount_bp=5_000) for rate in (1, 3, 5)] == [0, 2, 2]
 
 
 async def all_prices(database: Database) -> list[PriceVersion]:

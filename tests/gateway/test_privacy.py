@@ -130,7 +130,7 @@ async def test_an_erased_user_leaves_no_name_and_the_same_sums(
 
     erased = await gateway.operator.post(ERASE, json={"user": "ann.smith"})
 
-    assert erased.json() == {"num_end_users": 1, "num_contents": 2}
+    assert erased.json() == {"num_end_users": 1, "num_contents": 2, "num_files": 0}
     assert "ann.smith" not in await everything(home, gateway.database)
     assert [row.end_user for row in await contents(gateway, 1)] == ["bob"]
     assert sorted(event.cost_nano for event in await gateway.events(3)) == before
@@ -150,7 +150,7 @@ async def test_a_tenant_is_erased_once_it_is_closed(gateway: Gateway, home: Home
     assert (refused.status_code, "close it first" in refused.text) == (409, True)
     await gateway.operator.patch("/admin/v1/tenants/acme", json={"status": "closed"})
     erased = await gateway.operator.post(ERASE, json={"user": None})
-    assert erased.json() == {"num_end_users": 1, "num_contents": 1}
+    assert erased.json() == {"num_end_users": 1, "num_contents": 1, "num_files": 0}
     assert "ann.smith" not in await everything(home, gateway.database)
     assert (await gateway.operator.get("/admin/v1/tenants/acme")).json()["name"] == "erased"
     assert await gateway.differences() == []

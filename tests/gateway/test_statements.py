@@ -125,6 +125,51 @@ async def test_a_months_lines_add_up_to_its_events_to_the_nano(
     assert await differences(database) == []
 
 
+async def test_tokens_of_batches_are_lines_of_their_own_at_their_own_rate(
+    database: Database, shop: Shop
+) -> None:
+    rates = Rates(
+        input_nano_per_million=4_000_001,
+        cached_input_nano_per_million=1_000_000,
+        output_nano_per_million=9_000_000,
+        batch_discount_bp=2_500,
+    )
+    async with database.as_worker() as session:
+        full = price_of(await set_price(session, PriceScope(shop.base_model.id), rates=rates))
+    # Three quarters of 4,000,001 are 3,000,000.75.
+    less = Price(full.id, 3_000_001, 750_000, 6_750_000)
+    costs = [await use(database, shop, IN_JULY, price=full)]
+    for tokens in (5, 6):
+        costs.append(
+            await use(
+                database,
+                shop,
+                IN_JULY,
+                tokens=tokens,
+                price=less,
+                endpoint="batch.chat.completions",
+            )
+        )
+    await close(database, JULY, now=IN_SEPTEMBER)
+    made = await lines(database, "acme-2026-07")
+    assert [(line.unit, line.quantity, line.rate_nano) for line in made] == [
+        ("input_tokens", 6, 4_000_001),
+        ("cached_input_tokens", 4, 1_000_000),
+        ("output_tokens", 7, 9_000_000),
+        ("batch_input_tokens", 12, 3_000_001),
+        ("batch_cached_input_tokens", 8, 750_000),
+        ("batch_output_tokens", 11, 6_750_000),
+        ("roundings", 3, None),
+    ]
+    assert sum(line.amount_nano for line in made) == sum(costs)
+    late = await use(database, shop, IN_JULY, price=less, endpoint="batch.completions", tokens=100)
+    await close(database, AUGUST, now=IN_SEPTEMBER)
+    adjustments = await lines(database, "acme-2026-08")
+    assert sum(line.amount_nano for line in adjustments) == late
+    assert ("batch_output_tokens", 100) in {(line.unit, line.quantity) for line in adjustments}
+    assert await differences(database) == []
+
+
 async def test_what_comes_late_is_an_adjustment_of_the_next_statement(
     database: Database, shop: Shop
 ) -> None:

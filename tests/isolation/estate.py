@@ -23,11 +23,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from engine.protocol import ProbeReport
 from gateway.journal import Opened, Settlement
 from gateway.ledger import settle
+from gateway.object_ids import BATCH, FILE, read_id, spell_id
 from gateway.prices import bill
 from gateway.tables import (
     AdapterVersion,
     ApiKey,
     BaseModel,
+    Batch,
+    BatchResult,
     GatewayInstance,
     PriceVersion,
     StorageHour,
@@ -85,6 +88,10 @@ class Names:
     # As in the header Idempotency-Key.
     attempt: str
     version_digest: str
+    # The second one is read by nobody.
+    file_id: str
+    old_file_id: str
+    batch_id: str
 
     @property
     def model(self) -> str:
@@ -101,6 +108,9 @@ class Names:
             attempt=f"attempt-{secrets.token_hex(6)}",
             statement=f"{tenant}-1999-12",
             version_digest=self.version_digest[::-1],
+            file_id=spell_id(FILE, new_id()),
+            old_file_id=spell_id(FILE, new_id()),
+            batch_id=spell_id(BATCH, new_id()),
         )
 
 
@@ -151,6 +161,7 @@ class _Builder:
         self.mark = secrets.token_hex(6)
         self.adapter = f"sql-{self.mark}"
         self.made: dict[str, str] = {}
+        self.batch_id = new_id()
 
     def names(self, *, grantee: str, statement: str, request_id: str) -> Names:
         return Names(
@@ -169,6 +180,9 @@ class _Builder:
             end_user=f"user-{self.mark}",
             attempt=f"attempt-{self.mark}",
             version_digest=self.made["version_digest"],
+            file_id=self.made["file_id"],
+            old_file_id=self.made["old_file_id"],
+            batch_id=spell_id(BATCH, self.batch_id),
         )
 
     async def make_tenant(self) -> None:
@@ -281,6 +295,8 @@ class _Builder:
                 await client.post("/v1/chat/completions", json=mine),
                 await client.post("/v1/chat/completions", json=chat(user=user), headers=named),
             ]
+            for name in ("file_id", "old_file_id"):
+                self.made[name] = await self.upload_lines(client)
             denied = await client.post("/v1/chat/completions", json=chat(f"denied-{self.mark}"))
         assert denied.json()["error"]["code"] == "content_policy", denied.text
         # Asking for them writes them down.
@@ -291,6 +307,13 @@ class _Builder:
                 while not await self.is_written_down(answer):  # noqa: ASYNC110 - a ledger
                     await asyncio.sleep(0.02)
         return str(answers[0].headers["x-request-id"])
+
+    async def upload_lines(self, client: httpx.AsyncClient) -> str:
+        """What a batch could do; return the file's id."""
+        named = (f"lines-{self.mark}.jsonl", a_line(f"line-{self.mark}"))
+        answer = await client.post("/v1/files", data={"purpose": "batch"}, files={"file": named})
+        assert answer.is_success, answer.text
+        return str(answer.json()["id"])
 
     async def is_written_down(self, answer: httpx.Response) -> bool:
         request_id = uuid.UUID(answer.headers["x-request-id"])
@@ -338,7 +361,8 @@ class _Builder:
         )
 
     async def write_rare_rows(self) -> None:
-        """Storage where it had a price, and an attempt that its client left."""
+        """Storage where it had a price, an attempt that its client left, and a batch that was
+        cancelled, with a line that it had done."""
         async with self.gateway.database.as_worker() as session:
             version = await self.version(session)
             event = (
@@ -346,6 +370,32 @@ class _Builder:
             ).one()
             used = {"base_model_id": version.base_model_id, "adapter_id": version.adapter_id}
             paid = {**self.ours, **used, "price_version_id": event.price_version_id}
+            file_id = read_id(FILE, self.made["file_id"])
+            session.add(
+                Batch(
+                    id=self.batch_id,
+                    api_key_id=event.api_key_id,
+                    endpoint="/v1/chat/completions",
+                    input_file_id=file_id,
+                    metadata_={"note": f"batch-{self.mark}"},
+                    status="cancelled",
+                    expires_at=LONG_AGO,
+                    ended_at=LONG_AGO,
+                    **self.ours,
+                )
+            )
+            await session.flush()
+            done = a_line(f"done-{self.mark}")
+            session.add(
+                BatchResult(
+                    batch_id=self.batch_id,
+                    number=1,
+                    request_id=event.id,
+                    is_error=False,
+                    line=done,
+                    **self.ours,
+                )
+            )
             cost = int(self.mark, 16)
             session.add(StorageHour(hour=LONG_AGO, size_bytes=cost, cost_nano=cost, **paid))
             session.add(
@@ -370,6 +420,12 @@ class _Builder:
         answer = await self.gateway.operator.request(method, path, json=body)
         assert answer.is_success, f"{method} {path}: {answer.text}"
         return answer.json() if answer.content else None
+
+
+def a_line(custom_id: str) -> bytes:
+    """A batch's input of one line."""
+    request = {"url": "/v1/chat/completions", "method": "POST", "body": chat("w7")}
+    return json.dumps({"custom_id": custom_id, **request}).encode()
 
 
 def _a_base_model(name: str) -> BaseModel:

@@ -19,6 +19,7 @@ from tests.isolation.estate import (
     SPARE_ADDRESSES,
     UPLOADED,
     Names,
+    a_line,
 )
 
 # anybody: there is nothing to keep secret. tenant: with a tenant's key, for its own things.
@@ -191,6 +192,21 @@ def whole_upload() -> Ask:
     return Ask(content=request.read(), headers={"content-type": request.headers["content-type"]})
 
 
+def lines_upload() -> Ask:
+    files = {"file": ("lines.jsonl", a_line("mine"))}
+    request = httpx.Request("POST", "http://anywhere", data={"purpose": "batch"}, files=files)
+    return Ask(content=request.read(), headers={"content-type": request.headers["content-type"]})
+
+
+def batch_of(file_id: str) -> Ask:
+    asked = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    return Ask({**asked, "input_file_id": file_id})
+
+
+def pages(after: str) -> list[Ask]:
+    return [Ask(), Ask(query={"after": after})]
+
+
 def body(make: Callable[[Names], Any]) -> Callable[[Names], list[Ask]]:
     return lambda names: [Ask(make(names))]
 
@@ -250,6 +266,21 @@ CASES = [
         lambda names: [Ask(path={"model": each}) for each in spellings(names)],
     ),
     Case("GET", "/v1/contents/{request_id}", "tenant", lambda _: [Ask()]),
+    Case("GET", "/v1/files", "tenant", own=lambda names: pages(names.file_id)),
+    Case("POST", "/v1/files", "tenant", own=lambda _: [lines_upload()]),
+    Case("GET", "/v1/files/{file_id}", "tenant", lambda _: [Ask()]),
+    Case("GET", "/v1/files/{file_id}/content", "tenant", lambda _: [Ask()]),
+    Case("GET", "/v1/batches", "tenant", own=lambda names: pages(names.batch_id)),
+    Case("GET", "/v1/batches/{batch_id}", "tenant", lambda _: [Ask()]),
+    Case("POST", "/v1/batches/{batch_id}/cancel", "tenant", lambda _: [Ask()]),
+    Case(
+        "DELETE",
+        "/v1/files/{file_id}",
+        "tenant",
+        lambda _: [Ask()],
+        honest=lambda names: Ask(path={"file_id": names.old_file_id}),
+    ),
+    Case("POST", "/v1/batches", "tenant", lambda names: [batch_of(names.file_id)]),
     Case("GET", "/v1/statements", "tenant", own=smuggled),
     Case("GET", "/v1/statements/{number}", "tenant", formats),
     # For everybody.

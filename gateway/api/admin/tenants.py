@@ -42,6 +42,8 @@ class TenantChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     status: Status | msgspec.UnsetType = msgspec.UNSET
     max_adapters: MaxAdapters | msgspec.UnsetType | None = msgspec.UNSET
     max_adapter_bytes: MaxBytes | msgspec.UnsetType | None = msgspec.UNSET
+    # Of its own files; null for what the operator gives everybody.
+    max_file_bytes: MaxBytes | msgspec.UnsetType | None = msgspec.UNSET
     base_model_access: dict[str, Access] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -54,6 +56,7 @@ class TenantView(msgspec.Struct, frozen=True):
     # Null for no limit.
     max_adapters: int | None
     max_adapter_bytes: int | None
+    max_file_bytes: int | None
     # The base models that are withheld; all others are allowed.
     base_model_access: dict[str, Access]
     created_at: datetime.datetime
@@ -66,6 +69,7 @@ class TenantView(msgspec.Struct, frozen=True):
             status=tenant.status,
             max_adapters=tenant.max_adapters,
             max_adapter_bytes=tenant.max_adapter_bytes,
+            max_file_bytes=tenant.max_file_bytes,
             base_model_access=dict.fromkeys(withheld, "withheld"),
             created_at=tenant.created_at,
         )
@@ -162,6 +166,7 @@ async def _apply(
         for name, value in (
             ("max_adapters", change.max_adapters),
             ("max_adapter_bytes", change.max_adapter_bytes),
+            ("max_file_bytes", change.max_file_bytes),
         )
         if value is not msgspec.UNSET
     }
