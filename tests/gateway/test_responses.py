@@ -387,3 +387,17 @@ async def test_every_event_is_one_line_of_json(gateway: Gateway) -> None:
     for block in answer.text.removesuffix("\n\n").split("\n\n"):
         name, data = block.split("\n")
         assert json.loads(data.removeprefix("data: "))["type"] == name.removeprefix("event: ")
+
+
+async def test_unknown_fields_are_told_of_where_the_operator_chose_so(
+    home: Home, database: Database, tmp_path: Path
+) -> None:
+    settings = {"reports_unknown_fields": True}
+    async with whole_gateway(home, database, tmp_path, **settings) as gateway:
+        item = {"role": "user", "content": [{"type": "input_text", "text": "w1", "mood": "blue"}]}
+        tool = {"type": "function", "name": "f", "async": True}
+        asked = body(input=[item], tools=[tool], colour="red")
+        answer = await gateway.client.post(RESPONSES, json=asked)
+        assert answer.status_code == httpx.codes.OK, answer.text
+        ignored = set(answer.headers["x-ignored-fields"].split(", "))
+        assert ignored == {"input[0].content[0].mood", "tools[0].async", "colour"}
