@@ -53,6 +53,26 @@ class LoraPlan(Protocol):
         """
 
 
+class RowKernels(Protocol):
+    """What a model does to rows between its GEMMs, in place of its own code."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, offset: float) -> Tensor:
+        """`reference.rms_norm`."""
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """x + residual, and `reference.rms_norm` of it."""
+
+    def rotate(
+        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`reference.rotate` of both."""
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """`reference.silu_mul`."""
+
+
 def _is_warm(weights: SlotWeights, dtype: torch.dtype) -> None:
     """Nothing is compiled ahead."""
 
@@ -64,6 +84,8 @@ class Kernels:
     plan_lora: Callable[[Batch, SlotWeights], LoraPlan]
     # Before any slot is in use: what is left to be done for LoRA, so that no step waits for it.
     warm_up_lora: Callable[[SlotWeights, torch.dtype], None] = _is_warm
+    # None where the model's own code does as well.
+    rows: RowKernels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +118,12 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
 def on_gpu(device: torch.device) -> Kernels:
     """Triton's kernels; on a CPU they run where Triton interprets them."""
     # Not at the top: a CPU's machine needs no compiler for GPUs.
+    from engine.kernels import gpu_rows
     from engine.kernels.gpu_attention import GpuAttention
     from engine.kernels.gpu_lora import GpuLora
 
     lora = GpuLora(device)
-    return Kernels(GpuAttention, lora.plan, lora.warm_up)
+    return Kernels(GpuAttention, lora.plan, lora.warm_up, rows=gpu_rows)
 
 
 def choose_formats(name: str, device: torch.device, dtype: torch.dtype | None) -> Formats | None:
