@@ -4,7 +4,9 @@ The tests that interpret the kernels on a CPU and those that run them compiled o
 the same ones. Needs no more than torch, triton, numpy and msgspec.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from engine.batch import Batch, build
 from engine.kernels import reference
-from engine.kernels.choice import Kernels, on_gpu
+from engine.kernels.choice import Kernels, RowKernels, on_gpu
 from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
 from engine.model.memory import DeviceMemory, LayerShape
 from engine.scheduler import ScheduledSequence
@@ -48,6 +50,33 @@ class AttentionCase:
     softcap: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class NormCase:
+    num_rows: int
+    num_columns: int
+    offset: float = 0.0
+    has_residual: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RotationCase:
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    # As many of the first dims are turned.
+    num_dims: int
+
+
+@dataclass(frozen=True, slots=True)
+class GateCase:
+    num_rows: int
+    num_columns: int
+    # Whether gate and up are halves of one product.
+    is_one: bool = False
+
+
+RowCase = NormCase | RotationCase | GateCase
 DISTINCT = tuple((slot, 1) for slot in range(5))
 # Names say what is particular; those with "small" finish in seconds under a memory checker.
 LORA_CASES = {
@@ -104,6 +133,22 @@ ATTENTION_CASES = {
         ((1100, 1), (600, 1), (900, 7)), sliding_window=40, block_size=16
     ),
     "a prompt in many tiles": AttentionCase(((30, 1), (13, 130)), block_size=16),
+}
+ROW_CASES: dict[str, RowCase] = {
+    "small: norm of one row": NormCase(1, 48),
+    "small: norm of narrow rows": NormCase(37, 12, offset=1.0),
+    "small: norm of a sum": NormCase(5, 70, has_residual=True),
+    "small: norm of a sum, offset": NormCase(3, 64, offset=1.0, has_residual=True),
+    "norm of wide rows": NormCase(3, 4096),
+    "norm of a sum of wide rows": NormCase(2, 2880, has_residual=True),
+    "small: RoPE of one token": RotationCase(1, 4, 2, 12, 12),
+    "small: RoPE": RotationCase(7, 6, 3, 16, 16),
+    "small: RoPE of some dims": RotationCase(5, 4, 4, 20, 8),
+    "RoPE of heads of 128": RotationCase(3, 32, 8, 128, 128),
+    "RoPE of 96 dims of 128": RotationCase(2, 5, 1, 128, 96),
+    "small: gate": GateCase(3, 48),
+    "small: gate, halves of one product": GateCase(4, 33, is_one=True),
+    "wide gate": GateCase(2, 2500),
 }
 
 
@@ -310,3 +355,59 @@ def attention_error(case: AttentionCase, *, device: torch.device, dtype: torch.d
         softcap=case.softcap,
     )
     return relative_error(found, expected)
+
+
+# Rows
+
+
+def row_error(case: RowCase, *, device: torch.device, dtype: torch.dtype) -> float:
+    kernels = on_gpu(device).rows
+    assert kernels is not None
+    found, expected = _ROWS[type(case)](case, kernels, Drawn(device, dtype))
+    return max(relative_error(*pair) for pair in zip(found, expected, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape).to(self.device, self.dtype)
+
+
+Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+def normed(case: NormCase, kernels: RowKernels, draw: Drawn) -> Results:
+    x, residual = (draw(1, case.num_rows, case.num_columns) for _ in range(2))
+    weight, settings = draw(case.num_columns), {"eps": 1e-5, "offset": case.offset}
+    if not case.has_residual:
+        found = kernels.rms_norm(x, weight, **settings)
+        return (found,), (reference.rms_norm(x.float(), weight, **settings),)
+    sums = (x.float() + residual.float()).to(x.dtype)
+    found = kernels.add_rms_norm(x, residual, weight, **settings)
+    return found, (sums, reference.rms_norm(sums.float(), weight, **settings))
+
+
+def rotated(case: RotationCase, kernels: RowKernels, draw: Drawn) -> Results:
+    heads = (case.num_heads, case.num_kv_heads)
+    query, key = (draw(number, case.num_tokens, case.head_dim).transpose(0, 1) for number in heads)
+    cos, sin = (draw(case.num_tokens, case.num_dims) for _ in range(2))
+    expected = tuple(reference.rotate(x.float(), cos, sin) for x in (query, key))
+    return kernels.rotate(query, key, cos, sin), expected
+
+
+def gated(case: GateCase, kernels: RowKernels, draw: Drawn) -> Results:
+    whole = draw(case.num_rows, 2 * case.num_columns)
+    gate, up = whole.chunk(2, dim=1)
+    if not case.is_one:
+        gate, up = gate.contiguous(), up.contiguous()
+    return (kernels.silu_mul(gate, up),), (reference.silu_mul(gate.float(), up.float()),)
+
+
+_ROWS: dict[type[Any], Callable[..., Results]] = {
+    NormCase: normed,
+    RotationCase: rotated,
+    GateCase: gated,
+}

@@ -64,9 +64,7 @@ class RowKernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """x + residual, and `reference.rms_norm` of it."""
 
-    def rotate(
-        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """`reference.rotate` of both."""
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:

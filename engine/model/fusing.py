@@ -42,9 +42,7 @@ def _replace_fitting(
     candidates_for: Callable[[nn.Module], Iterable[Forward]],
     run: Callable[[], object],
 ) -> list[str]:
-    trials = {
-        name: _Trial(list(candidates_for(module))) for name, module in model.named_modules()
-    }
+    trials = {name: _Trial(list(candidates_for(module))) for name, module in model.named_modules()}
     trials = {name: trial for name, trial in trials.items() if trial.candidates}
     handles = [
         model.get_submodule(name).register_forward_hook(trial, with_kwargs=True)

@@ -15,8 +15,13 @@ from tests.gpu_lab import (
     BOUNDS,
     CPU,
     LORA_CASES,
+    ROW_CASES,
     AttentionCase,
+    GateCase,
     LoraCase,
+    NormCase,
+    RotationCase,
+    RowCase,
     adapters_of,
     attend,
     attention_error,
@@ -25,6 +30,7 @@ from tests.gpu_lab import (
     lora_error,
     memory_of,
     relative_error,
+    row_error,
     states_of,
 )
 
@@ -50,6 +56,13 @@ def test_lora(case: LoraCase, dtype: torch.dtype) -> None:
 def test_attention(case: AttentionCase, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     assert attention_error(case, device=CPU, dtype=dtype) < BOUNDS[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", ROW_CASES.values(), ids=ROW_CASES)
+def test_rows(case: RowCase, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert row_error(case, device=CPU, dtype=dtype) < BOUNDS[dtype]
 
 
 def test_lora_of_single_rows_in_bfloat16() -> None:
@@ -82,6 +95,24 @@ some_attentions = st.builds(
     sliding_window=st.none() | st.integers(1, 100),
     softcap=st.none() | st.just(2.0),
 )
+some_rows = (
+    st.builds(
+        NormCase,
+        st.integers(1, 40),
+        st.integers(1, 300),
+        offset=st.sampled_from([0.0, 1.0]),
+        has_residual=st.booleans(),
+    )
+    | st.builds(
+        lambda half, rest, *heads: RotationCase(*heads, 2 * half + rest, 2 * half),
+        st.integers(1, 40),
+        st.integers(0, 30),
+        st.integers(1, 9),
+        st.integers(1, 9),
+        st.integers(1, 9),
+    )
+    | st.builds(GateCase, st.integers(1, 9), st.integers(1, 1500), is_one=st.booleans())
+)
 
 
 def assert_lora_is_right(case: LoraCase) -> None:
@@ -102,6 +133,12 @@ def test_lora_of_any_batch(case: LoraCase) -> None:
 @given(some_attentions)
 def test_attention_of_any_batch(case: AttentionCase) -> None:
     assert_attention_is_right(case)
+
+
+@at_random
+@given(some_rows)
+def test_rows_of_any_shape(case: RowCase) -> None:
+    assert row_error(case, device=CPU, dtype=FULL) < BOUNDS[FULL]
 
 
 @pytest.mark.slow

@@ -15,14 +15,20 @@ from tests.gpu_lab import (
     ATTENTION_CASES,
     BOUNDS,
     LORA_CASES,
+    ROW_CASES,
     AttentionCase,
+    GateCase,
     LoraCase,
+    NormCase,
+    RotationCase,
+    RowCase,
     adapters_of,
     attend,
     attention_error,
     batch_of,
     lora_error,
     memory_of,
+    row_error,
     states_of,
 )
 
@@ -61,6 +67,11 @@ LARGE_ATTENTIONS = {
         softcap=50.0,
     ),
 }
+LARGE_ROWS = {
+    "norm of a sum, 8B shape": NormCase(2048, 4096, has_residual=True),
+    "RoPE, 8B shape": RotationCase(2048, 32, 8, 128, 128),
+    "gate, 8B shape": GateCase(512, 14336),
+}
 
 
 @every_dtype
@@ -79,6 +90,13 @@ def test_lora(case: LoraCase, dtype: torch.dtype) -> None:
 def test_attention(case: AttentionCase, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     assert attention_error(case, device=GPU, dtype=dtype) < BOUNDS[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", (ROW_CASES | LARGE_ROWS).values(), ids=ROW_CASES | LARGE_ROWS)
+def test_rows(case: RowCase, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert row_error(case, device=GPU, dtype=dtype) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("case", LARGE_LORAS.values(), ids=LARGE_LORAS)
