@@ -53,6 +53,37 @@ class LoraPlan(Protocol):
         """
 
 
+class FixedPlans(Protocol):
+    """Plans for all decode steps of one number of rows, which launch the same in each."""
+
+    def take(self, batch: Batch) -> bool:
+        """Plan for `batch`, which has as many rows or fewer; the others see themselves alone.
+
+        False where it reads more than there is room for, and nothing is planned.
+        """
+
+    def attention(self) -> AttentionPlan:
+        """Of the batch that was taken last."""
+
+    def lora(self) -> LoraPlan | None:
+        """As `attention`. None for plans without adapters."""
+
+
+class FixedKernels(Protocol):
+    """Makes such plans."""
+
+    # First that of steps without adapters, then one for each way to compute those with any.
+    kinds: tuple[int, ...]
+
+    def kind_of(self, batch: Batch) -> int:
+        """How this batch's adapters are computed."""
+
+    def plan(
+        self, batch: Batch, weights: SlotWeights, *, kind: int, max_context: int, max_rank: int
+    ) -> FixedPlans:
+        """`batch`: tensors that stay where they are, with one new token in each row."""
+
+
 class RowKernels(Protocol):
     """What a model does to rows between its GEMMs, in place of its own code."""
 
@@ -84,6 +115,8 @@ class Kernels:
     warm_up_lora: Callable[[SlotWeights, torch.dtype], None] = _is_warm
     # None where the model's own code does as well.
     rows: RowKernels | None = None
+    # None where nothing is gained by launching the same in each step.
+    fixed: FixedKernels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +151,13 @@ def on_gpu(device: torch.device) -> Kernels:
     # Not at the top: a CPU's machine needs no compiler for GPUs.
     from engine.kernels import gpu_rows
     from engine.kernels.gpu_attention import GpuAttention
+    from engine.kernels.gpu_fixed import GpuFixed
     from engine.kernels.gpu_lora import GpuLora
 
     lora = GpuLora(device)
-    return Kernels(GpuAttention, lora.plan, lora.warm_up, rows=gpu_rows)
+    return Kernels(
+        GpuAttention, lora.plan, lora.warm_up, rows=gpu_rows, fixed=GpuFixed(lora, device)
+    )
 
 
 def choose_formats(name: str, device: torch.device, dtype: torch.dtype | None) -> Formats | None:

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from engine.batch import Batch, Ints
-from engine.kernels.gpu import kernel, power_of_two, upload
+from engine.kernels.gpu import FixedLists, kernel, power_of_two, upload
 from engine.kernels.gpu_kv_cache import write_kv
 
 # Rows (queries times heads) of a tile: what a tensor core takes at least, and what a prefill fills.
@@ -32,6 +33,10 @@ MAX_SHARED_TILES = 4
 WIDE_HEAD_BYTES = 512
 POSITIONS, POSITIONS_OF_WIDE_HEADS = 64, 32
 WHOLE = -1
+# Where the number of programs is fixed: enough of them for a large GPU, which take one tile after
+# the other; and tiles that there is room for, contexts of 8192 positions in all rows among them.
+FIXED_PROGRAMS = 2048
+FIXED_TILES, FIXED_TILES_PER_ROW = 256, 16
 
 
 # Kernels
@@ -45,6 +50,7 @@ def _attend(
     out: "Any",
     block_tables: "Any",
     tiles: "Any",
+    num_tiles: "Any",
     part_sums: "Any",
     part_peaks: "Any",
     part_totals: "Any",
@@ -69,87 +75,93 @@ def _attend(
 ) -> None:
     """out[t, h] = softmax(softcap(q[t, h] · Kᵀ · scaling)) · V, or a part of it for `_merge`.
 
-    Programs: key head, tile. Row m of a tile is query m // GROUP, head m % GROUP of the key head's.
+    Programs: key head, tile and those that are as many programs behind. Row m of a tile is query
+    m // GROUP, head m % GROUP of the key head's.
     """
     kv_head = tl.program_id(0)
-    tile = tiles + 7 * tl.program_id(1)
-    seq = tl.load(tile).to(tl.int64)
-    first_row = tl.load(tile + 1)
-    num_queries = tl.load(tile + 2)
-    first_query = tl.load(tile + 3)
-    first = tl.load(tile + 4)
-    end = tl.load(tile + 5)
-    part = tl.load(tile + 6)
+    for nth in range(tl.program_id(1), tl.load(num_tiles), tl.num_programs(1)):
+        tile = tiles + 7 * nth
+        seq = tl.load(tile).to(tl.int64)
+        first_row = tl.load(tile + 1)
+        num_queries = tl.load(tile + 2)
+        first_query = tl.load(tile + 3)
+        first = tl.load(tile + 4)
+        end = tl.load(tile + 5)
+        part = tl.load(tile + 6)
 
-    m = tl.arange(0, ROWS)
-    is_row = m // GROUP < num_queries
-    rows = (first_row + m // GROUP).to(tl.int64)
-    heads = kv_head * GROUP + m % GROUP
-    own_positions = first_query + m // GROUP
-    key_columns = tl.arange(0, KEY_COLUMNS)
-    value_columns = tl.arange(0, VALUE_COLUMNS)
-    queries = tl.load(
-        query + (rows * query_row + heads * query_head)[:, None] + key_columns[None, :],
-        mask=is_row[:, None] & (key_columns < KEY_DIM)[None, :],
-        other=0.0,
-    )
-    peaks = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    totals = tl.zeros([ROWS], dtype=tl.float32)
-    sums = tl.zeros([ROWS, VALUE_COLUMNS], dtype=tl.float32)
-    begin = first
-    if HAS_WINDOW:
-        # What the tile's first query sees first.
-        begin = tl.maximum(first, first_query - window + 1)
-    for start in range(begin, end, POSITIONS):
-        positions = start + tl.arange(0, POSITIONS)
-        is_there = positions < end
-        blocks = tl.load(
-            block_tables + seq * table_width + positions // block_size, mask=is_there, other=0
-        )
-        places = positions % block_size * NUM_KV_HEADS + kv_head
-        keys = tl.load(
-            key_cache + (blocks * block_stride + places * KEY_DIM)[None, :] + key_columns[:, None],
-            mask=is_there[None, :] & (key_columns < KEY_DIM)[:, None],
+        m = tl.arange(0, ROWS)
+        is_row = m // GROUP < num_queries
+        rows = (first_row + m // GROUP).to(tl.int64)
+        heads = kv_head * GROUP + m % GROUP
+        own_positions = first_query + m // GROUP
+        key_columns = tl.arange(0, KEY_COLUMNS)
+        value_columns = tl.arange(0, VALUE_COLUMNS)
+        queries = tl.load(
+            query + (rows * query_row + heads * query_head)[:, None] + key_columns[None, :],
+            mask=is_row[:, None] & (key_columns < KEY_DIM)[None, :],
             other=0.0,
         )
-        scores = tl.dot(queries, keys, input_precision="ieee") * scaling
-        if HAS_SOFTCAP:
-            # softcap · tanh(scores / softcap)
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        is_seen = is_there[None, :] & (positions[None, :] <= own_positions[:, None])
+        peaks = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        totals = tl.zeros([ROWS], dtype=tl.float32)
+        sums = tl.zeros([ROWS, VALUE_COLUMNS], dtype=tl.float32)
+        begin = first
         if HAS_WINDOW:
-            is_seen = is_seen & (positions[None, :] > own_positions[:, None] - window)
-        scores = tl.where(is_seen, scores, float("-inf"))
-        new_peaks = tl.maximum(peaks, tl.max(scores, axis=1))
-        # Rows that have seen nothing yet
-        bases = tl.where(new_peaks == float("-inf"), 0.0, new_peaks)
-        weights = tl.exp(scores - bases[:, None])
-        decay = tl.exp(peaks - bases)
-        values = tl.load(
-            value_cache
-            + (blocks * block_stride + places * VALUE_DIM)[:, None]
-            + value_columns[None, :],
-            mask=is_there[:, None] & (value_columns < VALUE_DIM)[None, :],
-            other=0.0,
-        )
-        totals = totals * decay + tl.sum(weights, axis=1)
-        sums = sums * decay[:, None]
-        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
-        peaks = new_peaks
-    is_value = is_row[:, None] & (value_columns < VALUE_DIM)[None, :]
-    if part < 0:
-        # Rows of no query have seen nothing where a window ends before them.
-        results = sums / tl.where(totals == 0.0, 1.0, totals)[:, None]
-        target = (rows * (NUM_KV_HEADS * GROUP) + heads) * VALUE_DIM
-        target = out + target[:, None] + value_columns[None, :]
-        tl.store(target, results.to(out.dtype.element_ty), mask=is_value)
-    else:
-        places = (part.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + m
-        tl.store(
-            part_sums + places[:, None] * VALUE_DIM + value_columns[None, :], sums, mask=is_value
-        )
-        tl.store(part_peaks + places, peaks, mask=is_row)
-        tl.store(part_totals + places, totals, mask=is_row)
+            # What the tile's first query sees first.
+            begin = tl.maximum(first, first_query - window + 1)
+        for start in range(begin, end, POSITIONS):
+            positions = start + tl.arange(0, POSITIONS)
+            is_there = positions < end
+            blocks = tl.load(
+                block_tables + seq * table_width + positions // block_size, mask=is_there, other=0
+            )
+            places = positions % block_size * NUM_KV_HEADS + kv_head
+            keys = tl.load(
+                key_cache
+                + (blocks * block_stride + places * KEY_DIM)[None, :]
+                + key_columns[:, None],
+                mask=is_there[None, :] & (key_columns < KEY_DIM)[:, None],
+                other=0.0,
+            )
+            scores = tl.dot(queries, keys, input_precision="ieee") * scaling
+            if HAS_SOFTCAP:
+                # softcap · tanh(scores / softcap)
+                scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+            is_seen = is_there[None, :] & (positions[None, :] <= own_positions[:, None])
+            if HAS_WINDOW:
+                is_seen = is_seen & (positions[None, :] > own_positions[:, None] - window)
+            scores = tl.where(is_seen, scores, float("-inf"))
+            new_peaks = tl.maximum(peaks, tl.max(scores, axis=1))
+            # Rows that have seen nothing yet
+            bases = tl.where(new_peaks == float("-inf"), 0.0, new_peaks)
+            weights = tl.exp(scores - bases[:, None])
+            decay = tl.exp(peaks - bases)
+            values = tl.load(
+                value_cache
+                + (blocks * block_stride + places * VALUE_DIM)[:, None]
+                + value_columns[None, :],
+                mask=is_there[:, None] & (value_columns < VALUE_DIM)[None, :],
+                other=0.0,
+            )
+            totals = totals * decay + tl.sum(weights, axis=1)
+            sums = sums * decay[:, None]
+            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
+            peaks = new_peaks
+        is_value = is_row[:, None] & (value_columns < VALUE_DIM)[None, :]
+        if part < 0:
+            # Rows of no query have seen nothing where a window ends before them.
+            results = sums / tl.where(totals == 0.0, 1.0, totals)[:, None]
+            target = (rows * (NUM_KV_HEADS * GROUP) + heads) * VALUE_DIM
+            target = out + target[:, None] + value_columns[None, :]
+            tl.store(target, results.to(out.dtype.element_ty), mask=is_value)
+        else:
+            places = (part.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + m
+            tl.store(
+                part_sums + places[:, None] * VALUE_DIM + value_columns[None, :],
+                sums,
+                mask=is_value,
+            )
+            tl.store(part_peaks + places, peaks, mask=is_row)
+            tl.store(part_totals + places, totals, mask=is_row)
 
 
 @kernel()
@@ -210,14 +222,62 @@ def _merge(
 class TileList:
     """The programs of one launch."""
 
-    # [num_tiles, 7] int32: sequence, first row, number of queries, position of the first query,
-    # first position and end of those that are read, part (or WHOLE)
+    # [num_tiles or more, 7] int32: sequence, first row, number of queries, position of the first
+    # query, first position and end of those that are read, part (or WHOLE)
     tiles: Tensor
-    # [num_merges, 4] int32: first row, number of queries, first part, number of parts
+    # [1] int32: num_tiles
+    num_tiles: Tensor
+    # [num_merges or more, 4] int32: first row, number of queries, first part, number of parts
     merges: Tensor
     # Queries times heads of a tile at most
     num_rows: int
+    # Those of all tiles, or more
     num_parts: int
+    # Of all key heads; None for one to each tile
+    max_programs: int | None = None
+
+
+class StepTiles:
+    """Those of one step, listed by the first layer that asks."""
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        self._batch, self._device = batch, device
+        # By heads per key head
+        self._lists: dict[int, list[TileList]] = {}
+
+    def of(self, group: int) -> list[TileList]:
+        """Of layers with so many heads per key head."""
+        if group not in self._lists:
+            self._lists[group] = list_tiles(self._batch, group=group, device=self._device)
+        return self._lists[group]
+
+
+class FixedTiles:
+    """Those of decode steps of one number of rows, in lists that stay where they are."""
+
+    def __init__(self, num_rows: int, *, max_context: int, device: torch.device) -> None:
+        self._num_rows = num_rows
+        longest = np.array([max_context])
+        num_parts = len(_in_parts(_decoding_tiles(longest))[0])
+        self._max_tiles = num_rows * num_parts
+        if num_parts > 1:
+            self._max_tiles = min(self._max_tiles, max(FIXED_TILES, num_rows * FIXED_TILES_PER_ROW))
+        self._num_parts = self._max_tiles if num_parts > 1 else 0
+        self._lists = FixedLists([(self._max_tiles, 7), (1,), (num_rows, 4)], device)
+
+    def fill(self, contexts: Ints) -> bool:
+        """Whether what sequences of these contexts read, one row each, has its place."""
+        tiles, merges, _ = _in_parts(_decoding_tiles(contexts))
+        if len(tiles) > self._max_tiles:
+            return False
+        self._lists.fill([tiles, np.array([len(tiles)]), merges])
+        return True
+
+    def of(self, group: int) -> list[TileList]:
+        """As `StepTiles.of`."""
+        tiles, num_tiles, merges = self._lists.tensors
+        num_rows = max(DECODE_ROWS, power_of_two(group))
+        return [TileList(tiles, num_tiles, merges, num_rows, self._num_parts, FIXED_PROGRAMS)]
 
 
 def list_tiles(batch: Batch, *, group: int, device: torch.device) -> list[TileList]:
@@ -240,8 +300,21 @@ def list_tiles(batch: Batch, *, group: int, device: torch.device) -> list[TileLi
                 contexts=contexts,
                 queries_of_tile=num_rows // group,
             )
-            lists.append(_in_parts(whole, num_rows=num_rows, device=device))
+            tiles, merges, num_parts = _in_parts(whole)
+            on_device = upload([tiles, np.array([len(tiles)]), merges], device)
+            lists.append(TileList(*on_device, num_rows=num_rows, num_parts=num_parts))
     return lists
+
+
+def _decoding_tiles(contexts: Ints) -> Ints:
+    """As `_whole_tiles`, of sequences with one new token each."""
+    num_seqs = len(contexts)
+    return _whole_tiles(
+        np.arange(num_seqs),
+        starts=np.arange(num_seqs + 1),
+        contexts=contexts,
+        queries_of_tile=1,
+    )
 
 
 def _whole_tiles(seqs: Ints, *, starts: Ints, contexts: Ints, queries_of_tile: int) -> Ints:
@@ -258,7 +331,8 @@ def _whole_tiles(seqs: Ints, *, starts: Ints, contexts: Ints, queries_of_tile: i
     return np.stack([seqs[owners], rows, num_queries, first_queries, ends, counts[owners]], axis=1)
 
 
-def _in_parts(whole: Ints, *, num_rows: int, device: torch.device) -> TileList:
+def _in_parts(whole: Ints) -> tuple[Ints, Ints, int]:
+    """`TileList.tiles` and `merges`, and the number of parts."""
     ends = whole[:, 4]
     shared = np.maximum(PART_POSITIONS, -(-ends // (MAX_PARTS * POSITIONS)) * POSITIONS)
     sizes = np.where(whole[:, 5] <= MAX_SHARED_TILES, shared, ends)
@@ -273,8 +347,7 @@ def _in_parts(whole: Ints, *, num_rows: int, device: torch.device) -> TileList:
     divided = np.flatnonzero(counts > 1)
     first_parts = np.cumsum(counts[divided]) - counts[divided]
     merges = np.column_stack([whole[divided, 1:3], first_parts, counts[divided]])
-    on_device = upload([tiles, merges], device)
-    return TileList(on_device[0], on_device[1], num_rows=num_rows, num_parts=int(is_part.sum()))
+    return tiles, merges, int(is_part.sum())
 
 
 # The plan
@@ -283,10 +356,10 @@ def _in_parts(whole: Ints, *, num_rows: int, device: torch.device) -> TileList:
 class GpuAttention:
     """One step; all layers share its lists."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, tiles: "StepTiles | FixedTiles | None" = None) -> None:
+        """`tiles`: those of the batch; listed for it where none are given."""
         self._batch = batch
-        # By heads per key head; filled by the first layer that has so many.
-        self._lists: dict[int, list[TileList]] = {}
+        self._tiles = tiles or StepTiles(batch, batch.cache_rows.device)
 
     def attend(
         self,
@@ -306,10 +379,7 @@ class GpuAttention:
         assert out.is_contiguous()
         cache_rows = self._batch.cache_rows
         write_kv(key, value, key_cache=key_cache, value_cache=value_cache, cache_rows=cache_rows)
-        group = query.shape[1] // key.shape[1]
-        if group not in self._lists:
-            self._lists[group] = list_tiles(self._batch, group=group, device=query.device)
-        for tiles in self._lists[group]:
+        for tiles in self._tiles.of(query.shape[1] // key.shape[1]):
             _launch(
                 tiles,
                 query,
@@ -342,13 +412,17 @@ def _launch(
     part_sums = query.new_empty(*places, value_dim, dtype=torch.float32)
     part_peaks, part_totals = query.new_empty(2, *places, dtype=torch.float32)
     is_wide = max(key_dim, value_dim) * query.element_size() >= WIDE_HEAD_BYTES
-    _attend[(num_kv_heads, len(tiles.tiles))](
+    num_programs = len(tiles.tiles)
+    if tiles.max_programs is not None:
+        num_programs = min(num_programs, triton.cdiv(tiles.max_programs, num_kv_heads))
+    _attend[(num_kv_heads, num_programs)](
         query,
         key_cache,
         value_cache,
         out,
         block_tables,
         tiles.tiles,
+        tiles.num_tiles,
         part_sums,
         part_peaks,
         part_totals,

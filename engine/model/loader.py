@@ -344,7 +344,9 @@ def _run_paged(
         scheduled = [ScheduledSequence(s, num_tokens, is_sampled=True) for s, num_tokens in rows]
         batch = batches.build(scheduled, block_size=CHECK_BLOCK_SIZE, device=model.device)
         plan = kernels.plan_attention(batch)
-        return attention.forward(model, batch, input_ids=batch.input_ids, memory=memory, plan=plan)
+        ids = batch.input_ids
+        logits = attention.forward(model, batch, input_ids=ids, memory=memory, plan=plan)
+        return logits.float()
 
     # First all but 2 tokens of the one and all but 1 of the other, then a decode and a chunk.
     first, second = sequences
