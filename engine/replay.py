@@ -63,7 +63,7 @@ class Replays:
         """`max_rank` is 0 where no adapters are served."""
         self._loaded, self._fixed, self._memory = loaded, fixed, memory
         self._max_context, self._max_rank = max_context, max_rank
-        self._buffers = _Buffers(memory, max_num_seqs=max_num_seqs, max_context=max_context)
+        self._buffers = Buffers(memory, max_num_seqs=max_num_seqs, max_context=max_context)
         # [max_num_seqs, vocab_size] float32; filled by each step
         self._logits = torch.empty(
             max_num_seqs, loaded.vocab_size, dtype=torch.float32, device=loaded.device
@@ -156,7 +156,7 @@ class _Step:
     compute: Compute
 
 
-class _Buffers:
+class Buffers:
     """Where the rows of all recorded steps lie; first all of them are nobody's."""
 
     def __init__(self, memory: DeviceMemory, *, max_num_seqs: int, max_context: int) -> None:

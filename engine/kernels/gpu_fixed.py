@@ -13,8 +13,8 @@ from engine.kernels.gpu_attention import FixedTiles, GpuAttention
 from engine.kernels.gpu_lora import SMALL_TILE, FixedWork, GpuLora, MixedLora, tile_rows_of
 from engine.kernels.slot_weights import SlotWeights
 
-# Rows of a tile of LoRA, by which its kernels differ: none without adapters, 1 where they are nearly
-# all distinct.
+# Rows of a tile of LoRA, by which its kernels differ: none without adapters, 1 where nearly all are
+# distinct.
 NO_LORA, OWN_ROWS, SHARED_ROWS = 0, 1, SMALL_TILE
 
 

@@ -11,12 +11,15 @@ import torch
 
 from engine.kernels.choice import HALF, on_gpu
 from engine.kernels.gpu_lora import GpuLora
+from engine.replay import CudaGraphs
 from tests.gpu_lab import (
     ATTENTION_CASES,
     BOUNDS,
+    FIXED_CASES,
     LORA_CASES,
     ROW_CASES,
     AttentionCase,
+    FixedCase,
     GateCase,
     LoraCase,
     NormCase,
@@ -26,6 +29,7 @@ from tests.gpu_lab import (
     attend,
     attention_error,
     batch_of,
+    fixed_error,
     lora_error,
     memory_of,
     row_error,
@@ -90,6 +94,13 @@ def test_lora(case: LoraCase, dtype: torch.dtype) -> None:
 def test_attention(case: AttentionCase, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     assert attention_error(case, device=GPU, dtype=dtype) < BOUNDS[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", FIXED_CASES.values(), ids=FIXED_CASES)
+def test_launches_that_are_recorded(case: FixedCase, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert fixed_error(case, device=GPU, dtype=dtype, record=CudaGraphs()) < BOUNDS[dtype]
 
 
 @every_dtype
