@@ -465,7 +465,9 @@ def recorded_steps(bench: Bench) -> list[dict[str, Any]]:
     for batch in arguments.batch:
         mixes = {"base only": [None], f"{len(adapters)} adapters": adapters}
         for name, mix in mixes.items():
-            times, answers = _step_in_turns(bench, drivers, [mix[i % len(mix)] for i in range(batch)])
+            times, answers = _step_in_turns(
+                bench, drivers, [mix[i % len(mix)] for i in range(batch)]
+            )
             replayed, launched = (statistics.median(each) for each in times)
             ratios = [ours / theirs for ours, theirs in zip(*times, strict=True)]
             row = {

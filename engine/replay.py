@@ -25,9 +25,9 @@ from engine.model.memory import DeviceMemory
 
 logger = logging.getLogger(__name__)
 
-# A GEMM of few rows takes as long as one of eight. Many are eighths of a power of two apart.
+# A GEMM of few rows takes as long as one of eight; of many, an eighth may be nobody's.
 SMALL_SIZES = (1, 2, 4, 8)
-SIZE_STEP, SIZES_PER_DOUBLING = 8, 8
+SIZE_STEP, LARGEST_SHARE = 8, 8
 # Recording ends where it has taken so long, or has left so little of the device's memory; steps of
 # sizes that are not recorded are computed as one of a larger size, or by themselves.
 MAX_RECORDING_S = 40.0
@@ -43,7 +43,7 @@ def sizes_up_to(largest: int) -> tuple[int, ...]:
     """Numbers of rows that steps are computed with."""
     sizes = list(SMALL_SIZES)
     while sizes[-1] < largest:
-        sizes.append(sizes[-1] + SIZE_STEP * max(1, sizes[-1] // (SIZE_STEP * SIZES_PER_DOUBLING)))
+        sizes.append(sizes[-1] + SIZE_STEP * max(1, sizes[-1] // (SIZE_STEP * LARGEST_SHARE)))
     return (*(size for size in sizes if size < largest), largest)
 
 
@@ -94,6 +94,7 @@ class Replays:
     def num_steps(self) -> int:
         return sum(map(len, self._steps.values()))
 
+    @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor | None:
         """As `Runner.run`; None for a batch that is none of the recorded steps.
 

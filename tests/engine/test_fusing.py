@@ -1,41 +1,132 @@
-"""Kernels take over what a model's own code does, where they do the same."""
+"""Kernels take over what a model's own code does to rows, where they do the same."""
 
 import copy
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from engine.kernels.choice import RowKernels, on_gpu
 from engine.model import attention
 from engine.model.attention import Recorder
 from engine.model.fusing import fuse
-from tests.engine.test_loader import only_eager
 from tests.model_lab import tiny_llama_config
 
 PROMPT = torch.tensor([[(7 + 61 * i) % 257 for i in range(10)]])
-EVERYWHERE = {"self_attn": 2, "mlp": 2, "input_layernorm": 2, "post_attention_layernorm": 2}
 SIZES: dict[str, Any] = {
-    name: getattr(tiny_llama_config(), name)
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-} | {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+NORMS = {"input_layernorm": 2, "post_attention_layernorm": 2, "norm": 1}
+PARTS = NORMS | {"self_attn": 2, "mlp": 2}
 LAYERS = {"0": 1, "1": 1}
-FAMILIES = {
-    "llama": (tiny_llama_config(), EVERYWHERE | LAYERS),
-    "phi3": (transformers.Phi3Config(**SIZES), EVERYWHERE | LAYERS),
-    # Its norms multiply by what is kept and one, its gate is no SiLU, its layers have more norms.
+# What is fused of each, by the last part of its path
+FAMILIES: dict[str, tuple[Any, dict[str, int]]] = {
+    "llama": (tiny_llama_config(), PARTS | LAYERS),
+    "phi3": (transformers.Phi3Config(**SIZES), PARTS | LAYERS),
+    # Its weights are what they differ from one, its gate is no SiLU, its layers have more norms.
     "gemma2": (
         transformers.Gemma2Config(**SIZES, head_dim=12),
-        {"self_attn": 2, "input_layernorm": 2, "post_attention_layernorm": 2}
-        | {"pre_feedforward_layernorm": 2, "post_feedforward_layernorm": 2},
+        NORMS | {"self_attn": 2, "pre_feedforward_layernorm": 2, "post_feedforward_layernorm": 2},
     ),
     # Its layers scale what they add.
-    "granite": (transformers.GraniteConfig(**SIZES, residual_multiplier=0.5), EVERYWHERE),
+    "granite": (transformers.GraniteConfig(**SIZES, residual_multiplier=0.5), PARTS),
     # It turns neighbours, not halves, and its norms take the mean away.
     "cohere": (transformers.CohereConfig(**SIZES), {"mlp": 2}),
 }
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def random_model(config: Any) -> Any:
+    torch.manual_seed(0)
+    attention.register()
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model.set_attn_implementation(attention.ATTENTION_NAME)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.2)
+    return model
+
+
+def run(model: Any) -> Tensor:
+    positions = torch.arange(PROMPT.shape[1])[None]
+    out = model(input_ids=PROMPT, position_ids=positions, use_cache=False, paged=Recorder())
+    logits: Tensor = out.logits
+    return logits
+
+
+@pytest.fixture
+def kernels() -> RowKernels:
+    rows = on_gpu(torch.device("cpu")).rows
+    assert rows is not None
+    return rows
+
+
+def test_a_family_is_fused_where_the_kernels_do_the_same_and_nowhere_else(
+    family: str, kernels: RowKernels
+) -> None:
+    config, expected = FAMILIES[family]
+    model = random_model(config)
+    before = run(model)
+    fused = fuse(model, kernels, partial(run, model))
+    assert Counter(path.rpartition(".")[2] for path in fused) == expected
+    torch.testing.assert_close(run(model), before, atol=2e-5, rtol=1e-4)
+
+
+def test_a_norm_with_a_weight_of_its_own_in_a_copy_reads_that_weight(kernels: RowKernels) -> None:
+    """As an adapter's is that retrained the norm."""
+    model = random_model(tiny_llama_config())
+    own = model.model.norm
+    x = torch.randn(1, 3, 32)
+    expected = 2 * own(x)
+    fuse(model, kernels, partial(run, model))
+    twin = copy.deepcopy(own)
+    twin.weight.mul_(2)
+    torch.testing.assert_close(twin(x), expected)
+    torch.testing.assert_close(own(x), expected / 2)
+
+
+def test_who_watches_a_norm_sees_what_it_reads_and_gives(kernels: RowKernels) -> None:
+    model = random_model(tiny_llama_config())
+    norm = model.model.layers[0].post_attention_layernorm
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def watch(run: Callable[[], object]) -> None:
+        handle = norm.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+        run()
+        handle.remove()
+
+    watch(partial(run, model))
+    fuse(model, kernels, partial(run, model))
+    watch(partial(run, model))
+    for before, after in zip(*seen, strict=True):
+        torch.testing.assert_close(after, before, atol=2e-5, rtol=1e-4)
+
+
+def test_kernels_that_are_wrong_replace_nothing(kernels: RowKernels) -> None:
+    class Wrong:
+        def __getattr__(self, name: str) -> Any:
+            def slightly_more(*args: Any, **others: Any) -> Any:
+                found = getattr(kernels, name)(*args, **others)
+                return (
+                    tuple(1.001 * x for x in found) if isinstance(found, tuple) else 1.001 * found
+                )
+
+            return slightly_more
+
+    model = random_model(tiny_llama_config())
+    assert fuse(model, Wrong(), partial(run, model)) == []  # type: ignore[arg-type]  # made of kernels
