@@ -66,7 +66,7 @@ def build(scheduled: list[ScheduledSequence], *, block_size: int, device: torch.
     positions = np.arange(starts[-1]) - starts[owners] + befores[owners]
     tables = _block_tables(scheduled)
     logit_rows = _logit_rows(scheduled, starts.tolist())
-    wants_all_rows = logit_rows == list(range(starts[-1]))
+    wants_all_rows = len(logit_rows) == starts[-1] and logit_rows == list(range(starts[-1]))
     cache_rows = tables[owners, positions // block_size] * block_size + positions % block_size
 
     def on_device(values: Ints | list[int]) -> Tensor:

@@ -9,6 +9,7 @@ becomes of their logits.
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -249,7 +250,10 @@ class CudaGraphs:
         disorder.
         """
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            # It says that it does not find all; what it misses, the recording will.
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
         try:
             compute()
         finally:

@@ -302,7 +302,7 @@ def list_tiles(batch: Batch, *, group: int, device: torch.device) -> list[TileLi
             )
             tiles, merges, num_parts = _in_parts(whole)
             on_device = upload([tiles, np.array([len(tiles)]), merges], device)
-            lists.append(TileList(*on_device, num_rows=num_rows, num_parts=num_parts))
+            lists.append(TileList(on_device[0], on_device[1], on_device[2], num_rows, num_parts))
     return lists
 
 

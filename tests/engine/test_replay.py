@@ -99,12 +99,11 @@ def test_an_engine_that_records_nothing_launches_every_step(
 
 def test_rows_of_nobody_change_no_block_and_no_row(lab: Lab) -> None:
     """Whatever number of rows is padded, and whatever they were before."""
-    torch.manual_seed(0)
     memory, replays = lab.core._memory, lab.core._runner._replays
     assert replays is not None
     lab.core._runner._replays = None
+    fill(lab)
     blocks = memory._blocks[: memory.scratch_block]
-    blocks[1:].normal_()
     for num_rows in (5, 3, 1, 2):
         batch = decodes(num_rows)
         before = blocks.clone()
@@ -114,6 +113,13 @@ def test_rows_of_nobody_change_no_block_and_no_row(lab: Lab) -> None:
         assert replayed is not None
         torch.testing.assert_close(replayed, alone, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(blocks, after, atol=1e-5, rtol=1e-5)
+
+
+def fill(lab: Lab) -> None:
+    """Let all blocks hold something, but for that of nobody."""
+    torch.manual_seed(0)
+    memory = lab.core._memory
+    memory._blocks[1 : memory.scratch_block].normal_()
 
 
 def decodes(num_rows: int) -> Batch:
@@ -209,6 +215,7 @@ def test_what_is_not_recorded_in_time_is_computed_as_a_larger_size(
 
     replays.record(record)
     assert replays.num_steps == len(recorded) == 3
+    fill(lab)
     logits = replays.run(decodes(2))
     assert logits is not None
     torch.testing.assert_close(logits, lab.core._runner.run(decodes(2)), atol=1e-5, rtol=1e-5)
