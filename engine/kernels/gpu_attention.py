@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -33,10 +32,9 @@ MAX_SHARED_TILES = 4
 WIDE_HEAD_BYTES = 512
 POSITIONS, POSITIONS_OF_WIDE_HEADS = 64, 32
 WHOLE = -1
-# Where the number of programs is fixed: enough of them for a large GPU, which take one tile after
-# the other; and tiles that there is room for, contexts of 8192 positions in all rows among them.
-FIXED_PROGRAMS = 2048
-FIXED_TILES, FIXED_TILES_PER_ROW = 256, 16
+# Tiles that there is room for where their number is fixed, in all and for each row: those of 4096
+# positions in each. A program that finds no tile costs its launch.
+FIXED_TILES, FIXED_TILES_PER_ROW = 256, 8
 
 
 # Kernels
@@ -75,93 +73,89 @@ def _attend(
 ) -> None:
     """out[t, h] = softmax(softcap(q[t, h] · Kᵀ · scaling)) · V, or a part of it for `_merge`.
 
-    Programs: key head, tile and those that are as many programs behind. Row m of a tile is query
-    m // GROUP, head m % GROUP of the key head's.
+    Programs: key head, tile. Row m of a tile is query m // GROUP, head m % GROUP of the key head's.
     """
     kv_head = tl.program_id(0)
-    for nth in range(tl.program_id(1), tl.load(num_tiles), tl.num_programs(1)):
-        tile = tiles + 7 * nth
-        seq = tl.load(tile).to(tl.int64)
-        first_row = tl.load(tile + 1)
-        num_queries = tl.load(tile + 2)
-        first_query = tl.load(tile + 3)
-        first = tl.load(tile + 4)
-        end = tl.load(tile + 5)
-        part = tl.load(tile + 6)
+    if tl.program_id(1) >= tl.load(num_tiles):
+        return
+    tile = tiles + 7 * tl.program_id(1)
+    seq = tl.load(tile).to(tl.int64)
+    first_row = tl.load(tile + 1)
+    num_queries = tl.load(tile + 2)
+    first_query = tl.load(tile + 3)
+    first = tl.load(tile + 4)
+    end = tl.load(tile + 5)
+    part = tl.load(tile + 6)
 
-        m = tl.arange(0, ROWS)
-        is_row = m // GROUP < num_queries
-        rows = (first_row + m // GROUP).to(tl.int64)
-        heads = kv_head * GROUP + m % GROUP
-        own_positions = first_query + m // GROUP
-        key_columns = tl.arange(0, KEY_COLUMNS)
-        value_columns = tl.arange(0, VALUE_COLUMNS)
-        queries = tl.load(
-            query + (rows * query_row + heads * query_head)[:, None] + key_columns[None, :],
-            mask=is_row[:, None] & (key_columns < KEY_DIM)[None, :],
+    m = tl.arange(0, ROWS)
+    is_row = m // GROUP < num_queries
+    rows = (first_row + m // GROUP).to(tl.int64)
+    heads = kv_head * GROUP + m % GROUP
+    own_positions = first_query + m // GROUP
+    key_columns = tl.arange(0, KEY_COLUMNS)
+    value_columns = tl.arange(0, VALUE_COLUMNS)
+    queries = tl.load(
+        query + (rows * query_row + heads * query_head)[:, None] + key_columns[None, :],
+        mask=is_row[:, None] & (key_columns < KEY_DIM)[None, :],
+        other=0.0,
+    )
+    peaks = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    totals = tl.zeros([ROWS], dtype=tl.float32)
+    sums = tl.zeros([ROWS, VALUE_COLUMNS], dtype=tl.float32)
+    begin = first
+    if HAS_WINDOW:
+        # What the tile's first query sees first.
+        begin = tl.maximum(first, first_query - window + 1)
+    for start in range(begin, end, POSITIONS):
+        positions = start + tl.arange(0, POSITIONS)
+        is_there = positions < end
+        blocks = tl.load(
+            block_tables + seq * table_width + positions // block_size, mask=is_there, other=0
+        )
+        places = positions % block_size * NUM_KV_HEADS + kv_head
+        keys = tl.load(
+            key_cache + (blocks * block_stride + places * KEY_DIM)[None, :] + key_columns[:, None],
+            mask=is_there[None, :] & (key_columns < KEY_DIM)[:, None],
             other=0.0,
         )
-        peaks = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-        totals = tl.zeros([ROWS], dtype=tl.float32)
-        sums = tl.zeros([ROWS, VALUE_COLUMNS], dtype=tl.float32)
-        begin = first
+        scores = tl.dot(queries, keys, input_precision="ieee") * scaling
+        if HAS_SOFTCAP:
+            # softcap · tanh(scores / softcap)
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+        is_seen = is_there[None, :] & (positions[None, :] <= own_positions[:, None])
         if HAS_WINDOW:
-            # What the tile's first query sees first.
-            begin = tl.maximum(first, first_query - window + 1)
-        for start in range(begin, end, POSITIONS):
-            positions = start + tl.arange(0, POSITIONS)
-            is_there = positions < end
-            blocks = tl.load(
-                block_tables + seq * table_width + positions // block_size, mask=is_there, other=0
-            )
-            places = positions % block_size * NUM_KV_HEADS + kv_head
-            keys = tl.load(
-                key_cache
-                + (blocks * block_stride + places * KEY_DIM)[None, :]
-                + key_columns[:, None],
-                mask=is_there[None, :] & (key_columns < KEY_DIM)[:, None],
-                other=0.0,
-            )
-            scores = tl.dot(queries, keys, input_precision="ieee") * scaling
-            if HAS_SOFTCAP:
-                # softcap · tanh(scores / softcap)
-                scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-            is_seen = is_there[None, :] & (positions[None, :] <= own_positions[:, None])
-            if HAS_WINDOW:
-                is_seen = is_seen & (positions[None, :] > own_positions[:, None] - window)
-            scores = tl.where(is_seen, scores, float("-inf"))
-            new_peaks = tl.maximum(peaks, tl.max(scores, axis=1))
-            # Rows that have seen nothing yet
-            bases = tl.where(new_peaks == float("-inf"), 0.0, new_peaks)
-            weights = tl.exp(scores - bases[:, None])
-            decay = tl.exp(peaks - bases)
-            values = tl.load(
-                value_cache
-                + (blocks * block_stride + places * VALUE_DIM)[:, None]
-                + value_columns[None, :],
-                mask=is_there[:, None] & (value_columns < VALUE_DIM)[None, :],
-                other=0.0,
-            )
-            totals = totals * decay + tl.sum(weights, axis=1)
-            sums = sums * decay[:, None]
-            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
-            peaks = new_peaks
-        is_value = is_row[:, None] & (value_columns < VALUE_DIM)[None, :]
-        if part < 0:
-            # Rows of no query have seen nothing where a window ends before them.
-            results = sums / tl.where(totals == 0.0, 1.0, totals)[:, None]
-            target = (rows * (NUM_KV_HEADS * GROUP) + heads) * VALUE_DIM
-            target = out + target[:, None] + value_columns[None, :]
-            tl.store(target, results.to(out.dtype.element_ty), mask=is_value)
-        else:
-            places = (part.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + m
-            tl.store(
-                part_sums + places[:, None] * VALUE_DIM + value_columns[None, :],
-                sums,
-                mask=is_value,
-            )
-            tl.store(part_peaks + places, peaks, mask=is_row)
-            tl.store(part_totals + places, totals, mask=is_row)
+            is_seen = is_seen & (positions[None, :] > own_positions[:, None] - window)
+        scores = tl.where(is_seen, scores, float("-inf"))
+        new_peaks = tl.maximum(peaks, tl.max(scores, axis=1))
+        # Rows that have seen nothing yet
+        bases = tl.where(new_peaks == float("-inf"), 0.0, new_peaks)
+        weights = tl.exp(scores - bases[:, None])
+        decay = tl.exp(peaks - bases)
+        values = tl.load(
+            value_cache
+            + (blocks * block_stride + places * VALUE_DIM)[:, None]
+            + value_columns[None, :],
+            mask=is_there[:, None] & (value_columns < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        totals = totals * decay + tl.sum(weights, axis=1)
+        sums = sums * decay[:, None]
+        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
+        peaks = new_peaks
+    is_value = is_row[:, None] & (value_columns < VALUE_DIM)[None, :]
+    if part < 0:
+        # Rows of no query have seen nothing where a window ends before them.
+        results = sums / tl.where(totals == 0.0, 1.0, totals)[:, None]
+        target = (rows * (NUM_KV_HEADS * GROUP) + heads) * VALUE_DIM
+        target = out + target[:, None] + value_columns[None, :]
+        tl.store(target, results.to(out.dtype.element_ty), mask=is_value)
+    else:
+        places = (part.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + m
+        tl.store(
+            part_sums + places[:, None] * VALUE_DIM + value_columns[None, :], sums, mask=is_value
+        )
+        tl.store(part_peaks + places, peaks, mask=is_row)
+        tl.store(part_totals + places, totals, mask=is_row)
 
 
 @kernel()
@@ -233,8 +227,6 @@ class TileList:
     num_rows: int
     # Those of all tiles, or more
     num_parts: int
-    # Of all key heads; None for one to each tile
-    max_programs: int | None = None
 
 
 class StepTiles:
@@ -277,7 +269,7 @@ class FixedTiles:
         """As `StepTiles.of`."""
         tiles, num_tiles, merges = self._lists.tensors
         num_rows = max(DECODE_ROWS, power_of_two(group))
-        return [TileList(tiles, num_tiles, merges, num_rows, self._num_parts, FIXED_PROGRAMS)]
+        return [TileList(tiles, num_tiles, merges, num_rows, self._num_parts)]
 
 
 def list_tiles(batch: Batch, *, group: int, device: torch.device) -> list[TileList]:
@@ -412,10 +404,7 @@ def _launch(
     part_sums = query.new_empty(*places, value_dim, dtype=torch.float32)
     part_peaks, part_totals = query.new_empty(2, *places, dtype=torch.float32)
     is_wide = max(key_dim, value_dim) * query.element_size() >= WIDE_HEAD_BYTES
-    num_programs = len(tiles.tiles)
-    if tiles.max_programs is not None:
-        num_programs = min(num_programs, triton.cdiv(tiles.max_programs, num_kv_heads))
-    _attend[(num_kv_heads, num_programs)](
+    _attend[(num_kv_heads, len(tiles.tiles))](
         query,
         key_cache,
         value_cache,
