@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -228,7 +229,8 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        make_stream: Any = torch.cuda.Stream  # has no types
+        self._stream = make_stream()
 
     def __call__(self, compute: Compute) -> Compute:
         self._stream.wait_stream(torch.cuda.current_stream())

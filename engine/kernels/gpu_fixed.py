@@ -21,7 +21,7 @@ NO_LORA, OWN_ROWS, SHARED_ROWS = 0, 1, SMALL_TILE
 class GpuFixed:
     """As `FixedKernels`."""
 
-    kinds = (NO_LORA, OWN_ROWS, SHARED_ROWS)
+    kinds: tuple[int, ...] = (NO_LORA, OWN_ROWS, SHARED_ROWS)
 
     def __init__(self, lora: GpuLora, device: torch.device) -> None:
         self._lora, self._device = lora, device
