@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from engine import batch as batches
 from engine.batch import Batch
@@ -18,7 +19,17 @@ from engine.kernels.gpu_fixed import NO_LORA, OWN_ROWS, SHARED_ROWS
 from engine.replay import Compute, Replays, sizes_up_to
 from engine.scheduler import ScheduledSequence
 from engine.sequence import Sequence
-from tests.model_lab import Answer, FolderSource, Lab, adapt, save_quietly
+from tests.model_lab import (
+    Answer,
+    FolderSource,
+    Lab,
+    adapt,
+    greedy_reference,
+    num_ties,
+    save_quietly,
+    save_random_model,
+)
+from tests.parity.test_families import FAMILIES
 
 PROMPTS = [[(37 * i + k) % 257 for i in range(length)] for k, length in enumerate((5, 17, 30, 9))]
 MIXED = (None, "all-linear", "attention", None)
@@ -92,6 +103,27 @@ def test_an_engine_that_records_nothing_launches_every_step(
     lab = Lab(model, adapters, cuda_graphs=False)
     with closing(lab.core):
         assert lab.core._runner._replays is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_replays_what_transformers_generate(
+    name: str, tmp_path: Path, on_kernels_of_gpus: None
+) -> None:
+    family = FAMILIES[name]
+    path = save_random_model(family.config, tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", **family.frozen
+    ).eval()
+    lab = Lab(path, FolderSource(tmp_path), max_model_len=64, max_num_seqs=4, max_loras=0)
+    with closing(lab.core):
+        counted = Counted(lab)
+        keys = [lab.submit(prompt, max_tokens=6) for prompt in PROMPTS]
+        lab.run()
+    assert counted.seen[NO_LORA] >= 4
+    for prompt, key in zip(PROMPTS, keys, strict=True):
+        found, expected = lab.answers[key].token_ids, greedy_reference(reference, prompt, 6)
+        num_ties(reference, prompt, found=found, expected=expected)
 
 
 # Rows of nobody
