@@ -13,6 +13,7 @@ in the same run too.
 
 import argparse
 import cProfile
+import gc
 import itertools
 import json
 import math
@@ -267,6 +268,10 @@ class Bench:
         self.source: MadeUpAdapters | None = None
 
     def open(self, **settings: Any) -> Driver:
+        # What an engine before this one held is free again.
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         config = EngineConfig(
             model=str(self.model),
             served_name="base",
@@ -436,6 +441,76 @@ def count_differences(bench: Bench, driver: Driver, mix: Mix, prompts: list[list
         != mix.token_ids[i]
         for i in compared(bench, len(prompts))
     )
+
+
+def recorded_steps(bench: Bench) -> list[dict[str, Any]]:
+    """Decode steps that are replayed ÷ the same steps launched piece by piece, step by step.
+
+    Two engines of one model share the device; where its kernels have nothing to record (on a CPU)
+    they do the same.
+    """
+    arguments, rows = bench.arguments, []
+    adapters = names(arguments.rank, min(8, arguments.most_adapters))
+    drivers = [
+        bench.open(
+            cuda_graphs=is_recorded,
+            gpu_memory_utilization=share,
+            max_loras=len(adapters),
+            max_num_seqs=max(arguments.batch),
+        )
+        for is_recorded, share in ((True, 0.45), (False, 0.9))
+    ]
+    for driver in drivers:
+        bring(driver, bench, adapters)
+    for batch in arguments.batch:
+        mixes = {"base only": [None], f"{len(adapters)} adapters": adapters}
+        for name, mix in mixes.items():
+            times, answers = _step_in_turns(
+                bench, drivers, [mix[i % len(mix)] for i in range(batch)]
+            )
+            replayed, launched = (statistics.median(each) for each in times)
+            ratios = [ours / theirs for ours, theirs in zip(*times, strict=True)]
+            row = {
+                "batch": batch,
+                "mix": name,
+                "ratio": interval(ratios),
+                "replayed_ms": 1e3 * replayed,
+                "launched_ms": 1e3 * launched,
+                "answers_that_differ": sum(a != b for a, b in zip(*answers, strict=True)),
+            }
+            rows.append(row)
+            print(
+                f"batch {batch:>3}  {name:<28} step replayed {1e3 * replayed:7.2f} ms, launched "
+                f"{1e3 * launched:7.2f} ms  differing answers {row['answers_that_differ']}",
+                flush=True,
+            )
+    for driver in drivers:
+        driver.core.close()
+    return rows
+
+
+def _step_in_turns(
+    bench: Bench, drivers: list[Driver], adapters: Sequence[str | None]
+) -> tuple[list[list[float]], list[list[list[int]]]]:
+    """Of each driver: the times of steps in which all decode, and the answers."""
+    times: list[list[float]] = [[] for _ in drivers]
+    for _ in range(bench.arguments.rounds):
+        prompts, num_tokens = bench.prompts(len(adapters)), bench.arguments.answer_tokens
+        jobs = list(zip(prompts, adapters, strict=True))
+        told = [[d.submit(*job, num_tokens=num_tokens) for job in jobs] for d in drivers]
+        for driver, timelines in zip(drivers, told, strict=True):
+            while not all(timeline.token_ids for timeline in timelines):
+                driver.step()
+        # The first to answer ended a little earlier; while all decode, steps are alike.
+        num_steps = num_tokens - max(len(t.token_ids) for each in told for t in each)
+        for _ in range(num_steps):
+            for own_times, driver in zip(times, drivers, strict=True):
+                started_s = time.perf_counter()
+                driver.step()
+                own_times.append(time.perf_counter() - started_s)
+        for driver in drivers:
+            driver.finish()
+    return times, [[timeline.token_ids for timeline in each] for each in told]
 
 
 def decode_profile(bench: Bench) -> list[dict[str, Any]]:
@@ -670,6 +745,7 @@ def stream_gaps(bench: Bench, driver: Driver, adapters: list[str]) -> list[float
 
 PARTS = {
     "decode": decode_batches,
+    "recorded": recorded_steps,
     "profile": decode_profile,
     "working_sets": working_sets,
     "cold_starts": cold_starts,

@@ -2,7 +2,7 @@
 # All that needs a GPU, in less than eight minutes on a bare machine that has torch, transformers,
 # triton, peft, numpy, safetensors and pytest: compiled kernels against their definitions,
 # compute-sanitizer on the small cases, each kernel's rate beside the rate of a large copy, and the
-# engine on the shape of Llama-3.1-8B with random weights.
+# engine on the shape of Llama-3.1-8B with random weights, its decode steps replayed and launched.
 #
 #   benchmarks/gpu.sh [FOLDER]     one results file, FOLDER/gpu.json, and the logs beside it
 #
@@ -39,17 +39,17 @@ tests=(python3 -m pytest -c /dev/null --rootdir "$PWD" --noconftest --import-mod
 workers=()
 if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 12); fi
 
-part compiled 130 "${tests[@]}" "${workers[@]}" --maxfail 10 --junitxml "$scratch/compiled.xml"
+part compiled 120 "${tests[@]}" "${workers[@]}" --maxfail 10 --junitxml "$scratch/compiled.xml"
 if command -v compute-sanitizer >/dev/null; then
   # Without torch's own pool every tensor has bounds that can be overstepped.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 60 \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 50 \
     compute-sanitizer --tool memcheck --error-exitcode 9 "${tests[@]}" -k "small and bfloat16"
-  part racecheck 40 \
+  part racecheck 35 \
     compute-sanitizer --tool racecheck --error-exitcode 9 "${tests[@]}" -k "small and bfloat16"
 fi
-TAIL=100 part kernels 60 python3 -m benchmarks.kernels --output "$scratch/kernels.json"
-part engine 180 python3 -m benchmarks.engine --shape llama-3.1-8b --device cuda --dtype bfloat16 \
-  --parts decode --batch 64 --prompt-tokens 480 --answer-tokens 24 --most-adapters 32 \
+TAIL=100 part kernels 50 python3 -m benchmarks.kernels --output "$scratch/kernels.json"
+part engine 220 python3 -m benchmarks.engine --shape llama-3.1-8b --device cuda --dtype bfloat16 \
+  --parts decode recorded --batch 64 --prompt-tokens 480 --answer-tokens 24 --most-adapters 32 \
   --max-model-len 1024 --rounds 2 --checks 1 --output "$scratch/engine.json"
 
 python3 - "$scratch" "$folder/gpu.json" <<'PYTHON'

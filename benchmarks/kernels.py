@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.roofline import Machine, StepWork, floor_s, measure
 from engine.batch import Batch, build
+from engine.kernels import gpu_rows
 from engine.kernels.choice import LoraPlan, on_gpu
 from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
 from engine.model.memory import DeviceMemory, LayerShape
@@ -199,6 +200,66 @@ def attention(shape: list[tuple[int, int]]) -> Callable[[torch.device], Callable
     return make
 
 
+# Rows
+
+
+def row_cases() -> Iterator[Case]:
+    """What a layer does to a decode step's rows between its GEMMs, and to a prompt's."""
+    for num_rows in (64, 2048):
+        own = num_rows * HIDDEN
+        heads = num_rows * (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
+        angles, wide = 2 * num_rows * HEAD_DIM, num_rows * WIDE
+        # A sum and its norm: two inputs, two outputs, the weight.
+        norm = StepWork(num_bytes=SIZE * (4 * own + HIDDEN), num_operations=5 * own)
+        yield Case(f"norm of a sum: {num_rows} rows", norm, norms(num_rows))
+        rope = StepWork(num_bytes=SIZE * (2 * heads + angles), num_operations=3 * heads)
+        yield Case(f"RoPE: {num_rows} rows", rope, rotations(num_rows))
+        gate = StepWork(num_bytes=SIZE * 3 * wide, num_operations=5 * wide)
+        yield Case(f"gate: {num_rows} rows", gate, gates(num_rows))
+
+
+def norms(num_rows: int) -> Callable[[torch.device], Callable[[int], None]]:
+    def make(device: torch.device) -> Callable[[int], None]:
+        layers = [random(device, 2, num_rows, HIDDEN) for _ in range(NUM_LAYERS)]
+        weight = random(device, HIDDEN)
+
+        def run(layer: int) -> None:
+            gpu_rows.add_rms_norm(*layers[layer], weight, eps=1e-5, offset=0.0)
+
+        return run
+
+    return make
+
+
+def rotations(num_rows: int) -> Callable[[torch.device], Callable[[int], None]]:
+    def make(device: torch.device) -> Callable[[int], None]:
+        heads = (NUM_HEADS, NUM_KV_HEADS)
+        layers = [
+            [random(device, num_rows, number, HEAD_DIM) for number in heads]
+            for _ in range(NUM_LAYERS)
+        ]
+        cos, sin = random(device, 2, num_rows, HEAD_DIM)
+
+        def run(layer: int) -> None:
+            gpu_rows.rotate(*layers[layer], cos, sin)
+
+        return run
+
+    return make
+
+
+def gates(num_rows: int) -> Callable[[torch.device], Callable[[int], None]]:
+    def make(device: torch.device) -> Callable[[int], None]:
+        layers = [random(device, 2, num_rows, WIDE) for _ in range(NUM_LAYERS)]
+
+        def run(layer: int) -> None:
+            gpu_rows.silu_mul(*layers[layer])
+
+        return run
+
+    return make
+
+
 # What is common
 
 
@@ -299,7 +360,7 @@ def main() -> None:
     device = torch.device("cuda" if has_gpu else "cpu")
     machine = measure_machine(device) if has_gpu else None
     rows = []
-    for case in (*lora_cases(), *attention_cases()):
+    for case in (*lora_cases(), *attention_cases(), *row_cases()):
         rows.append(row_of(case, machine, device))
         show(rows[-1])
     if machine is None:

@@ -39,6 +39,8 @@ class Batch:
     host_context_lens: tuple[int, ...]
     # How many of the first sequences have a single token
     num_decodes: int
+    # Whether `logit_rows` are all rows, in their order
+    wants_all_rows: bool
     # [num_runs, 3] int64, on the host: first row, end and slot of neighbours that use one adapter;
     # rows that the base model answers alone are in none
     slot_runs: Ints
@@ -64,6 +66,7 @@ def build(scheduled: list[ScheduledSequence], *, block_size: int, device: torch.
     positions = np.arange(starts[-1]) - starts[owners] + befores[owners]
     tables = _block_tables(scheduled)
     logit_rows = _logit_rows(scheduled, starts.tolist())
+    wants_all_rows = len(logit_rows) == starts[-1] and logit_rows == list(range(starts[-1]))
     cache_rows = tables[owners, positions // block_size] * block_size + positions % block_size
 
     def on_device(values: Ints | list[int]) -> Tensor:
@@ -79,6 +82,7 @@ def build(scheduled: list[ScheduledSequence], *, block_size: int, device: torch.
         query_starts=tuple(starts.tolist()),
         host_context_lens=tuple(contexts.tolist()),
         num_decodes=num_decodes,
+        wants_all_rows=wants_all_rows,
         slot_runs=_slot_runs(slots, starts),
         logit_slot_runs=_slot_runs(slots[owners[logit_rows]], np.arange(len(logit_rows) + 1)),
         block_size=block_size,

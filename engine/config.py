@@ -53,6 +53,8 @@ class EngineConfig:
     host_memory_bytes: int = 2 * 1024**3
     # Most that adapters' loads may move, all together; None for no limit.
     max_load_bytes_per_s: int | None = None
+    # Whether decode steps are recorded at the start and replayed (CUDA only).
+    cuda_graphs: bool = True
     # CPU threads of the computation; None takes all cores.
     num_threads: int | None = None
 

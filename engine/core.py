@@ -54,6 +54,7 @@ from engine.protocol import (
     SamplingParams,
     TierReport,
 )
+from engine.replay import Replays
 from engine.runner import Runner
 from engine.sampling.sampler import Sampler
 from engine.scheduler import SampledToken, ScheduledSequence, Scheduler
@@ -152,7 +153,7 @@ class EngineCore:
             device=loaded.device,
         )
         self._memory = memory
-        self._runner = Runner(loaded, memory)
+        self._runner = Runner(loaded, memory, self._recorded(config))
         self._sampler = Sampler()
         self._breaker = Breaker()
         self._fingerprints = Fingerprints()
@@ -194,6 +195,17 @@ class EngineCore:
         self._is_stalled = False
         # Steps may run in another thread than this.
         dismiss_helpers()
+
+    def _recorded(self, config: EngineConfig) -> Replays | None:
+        if not config.cuda_graphs:
+            return None
+        return runner.recorded(
+            self._loaded,
+            self._memory,
+            max_num_seqs=config.max_num_seqs,
+            max_context=self.max_model_len,
+            max_rank=config.max_lora_rank if config.max_loras else 0,
+        )
 
     def submit(self, sequence: Sequence) -> None:
         """Raises InvalidSequence, ContextLengthExceeded, AdapterQuarantined or AdapterCorrupted.

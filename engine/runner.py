@@ -21,21 +21,26 @@ from engine.model.loader import LoadedModel
 from engine.model.memory import DeviceMemory, block_elements
 from engine.model.prepared import PreparedAdapter
 from engine.model.targets import Vocabulary
+from engine.replay import CudaGraphs, Replays, again
 
 MEMINFO = Path("/proc/meminfo")
 # A CPU's memory is shared with everything else on the machine.
 MAX_CPU_MEMORY_SHARE = 0.25
 MAX_CPU_MEMORY_BYTES = 4 * 1024**3
-# For activations and the allocator's own losses.
-CUDA_RESERVE_BYTES = 1024**3
+# For activations, recorded steps and the allocator's own losses.
+CUDA_RESERVE_BYTES = 1280 * 1024**2
 
 
 class Runner:
     """Runs steps over one piece of device memory, in which the adapters lie as well."""
 
-    def __init__(self, loaded: LoadedModel, memory: DeviceMemory) -> None:
+    def __init__(
+        self, loaded: LoadedModel, memory: DeviceMemory, replays: Replays | None = None
+    ) -> None:
+        """`replays`: steps over this memory that are not to be launched piece by piece."""
         self._loaded = loaded
         self._memory = memory
+        self._replays = replays
         # Adapters are copied beside what computes.
         is_cuda = loaded.device.type == "cuda"
         self._copies = torch.Stream(loaded.device) if is_cuda else None
@@ -53,7 +58,12 @@ class Runner:
         Wider where an adapter of these rows adds tokens, with -inf for rows that don't know them.
         `memory` takes the place of the runner's own, for batches that are nobody's sequences.
         `watch` is given the final hidden states on the way, [num_tokens, hidden_size].
+        The logits are good until the next call.
         """
+        if self._replays is not None and memory is None and watch is None:
+            replayed = self._replays.run(batch)
+            if replayed is not None:
+                return replayed
         model, bank, kernels = self._loaded.model, self._loaded.bank, self._loaded.kernels
         bank.begin(batch, kernels)
         try:
@@ -67,7 +77,7 @@ class Runner:
                 )
         finally:
             bank.end()
-        return bank.changes.fitted(logits, batch)
+        return bank.changes.fitted(logits.float(), batch)
 
     # Adapters
 
@@ -100,6 +110,30 @@ class Runner:
 
     def _window(self, window: Window) -> Tensor:
         return self._memory.window(window.first, window.num_blocks)
+
+
+def recorded(
+    loaded: LoadedModel,
+    memory: DeviceMemory,
+    *,
+    max_num_seqs: int,
+    max_context: int,
+    max_rank: int,
+) -> Replays | None:
+    """The decode steps of the model, recorded; None where its kernels gain nothing by that."""
+    fixed = loaded.kernels.fixed
+    if fixed is None:
+        return None
+    replays = Replays(
+        loaded,
+        fixed,
+        memory,
+        max_num_seqs=max_num_seqs,
+        max_context=max_context,
+        max_rank=max_rank,
+    )
+    replays.record(CudaGraphs() if loaded.device.type == "cuda" else again)
+    return replays
 
 
 def block_bytes(loaded: LoadedModel, *, block_size: int) -> int:

@@ -8,6 +8,7 @@ GPU's.
 """
 
 import argparse
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -23,12 +24,18 @@ from tests.gpu_lab import (
     ATTENTION_CASES,
     CPU,
     LORA_CASES,
+    ROW_CASES,
     AttentionCase,
+    GateCase,
     LoraCase,
+    NormCase,
+    RotationCase,
+    RowCase,
     adapters_of,
     attend,
     batch_of,
     memory_of,
+    row_error,
     states_of,
 )
 
@@ -41,6 +48,11 @@ LORAS = LORA_CASES | {
 }
 ATTENTIONS = ATTENTION_CASES | {
     "8B: decode and prefill": AttentionCase(((600, 1), (0, 40)), **HEADS),
+}
+ROWS: dict[str, RowCase] = ROW_CASES | {
+    "8B: norm": NormCase(64, 4096, has_residual=True),
+    "8B: RoPE": RotationCase(64, 32, 8, 128, 128),
+    "8B: gate": GateCase(64, 14336),
 }
 
 
@@ -87,11 +99,19 @@ def launch_attention(case: AttentionCase, dtype: torch.dtype) -> None:
     attend(on_gpu(CPU), case, batch, memory, states)
 
 
+def launch_rows(case: RowCase, dtype: torch.dtype) -> None:
+    # Nothing is computed: what is found is not what is expected.
+    with contextlib.suppress(AssertionError):
+        row_error(case, device=CPU, dtype=dtype)
+
+
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     for name, lora in LORAS.items():
         yield f"LoRA, {name}", lambda lora=lora: launch_lora(lora, dtype)
     for name, attention in ATTENTIONS.items():
         yield f"attention, {name}", lambda attention=attention: launch_attention(attention, dtype)
+    for name, rows in ROWS.items():
+        yield f"rows, {name}", lambda rows=rows: launch_rows(rows, dtype)
 
 
 def described(case: str, kernel: Any) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Configurations of the kernels for GPUs, and what each must give, on any device.
 
 The tests that interpret the kernels on a CPU and those that run them compiled on a GPU go through
-the same ones. Needs no more than torch, triton, numpy and msgspec.
+the same ones. Needs no more than torch, transformers, triton, numpy, safetensors and msgspec.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor
 
 from engine.batch import Batch, build
 from engine.kernels import reference
-from engine.kernels.choice import Kernels, on_gpu
+from engine.kernels.choice import AttentionPlan, FixedPlans, Kernels, RowKernels, on_gpu
 from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
 from engine.model.memory import DeviceMemory, LayerShape
+from engine.replay import Buffers, Record
 from engine.scheduler import ScheduledSequence
 from engine.sequence import NO_ADAPTER, Sequence
 
@@ -48,6 +51,46 @@ class AttentionCase:
     softcap: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class NormCase:
+    num_rows: int
+    num_columns: int
+    offset: float = 0.0
+    has_residual: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RotationCase:
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    # As many of the first dims are turned.
+    num_dims: int
+
+
+@dataclass(frozen=True, slots=True)
+class GateCase:
+    num_rows: int
+    num_columns: int
+    # Whether gate and up are halves of one product.
+    is_one: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FixedCase:
+    """Decoding rows among more of them, which nobody has."""
+
+    size: int
+    # Single new tokens alone; and longer contexts than any here
+    attention: AttentionCase | None = None
+    max_context: int = 64
+    # Single rows alone; and a larger rank than any here
+    lora: LoraCase | None = None
+    max_rank: int = 40
+
+
+RowCase = NormCase | RotationCase | GateCase
 DISTINCT = tuple((slot, 1) for slot in range(5))
 # Names say what is particular; those with "small" finish in seconds under a memory checker.
 LORA_CASES = {
@@ -104,6 +147,49 @@ ATTENTION_CASES = {
         ((1100, 1), (600, 1), (900, 7)), sliding_window=40, block_size=16
     ),
     "a prompt in many tiles": AttentionCase(((30, 1), (13, 130)), block_size=16),
+}
+ROW_CASES: dict[str, RowCase] = {
+    "small: norm of one row": NormCase(1, 48),
+    "small: norm of narrow rows": NormCase(37, 12, offset=1.0),
+    "small: norm of a sum": NormCase(5, 70, has_residual=True),
+    "small: norm of a sum, offset": NormCase(3, 64, offset=1.0, has_residual=True),
+    "norm of wide rows": NormCase(3, 4096),
+    "norm of a sum of wide rows": NormCase(2, 2880, has_residual=True),
+    "small: RoPE of one token": RotationCase(1, 4, 2, 12, 12),
+    "small: RoPE": RotationCase(7, 6, 3, 16, 16),
+    "small: RoPE of some dims": RotationCase(5, 4, 4, 20, 8),
+    "RoPE of heads of 128": RotationCase(3, 32, 8, 128, 128),
+    "RoPE of 96 dims of 128": RotationCase(2, 5, 1, 128, 96),
+    "small: gate": GateCase(3, 48),
+    "small: gate, halves of one product": GateCase(4, 33, is_one=True),
+    "wide gate": GateCase(2, 2500),
+}
+SHARED = tuple((slot, 1) for slot in (0, 0, 0, 1, 1, 1, 1, 1, 1, NO_ADAPTER))
+DECODES = ((0, 1), (60, 1), (3, 1), (4, 1), (16, 1))
+FIXED_CASES = {
+    "small: rows of their own among 8": FixedCase(
+        8, lora=LoraCase(((0, 1), (4, 1), (NO_ADAPTER, 1), (1, 1)), {0: 3, 1: 8, 4: 40})
+    ),
+    "small: rows of their own, all of 3": FixedCase(
+        3, lora=LoraCase(((0, 1), (7, 1), (1, 1)), {0: 3, 1: 16}, affine=frozenset({1, 7}))
+    ),
+    "small: shared adapters among 16": FixedCase(16, lora=LoraCase(SHARED, {0: 3, 1: 20})),
+    "small: shared adapters, scaled and shifted": FixedCase(
+        10, lora=LoraCase(SHARED, {0: 3, 1: 20}, affine=frozenset({0}))
+    ),
+    "one adapter in more rows than a tile has": FixedCase(
+        72, lora=LoraCase(((2, 1),) * 70, {2: 5})
+    ),
+    "small: decodes among 8": FixedCase(8, AttentionCase(DECODES)),
+    "small: decodes, all of 5": FixedCase(5, AttentionCase(DECODES, sliding_window=5)),
+    "small: decodes that are capped": FixedCase(8, AttentionCase(DECODES, softcap=2.0)),
+    "many heads of one key head": FixedCase(8, AttentionCase(DECODES, num_kv_heads=1, group=20)),
+    "decodes in parts": FixedCase(
+        4, AttentionCase(((1100, 1), (511, 1), (512, 1)), block_size=16), max_context=1200
+    ),
+    "small: decodes in one part, where there may be more": FixedCase(
+        8, AttentionCase(DECODES), max_context=1200
+    ),
 }
 
 
@@ -270,9 +356,20 @@ def attend(
     memory: DeviceMemory,
     states: tuple[Tensor, ...],
 ) -> Tensor:
+    out = states[0].new_full((*states[0].shape[:2], case.value_dim), float("nan"))
+    launch_attention(kernels.plan_attention(batch), case, memory, states, out)
+    return out
+
+
+def launch_attention(
+    plan: AttentionPlan,
+    case: AttentionCase,
+    memory: DeviceMemory,
+    states: tuple[Tensor, ...],
+    out: Tensor,
+) -> None:
     query, key, value = states
-    out = query.new_full((*query.shape[:2], case.value_dim), float("nan"))
-    kernels.plan_attention(batch).attend(
+    plan.attend(
         query,
         key,
         value,
@@ -283,7 +380,6 @@ def attend(
         sliding_window=case.sliding_window,
         softcap=case.softcap,
     )
-    return out
 
 
 def attention_error(case: AttentionCase, *, device: torch.device, dtype: torch.dtype) -> float:
@@ -298,8 +394,14 @@ def attention_error(case: AttentionCase, *, device: torch.device, dtype: torch.d
     ):
         reference.write_kv(cache, new, cache_rows)
         assert torch.equal(cache.nan_to_num(7), written.nan_to_num(7)), "not where it belongs"
-    expected = reference.paged_attention(
-        states[0].float().cpu(),
+    return relative_error(found, expected_attention(case, batch, states[0], keys, values))
+
+
+def expected_attention(
+    case: AttentionCase, batch: Batch, query: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    return reference.paged_attention(
+        query.float().cpu(),
         keys.float().cpu(),
         values.float().cpu(),
         block_tables=batch.block_tables.cpu(),
@@ -309,4 +411,151 @@ def attention_error(case: AttentionCase, *, device: torch.device, dtype: torch.d
         sliding_window=case.sliding_window,
         softcap=case.softcap,
     )
-    return relative_error(found, expected)
+
+
+# Fixed launches
+
+
+def fixed_error(
+    case: FixedCase, *, device: torch.device, dtype: torch.dtype, record: Record
+) -> float:
+    """What is recorded over rows of nobody, replayed over the case's; the others stay finite."""
+    if case.lora is not None:
+        return _fixed_lora_error(case, case.lora, device=device, dtype=dtype, record=record)
+    assert case.attention is not None
+    return _fixed_attention_error(case, case.attention, device=device, dtype=dtype, record=record)
+
+
+def _fixed(
+    case: FixedCase, batch: Batch, memory: DeviceMemory, weights: SlotWeights
+) -> tuple[FixedPlans, Buffers]:
+    fixed = on_gpu(memory.device).fixed
+    assert fixed is not None
+    buffers = Buffers(memory, max_num_seqs=case.size, max_context=case.max_context)
+    plans = fixed.plan(
+        buffers.batch_of(case.size),
+        weights,
+        kind=fixed.kind_of(batch),
+        max_context=case.max_context,
+        max_rank=case.max_rank,
+    )
+    assert plans.take(buffers.batch_of(case.size))
+    return plans, buffers
+
+
+def _fixed_lora_error(
+    case: FixedCase, lora: LoraCase, *, device: torch.device, dtype: torch.dtype, record: Record
+) -> float:
+    adapters = adapters_of(
+        lora.ranks, lora.affine, features=lora.features, device=device, dtype=dtype
+    )
+    slots = [slot for slot, _ in lora.rows]
+    batch = batch_of(((0, 1),) * len(slots), slots=slots, device=device)
+    memory = memory_of(AttentionCase(((0, 1),)), batch, dtype)
+    x, out = (torch.randn(case.size, size).to(device, dtype) for size in lora.features)
+    token_slots = torch.tensor(slots + [NO_ADAPTER] * (case.size - len(slots)))
+    before, expected = out.clone(), expected_lora(adapters, out, x, token_slots)
+    plans, _ = _fixed(case, batch, memory, adapters.weights)
+
+    def compute() -> None:
+        plan = plans.lora()
+        assert plan is not None
+        plan.apply(out, x, module=1)
+
+    replay = record(compute)
+    assert torch.equal(out, before), "rows of nobody were changed"
+    assert plans.take(batch)
+    replay()
+    is_base = (token_slots == NO_ADAPTER).to(device)
+    assert torch.equal(out[is_base], before[is_base]), "a row of the base model was changed"
+    return relative_error(out, expected)
+
+
+def _fixed_attention_error(
+    case: FixedCase,
+    attention: AttentionCase,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    record: Record,
+) -> float:
+    batch = batch_of(attention.shape, block_size=attention.block_size, device=device)
+    memory = memory_of(attention, batch, dtype)
+    num_rows = batch.num_tokens
+    whole = batch_of(((0, 1),) * case.size, device=device)
+    states = states_of(attention, whole, dtype)
+    keys, values = memory.keys[1].clone(), memory.values[1].clone()
+    plans, buffers = _fixed(case, batch, memory, SlotWeights([], num_slots=1))
+    out = states[0].new_full((*states[0].shape[:2], attention.value_dim), float("nan"))
+    replay = record(lambda: launch_attention(plans.attention(), attention, memory, states, out))
+    assert plans.take(batch)
+    buffers.take(batch, size=case.size)
+    out.fill_(float("nan"))
+    replay()
+    cache_rows = batch.cache_rows.cpu()
+    for cache, written, new in (
+        (keys, memory.keys[1], states[1]),
+        (values, memory.values[1], states[2]),
+    ):
+        reference.write_kv(cache, new[:num_rows], cache_rows)
+        own, found = cache[: memory.scratch_block], written[: memory.scratch_block]
+        assert torch.equal(own.nan_to_num(7), found.nan_to_num(7)), "not where it belongs"
+    assert bool(torch.isfinite(out).all()), "rows of nobody are no numbers"
+    query = states[0][:num_rows]
+    return relative_error(out[:num_rows], expected_attention(attention, batch, query, keys, values))
+
+
+# Rows
+
+
+def row_error(case: RowCase, *, device: torch.device, dtype: torch.dtype) -> float:
+    kernels = on_gpu(device).rows
+    assert kernels is not None
+    found, expected = _ROWS[type(case)](case, kernels, Drawn(device, dtype))
+    return max(relative_error(*pair) for pair in zip(found, expected, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape).to(self.device, self.dtype)
+
+
+Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+def normed(case: NormCase, kernels: RowKernels, draw: Drawn) -> Results:
+    x, residual = (draw(1, case.num_rows, case.num_columns) for _ in range(2))
+    weight, settings = draw(case.num_columns), {"eps": 1e-5, "offset": case.offset}
+    if not case.has_residual:
+        found = kernels.rms_norm(x, weight, **settings)
+        return (found,), (reference.rms_norm(x.float(), weight, **settings),)
+    sums = (x.float() + residual.float()).to(x.dtype)
+    found = kernels.add_rms_norm(x, residual, weight, **settings)
+    return found, (sums, reference.rms_norm(sums.float(), weight, **settings))
+
+
+def rotated(case: RotationCase, kernels: RowKernels, draw: Drawn) -> Results:
+    heads = (case.num_heads, case.num_kv_heads)
+    query, key = (draw(number, case.num_tokens, case.head_dim).transpose(0, 1) for number in heads)
+    cos, sin = (draw(case.num_tokens, case.num_dims) for _ in range(2))
+    expected = tuple(reference.rotate(x.float(), cos, sin) for x in (query, key))
+    return kernels.rotate(query, key, cos, sin), expected
+
+
+def gated(case: GateCase, kernels: RowKernels, draw: Drawn) -> Results:
+    whole = draw(case.num_rows, 2 * case.num_columns)
+    gate, up = whole.chunk(2, dim=1)
+    if not case.is_one:
+        gate, up = gate.contiguous(), up.contiguous()
+    return (kernels.silu_mul(gate, up),), (reference.silu_mul(gate.float(), up.float()),)
+
+
+_ROWS: dict[type[Any], Callable[..., Results]] = {
+    NormCase: normed,
+    RotationCase: rotated,
+    GateCase: gated,
+}

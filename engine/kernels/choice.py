@@ -53,6 +53,55 @@ class LoraPlan(Protocol):
         """
 
 
+class FixedPlans(Protocol):
+    """Plans for all decode steps of one number of rows, which launch the same in each."""
+
+    def take(self, batch: Batch) -> bool:
+        """Plan for `batch`, which has as many rows or fewer; the others see themselves alone.
+
+        False where it reads more than there is room for, and nothing is planned.
+        """
+
+    def attention(self) -> AttentionPlan:
+        """Of the batch that was taken last."""
+
+    def lora(self) -> LoraPlan | None:
+        """As `attention`. None for plans without adapters."""
+
+
+class FixedKernels(Protocol):
+    """Makes such plans."""
+
+    # First that of steps without adapters, then one for each way to compute those with any.
+    kinds: tuple[int, ...]
+
+    def kind_of(self, batch: Batch) -> int:
+        """How this batch's adapters are computed."""
+
+    def plan(
+        self, batch: Batch, weights: SlotWeights, *, kind: int, max_context: int, max_rank: int
+    ) -> FixedPlans:
+        """`batch`: tensors that stay where they are, with one new token in each row."""
+
+
+class RowKernels(Protocol):
+    """What a model does to rows between its GEMMs, in place of its own code."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, offset: float) -> Tensor:
+        """`reference.rms_norm`."""
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """x + residual, and `reference.rms_norm` of it."""
+
+    def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """`reference.rotate` of both."""
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """`reference.silu_mul`."""
+
+
 def _is_warm(weights: SlotWeights, dtype: torch.dtype) -> None:
     """Nothing is compiled ahead."""
 
@@ -64,6 +113,10 @@ class Kernels:
     plan_lora: Callable[[Batch, SlotWeights], LoraPlan]
     # Before any slot is in use: what is left to be done for LoRA, so that no step waits for it.
     warm_up_lora: Callable[[SlotWeights, torch.dtype], None] = _is_warm
+    # None where the model's own code does as well.
+    rows: RowKernels | None = None
+    # None where nothing is gained by launching the same in each step.
+    fixed: FixedKernels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +149,15 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
 def on_gpu(device: torch.device) -> Kernels:
     """Triton's kernels; on a CPU they run where Triton interprets them."""
     # Not at the top: a CPU's machine needs no compiler for GPUs.
+    from engine.kernels import gpu_rows
     from engine.kernels.gpu_attention import GpuAttention
+    from engine.kernels.gpu_fixed import GpuFixed
     from engine.kernels.gpu_lora import GpuLora
 
     lora = GpuLora(device)
-    return Kernels(GpuAttention, lora.plan, lora.warm_up)
+    return Kernels(
+        GpuAttention, lora.plan, lora.warm_up, rows=gpu_rows, fixed=GpuFixed(lora, device)
+    )
 
 
 def choose_formats(name: str, device: torch.device, dtype: torch.dtype | None) -> Formats | None:

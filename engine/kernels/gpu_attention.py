@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.batch import Batch, Ints
-from engine.kernels.gpu import kernel, power_of_two, upload
+from engine.kernels.gpu import FixedLists, kernel, power_of_two, upload
 from engine.kernels.gpu_kv_cache import write_kv
 
 # Rows (queries times heads) of a tile: what a tensor core takes at least, and what a prefill fills.
@@ -32,6 +32,9 @@ MAX_SHARED_TILES = 4
 WIDE_HEAD_BYTES = 512
 POSITIONS, POSITIONS_OF_WIDE_HEADS = 64, 32
 WHOLE = -1
+# Tiles that there is room for where their number is fixed, in all and for each row: those of 4096
+# positions in each. A program that finds no tile costs its launch.
+FIXED_TILES, FIXED_TILES_PER_ROW = 256, 8
 
 
 # Kernels
@@ -45,6 +48,7 @@ def _attend(
     out: "Any",
     block_tables: "Any",
     tiles: "Any",
+    num_tiles: "Any",
     part_sums: "Any",
     part_peaks: "Any",
     part_totals: "Any",
@@ -72,6 +76,8 @@ def _attend(
     Programs: key head, tile. Row m of a tile is query m // GROUP, head m % GROUP of the key head's.
     """
     kv_head = tl.program_id(0)
+    if tl.program_id(1) >= tl.load(num_tiles):
+        return
     tile = tiles + 7 * tl.program_id(1)
     seq = tl.load(tile).to(tl.int64)
     first_row = tl.load(tile + 1)
@@ -210,14 +216,60 @@ def _merge(
 class TileList:
     """The programs of one launch."""
 
-    # [num_tiles, 7] int32: sequence, first row, number of queries, position of the first query,
-    # first position and end of those that are read, part (or WHOLE)
+    # [num_tiles or more, 7] int32: sequence, first row, number of queries, position of the first
+    # query, first position and end of those that are read, part (or WHOLE)
     tiles: Tensor
-    # [num_merges, 4] int32: first row, number of queries, first part, number of parts
+    # [1] int32: num_tiles
+    num_tiles: Tensor
+    # [num_merges or more, 4] int32: first row, number of queries, first part, number of parts
     merges: Tensor
     # Queries times heads of a tile at most
     num_rows: int
+    # Those of all tiles, or more
     num_parts: int
+
+
+class StepTiles:
+    """Those of one step, listed by the first layer that asks."""
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        self._batch, self._device = batch, device
+        # By heads per key head
+        self._lists: dict[int, list[TileList]] = {}
+
+    def of(self, group: int) -> list[TileList]:
+        """Of layers with so many heads per key head."""
+        if group not in self._lists:
+            self._lists[group] = list_tiles(self._batch, group=group, device=self._device)
+        return self._lists[group]
+
+
+class FixedTiles:
+    """Those of decode steps of one number of rows, in lists that stay where they are."""
+
+    def __init__(self, num_rows: int, *, max_context: int, device: torch.device) -> None:
+        self._num_rows = num_rows
+        longest = np.array([max_context])
+        num_parts = len(_in_parts(_decoding_tiles(longest))[0])
+        self._max_tiles = num_rows * num_parts
+        if num_parts > 1:
+            self._max_tiles = min(self._max_tiles, max(FIXED_TILES, num_rows * FIXED_TILES_PER_ROW))
+        self._num_parts = self._max_tiles if num_parts > 1 else 0
+        self._lists = FixedLists([(self._max_tiles, 7), (1,), (num_rows, 4)], device)
+
+    def fill(self, contexts: Ints) -> bool:
+        """Whether what sequences of these contexts read, one row each, has its place."""
+        tiles, merges, _ = _in_parts(_decoding_tiles(contexts))
+        if len(tiles) > self._max_tiles:
+            return False
+        self._lists.fill([tiles, np.array([len(tiles)]), merges])
+        return True
+
+    def of(self, group: int) -> list[TileList]:
+        """As `StepTiles.of`."""
+        tiles, num_tiles, merges = self._lists.tensors
+        num_rows = max(DECODE_ROWS, power_of_two(group))
+        return [TileList(tiles, num_tiles, merges, num_rows, self._num_parts)]
 
 
 def list_tiles(batch: Batch, *, group: int, device: torch.device) -> list[TileList]:
@@ -240,8 +292,21 @@ def list_tiles(batch: Batch, *, group: int, device: torch.device) -> list[TileLi
                 contexts=contexts,
                 queries_of_tile=num_rows // group,
             )
-            lists.append(_in_parts(whole, num_rows=num_rows, device=device))
+            tiles, merges, num_parts = _in_parts(whole)
+            on_device = upload([tiles, np.array([len(tiles)]), merges], device)
+            lists.append(TileList(on_device[0], on_device[1], on_device[2], num_rows, num_parts))
     return lists
+
+
+def _decoding_tiles(contexts: Ints) -> Ints:
+    """As `_whole_tiles`, of sequences with one new token each."""
+    num_seqs = len(contexts)
+    return _whole_tiles(
+        np.arange(num_seqs),
+        starts=np.arange(num_seqs + 1),
+        contexts=contexts,
+        queries_of_tile=1,
+    )
 
 
 def _whole_tiles(seqs: Ints, *, starts: Ints, contexts: Ints, queries_of_tile: int) -> Ints:
@@ -258,7 +323,8 @@ def _whole_tiles(seqs: Ints, *, starts: Ints, contexts: Ints, queries_of_tile: i
     return np.stack([seqs[owners], rows, num_queries, first_queries, ends, counts[owners]], axis=1)
 
 
-def _in_parts(whole: Ints, *, num_rows: int, device: torch.device) -> TileList:
+def _in_parts(whole: Ints) -> tuple[Ints, Ints, int]:
+    """`TileList.tiles` and `merges`, and the number of parts."""
     ends = whole[:, 4]
     shared = np.maximum(PART_POSITIONS, -(-ends // (MAX_PARTS * POSITIONS)) * POSITIONS)
     sizes = np.where(whole[:, 5] <= MAX_SHARED_TILES, shared, ends)
@@ -273,8 +339,7 @@ def _in_parts(whole: Ints, *, num_rows: int, device: torch.device) -> TileList:
     divided = np.flatnonzero(counts > 1)
     first_parts = np.cumsum(counts[divided]) - counts[divided]
     merges = np.column_stack([whole[divided, 1:3], first_parts, counts[divided]])
-    on_device = upload([tiles, merges], device)
-    return TileList(on_device[0], on_device[1], num_rows=num_rows, num_parts=int(is_part.sum()))
+    return tiles, merges, int(is_part.sum())
 
 
 # The plan
@@ -283,10 +348,10 @@ def _in_parts(whole: Ints, *, num_rows: int, device: torch.device) -> TileList:
 class GpuAttention:
     """One step; all layers share its lists."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, tiles: "StepTiles | FixedTiles | None" = None) -> None:
+        """`tiles`: those of the batch; listed for it where none are given."""
         self._batch = batch
-        # By heads per key head; filled by the first layer that has so many.
-        self._lists: dict[int, list[TileList]] = {}
+        self._tiles = tiles or StepTiles(batch, batch.cache_rows.device)
 
     def attend(
         self,
@@ -306,10 +371,7 @@ class GpuAttention:
         assert out.is_contiguous()
         cache_rows = self._batch.cache_rows
         write_kv(key, value, key_cache=key_cache, value_cache=value_cache, cache_rows=cache_rows)
-        group = query.shape[1] // key.shape[1]
-        if group not in self._lists:
-            self._lists[group] = list_tiles(self._batch, group=group, device=query.device)
-        for tiles in self._lists[group]:
+        for tiles in self._tiles.of(query.shape[1] // key.shape[1]):
             _launch(
                 tiles,
                 query,
@@ -349,6 +411,7 @@ def _launch(
         out,
         block_tables,
         tiles.tiles,
+        tiles.num_tiles,
         part_sums,
         part_peaks,
         part_totals,

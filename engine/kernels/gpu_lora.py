@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.batch import Batch, Ints
 from engine.kernels.dense import DenseLora
-from engine.kernels.gpu import ALIGNMENT_BYTES, kernel, power_of_two, upload
+from engine.kernels.gpu import ALIGNMENT_BYTES, FixedLists, kernel, power_of_two, upload
 from engine.kernels.slot_weights import RANK, SlotWeights
 from engine.kernels.slot_weights import Ints as SlotList
 
@@ -74,6 +74,8 @@ def _shrink(
     split = tl.program_id(1)
     member = tl.program_id(2)
     tile = tl.load(pieces + 2 * piece)
+    if tile < 0:
+        return
     first_rank = tl.load(pieces + 2 * piece + 1)
     first = tl.load(tiles + 3 * tile)
     end = tl.load(tiles + 3 * tile + 1)
@@ -155,6 +157,8 @@ def _expand(
     tile = tl.program_id(0)
     first = tl.load(tiles + 3 * tile)
     end = tl.load(tiles + 3 * tile + 1)
+    if first >= end:
+        return
     slot = tl.load(tiles + 3 * tile + 2)
     entry = table + (module * num_slots + slot) * _ENTRY
     rank = tl.load(entry + 2).to(tl.int32)
@@ -284,6 +288,7 @@ class WorkList:
     tiles: Tensor
     # [num_pieces, 2] int32: tile, first rank
     pieces: Tensor
+    # All three may be longer than what they list, with NOTHING behind it.
     # Places of a tile at most, ranks of a piece at most
     tile_rows: int
     piece_ranks: int
@@ -293,29 +298,60 @@ class WorkList:
 
 def list_work(runs: Ints, ranks: Ints, *, device: torch.device) -> WorkList:
     """`runs`: as `Batch.slot_runs`, at least one. `ranks`: [num_slots], largest of each slot."""
+    tile_rows = tile_rows_of(runs)
+    piece_ranks = _piece_ranks(tile_rows, int(ranks[runs[:, 2]].max()))
+    arrays = _listed(runs, ranks, tile_rows=tile_rows, piece_ranks=piece_ranks)
+    rows, tiles, pieces = upload(arrays, device)
+    return WorkList(
+        rows=rows,
+        tiles=tiles,
+        pieces=pieces,
+        tile_rows=tile_rows,
+        piece_ranks=piece_ranks,
+        max_rank=piece_ranks + int(arrays[2][:, 1].max(initial=0)),
+    )
+
+
+class FixedWork:
+    """Those of decode steps of one number of rows, in a list that stays where it is."""
+
+    def __init__(
+        self, num_rows: int, *, tile_rows: int, max_rank: int, device: torch.device
+    ) -> None:
+        num_pieces = triton.cdiv(max_rank, MIN_RANKS)
+        shapes = [(num_rows,), (num_rows, 3), (num_rows * num_pieces, 2)]
+        self._lists = FixedLists(shapes, device)
+        rows, tiles, pieces = self._lists.tensors
+        self.list = WorkList(
+            rows=rows,
+            tiles=tiles,
+            pieces=pieces,
+            tile_rows=tile_rows,
+            piece_ranks=MIN_RANKS,
+            max_rank=MIN_RANKS * num_pieces,
+        )
+        self._lists.clear()
+
+    def fill(self, runs: Ints, ranks: Ints) -> None:
+        """As `list_work`."""
+        tile_rows, piece_ranks = self.list.tile_rows, self.list.piece_ranks
+        self._lists.fill(_listed(runs, ranks, tile_rows=tile_rows, piece_ranks=piece_ranks))
+
+
+def _listed(runs: Ints, ranks: Ints, *, tile_rows: int, piece_ranks: int) -> list[Ints]:
+    """Rows, tiles and pieces, as `WorkList` has them."""
     runs = runs[np.argsort(runs[:, 2], kind="stable")]
     owners, nth = _spread(runs[:, 1] - runs[:, 0])
     rows = runs[owners, 0] + nth
     slots, counts = np.unique(runs[owners, 2], return_counts=True)
     begins = np.cumsum(counts) - counts
-    tile_rows = _tile_rows(counts)
-    piece_ranks = _piece_ranks(tile_rows, int(ranks[slots].max()))
     owners, nth = _spread(-(-counts // tile_rows))
     firsts = begins[owners] + tile_rows * nth
     ends = np.minimum(firsts + tile_rows, begins[owners] + counts[owners])
     tiles = np.stack([firsts, ends, slots[owners]], axis=1)
     num_pieces = -(-ranks[slots[owners]] // piece_ranks)
     owners, nth = _spread(num_pieces)
-    pieces = np.stack([owners, piece_ranks * nth], axis=1)
-    on_device = upload([rows, tiles, pieces], device)
-    return WorkList(
-        rows=on_device[0],
-        tiles=on_device[1],
-        pieces=on_device[2],
-        tile_rows=tile_rows,
-        piece_ranks=piece_ranks,
-        max_rank=piece_ranks * int(num_pieces.max()),
-    )
+    return [rows, tiles, np.stack([owners, piece_ranks * nth], axis=1)]
 
 
 def _spread(counts: Ints) -> tuple[Ints, Ints]:
@@ -324,8 +360,10 @@ def _spread(counts: Ints) -> tuple[Ints, Ints]:
     return owners, np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]
 
 
-def _tile_rows(counts: Ints) -> int:
-    """`counts`: rows of each slot."""
+def tile_rows_of(runs: Ints) -> int:
+    """`runs`: as `Batch.slot_runs`, at least one."""
+    counts = np.bincount(runs[:, 2], weights=runs[:, 1] - runs[:, 0])
+    counts = counts[counts > 0]
     if counts.sum() <= MAX_ROWS_OF_ITS_OWN * len(counts):
         return 1
     is_mostly_long = 2 * counts[counts >= LARGE_TILE].sum() > counts.sum()
@@ -433,9 +471,14 @@ class GpuLora:
         runs = batch.slot_runs
         if len(runs) == 1 and runs[0, 1] - runs[0, 0] >= MIN_ROWS_OF_GEMM:
             return DenseLora(runs, weights)
-        tables, slots = self._tables_of(weights), np.unique(runs[:, 2])
-        tables.refresh(slots)
-        return MixedLora(list_work(runs, tables.ranks, device=self._device), tables, slots)
+        tables, slots = self.tables_of(weights, runs), np.unique(runs[:, 2])
+        return MixedLora.of(slots, list_work(runs, tables.ranks, device=self._device), tables)
+
+    def tables_of(self, weights: SlotWeights, runs: Ints) -> SlotTables:
+        """With all that these runs' slots hold by now."""
+        tables = self._tables_of(weights)
+        tables.refresh(np.unique(runs[:, 2]))
+        return tables
 
     def warm_up(self, weights: SlotWeights, dtype: torch.dtype) -> None:
         """Compile what steps will launch, so that no step waits for it. No slot is in use yet."""
@@ -492,14 +535,32 @@ class _Shrunk:
 class MixedLora:
     """One step of several adapters, or of few rows."""
 
-    def __init__(self, work: WorkList, tables: SlotTables, slots: SlotList) -> None:
-        """`slots`: those of the step, each once."""
+    def __init__(
+        self,
+        work: WorkList,
+        tables: SlotTables,
+        *,
+        with_lora: frozenset[int],
+        affine: frozenset[int],
+    ) -> None:
+        """`with_lora` and `affine`: the modules that may have either."""
         self._work, self._tables = work, tables
+        self._with_lora, self._affine = with_lora, affine
+        self._shrunk: _Shrunk | None = None
+
+    @classmethod
+    def of(cls, slots: SlotList, work: WorkList, tables: SlotTables) -> "MixedLora":
+        """`slots`: those of the step, each once."""
         weights = tables.weights
         has_lora = weights.table[:, slots, RANK].any(axis=1)
-        self._with_lora = frozenset(np.flatnonzero(has_lora).tolist())
-        self._affine = weights.affine_modules(slots)
-        self._shrunk: _Shrunk | None = None
+        with_lora = frozenset(np.flatnonzero(has_lora).tolist())
+        return cls(work, tables, with_lora=with_lora, affine=weights.affine_modules(slots))
+
+    @classmethod
+    def of_any(cls, work: WorkList, tables: SlotTables) -> "MixedLora":
+        """Whatever slots there will be, and whichever modules they change."""
+        every = frozenset(range(len(tables.weights.features)))
+        return cls(work, tables, with_lora=every, affine=every)
 
     def apply(self, out: Tensor, x: Tensor, *, module: int) -> None:
         """As `LoraPlan.apply`."""

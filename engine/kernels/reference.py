@@ -76,6 +76,34 @@ def _attend(
     return torch.einsum("hc,chd->hd", weights, values.repeat_interleave(group, dim=1))
 
 
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · (offset + weight), row by row.
+
+    Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019). x: [..., dim]. weight: [dim];
+    `offset` is 1 where a model keeps what it differs from one.
+    """
+    rows = x.float()
+    scale = torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + eps)
+    return (rows * scale * (offset + weight.float())).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x · cos + (-second half, first half) · sin, of as many dims as `cos` has; the rest as it is.
+
+    Su et al., "RoFormer" (2021). x: [num_tokens, heads, head_dim]. cos, sin: [num_tokens, dims].
+    """
+    turned, rest = x[..., : cos.shape[1]].float(), x[..., cos.shape[1] :]
+    first, second = turned.chunk(2, dim=-1)
+    halves = torch.cat([-second, first], dim=-1)
+    turned = turned * cos.float()[:, None] + halves * sin.float()[:, None]
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gate · sigmoid(gate) · up. Shazeer, "GLU Variants Improve Transformer" (2020)."""
+    return (gate.float() * torch.sigmoid(gate.float()) * up.float()).to(gate.dtype)
+
+
 def lora(x: Tensor, adapters: dict[int, tuple[Tensor, Tensor]], token_slots: Tensor) -> Tensor:
     """lora_B[slot] · (lora_A[slot] · x[t]), scaling already inside lora_B; zero without adapter.
 

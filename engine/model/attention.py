@@ -151,7 +151,7 @@ def forward(
     memory: DeviceMemory,
     plan: AttentionPlan,
 ) -> Tensor:
-    """[num_logits, vocab_size] float32: the logits of the batch's `logit_rows`.
+    """[num_logits, vocab_size]: the logits of the batch's `logit_rows`, in the model's dtype.
 
     input_ids: [num_tokens], the batch's, but for ids that the model itself does not know.
     """
@@ -162,4 +162,4 @@ def forward(
         logits_to_keep=batch.logit_rows,
         paged=PagedStep(memory, plan),
     ).logits
-    return logits[0].float()
+    return logits[0]

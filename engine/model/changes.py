@@ -149,9 +149,13 @@ class ModuleChanges:
 
     # A step
 
+    def are_any(self, batch: Batch) -> bool:
+        """Whether an adapter of this step changes anything."""
+        return not self._slots.keys().isdisjoint(batch.slot_runs[:, 2].tolist())
+
     def begin(self, batch: Batch) -> None:
         """Hook what the adapters of this step change, until `end`."""
-        if self._slots.keys().isdisjoint(batch.slot_runs[:, 2].tolist()):
+        if not self.are_any(batch):
             return
         for name, rows in self._rows_by_module(batch).items():
             # First, so that whoever else looks at the output sees what it has become.

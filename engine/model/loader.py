@@ -6,6 +6,7 @@ compared with the model's own eager code. Knows models. Knows nothing of request
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +20,16 @@ from adapters.validate import BaseShape
 from engine import batch as batches
 from engine.config import DtypeName, EngineConfig, QuantizationName
 from engine.errors import ConfigurationError, UnsupportedModel
-from engine.kernels.choice import Formats, Kernels, choose, choose_formats
-from engine.model import attention, families, quantising
+from engine.kernels.choice import Formats, Kernels, RowKernels, choose, choose_formats
+from engine.model import attention, families, fusing, quantising
 from engine.model.attention import Recorder
 from engine.model.lora import LoraBank
 from engine.model.memory import DeviceMemory, LayerShape
 from engine.model.targets import Targets, Watch
 from engine.scheduler import ScheduledSequence
 from engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 # |paged - eager| / |eager - its mean| of the logits. Measured on SmolLM2-135M: 1e-5, 0.02 and 0.12,
 # for each 16-bit layer rounds its sums in another order; with a softmax scale that is off by a
@@ -87,6 +90,8 @@ def load(config: EngineConfig) -> LoadedModel:
         layers = _record_layers(model, prompts[0], text_config)
         with _narrow_windows(model):
             _check_windows(layers, _record_layers(model, prompts[0], text_config), text_config)
+            if kernels.rows is not None:
+                _fuse(model, prompts[1], kernels.rows)
             found = _run_paged(model, layers, prompts, kernels)
     _compare(found, expected, bound=_logit_bound(formats, model.dtype))
     if config.max_loras:
@@ -278,14 +283,25 @@ def _record_layers(
     model: PreTrainedModel, prompt: list[int], text_config: Any
 ) -> tuple[LayerShape, ...]:
     model.set_attn_implementation(attention.ATTENTION_NAME)
-    recorder = Recorder()
-    ids = torch.tensor([prompt], device=model.device)
-    positions = torch.arange(len(prompt), device=model.device)[None]
-    model(input_ids=ids, position_ids=positions, use_cache=False, paged=recorder)
+    recorder = _run_recorded(model, prompt)
     num_layers = text_config.num_hidden_layers
     if sorted(recorder.layers) != list(range(num_layers)):
         raise UnsupportedModel("Some of its layers do not call the attention function.")
     return tuple(recorder.layers[index] for index in range(num_layers))
+
+
+def _run_recorded(model: PreTrainedModel, prompt: list[int]) -> Recorder:
+    recorder = Recorder()
+    ids = torch.tensor([prompt], device=model.device)
+    positions = torch.arange(len(prompt), device=model.device)[None]
+    model(input_ids=ids, position_ids=positions, use_cache=False, paged=recorder)
+    return recorder
+
+
+@torch.inference_mode()
+def _fuse(model: PreTrainedModel, prompt: list[int], kernels: RowKernels) -> None:
+    fused = fusing.fuse(model, kernels, lambda: _run_recorded(model, prompt))
+    logger.info("modules_fused", extra={"num_modules": len(fused)})
 
 
 def _check_windows(
@@ -328,7 +344,9 @@ def _run_paged(
         scheduled = [ScheduledSequence(s, num_tokens, is_sampled=True) for s, num_tokens in rows]
         batch = batches.build(scheduled, block_size=CHECK_BLOCK_SIZE, device=model.device)
         plan = kernels.plan_attention(batch)
-        return attention.forward(model, batch, input_ids=batch.input_ids, memory=memory, plan=plan)
+        ids = batch.input_ids
+        logits = attention.forward(model, batch, input_ids=ids, memory=memory, plan=plan)
+        return logits.float()
 
     # First all but 2 tokens of the one and all but 1 of the other, then a decode and a chunk.
     first, second = sequences

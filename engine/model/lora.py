@@ -3,6 +3,9 @@
 Knows slots and modules. Knows nothing of digests or sequences.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from engine.batch import Batch, Ints
@@ -108,6 +111,20 @@ class LoraBank:
             # Few rows and many columns, which an adapter may have more of: one GEMM for each.
             self.output_plan = DenseLora(batch.logit_slot_runs, self.weights)
         self.changes.begin(batch)
+
+    @contextmanager
+    def served(self, plan: LoraPlan | None) -> Iterator[None]:
+        """Let `plan` be that of the step inside, whose adapters do nothing else."""
+        self.plan = plan
+        try:
+            yield
+        finally:
+            self.plan = None
+
+    def is_lora_alone(self, batch: Batch) -> bool:
+        """Whether the batch's adapters do nothing but LoRA, in layers before the output."""
+        runs = batch.slot_runs
+        return not (self.changes.are_any(batch) or self._changes_output(runs))
 
     def end(self) -> None:
         self.plan = self.output_plan = None

@@ -36,7 +36,10 @@ def block_elements(layers: Sequence[LayerShape], *, block_size: int) -> int:
 
 
 class DeviceMemory:
-    """Blocks 1 .. num_blocks; before them the null block, all zero, which padding reads."""
+    """Blocks 1 .. num_blocks; before them the null block, all zero, which padding reads.
+
+    Behind them lies `scratch_block`, into which rows of nobody are written.
+    """
 
     def __init__(
         self,
@@ -48,12 +51,13 @@ class DeviceMemory:
     ) -> None:
         (dtype,) = {layer.dtype for layer in layers}
         self.num_blocks = num_blocks
+        self.scratch_block = num_blocks + 1
         self.block_size = block_size
         size = block_elements(layers, block_size=block_size)
         # Not zeroed as a whole: the system gives a host's pages as blocks are first used.
-        self._blocks = torch.empty(num_blocks + 1, size, dtype=dtype, device=device)
+        self._blocks = torch.empty(num_blocks + 2, size, dtype=dtype, device=device)
         self._blocks[0].zero_()
-        # Of each layer: [num_blocks + 1, block_size, num_kv_heads, head_dim]
+        # Of each layer: [num_blocks + 2, block_size, num_kv_heads, head_dim]
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         start = 0
@@ -61,6 +65,10 @@ class DeviceMemory:
             for caches, dim in ((self.keys, layer.key_dim), (self.values, layer.value_dim)):
                 caches.append(self._view(start, layer.num_kv_heads, dim))
                 start += block_size * layer.num_kv_heads * dim
+
+    @property
+    def device(self) -> torch.device:
+        return self._blocks.device
 
     @property
     def block_bytes(self) -> int:

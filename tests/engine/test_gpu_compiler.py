@@ -28,7 +28,7 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
 def test_weights_and_caches_of_an_8b_model_are_read_sixteen_bytes_at_once() -> None:
     kernels = compiled("8B")
     assert {kernel["kernel"] for kernel in kernels} == {
-        *("_shrink", "_expand", "_write", "_attend", "_merge")
+        *("_shrink", "_expand", "_write", "_attend", "_merge", "_norm", "_rotate", "_gate")
     }
     for kernel in kernels:
         widest = max(kernel["load_bytes"] + kernel["copy_bytes"])

@@ -9,22 +9,32 @@ from hypothesis import strategies as st
 from engine.kernels.choice import on_gpu
 from engine.kernels.dense import DenseLora
 from engine.kernels.gpu_lora import KINDS, GpuLora, MixedLora, list_work
+from engine.replay import again
 from engine.sequence import NO_ADAPTER
 from tests.gpu_lab import (
     ATTENTION_CASES,
     BOUNDS,
     CPU,
+    FIXED_CASES,
     LORA_CASES,
+    ROW_CASES,
     AttentionCase,
+    FixedCase,
+    GateCase,
     LoraCase,
+    NormCase,
+    RotationCase,
+    RowCase,
     adapters_of,
     attend,
     attention_error,
     batch_of,
     expected_lora,
+    fixed_error,
     lora_error,
     memory_of,
     relative_error,
+    row_error,
     states_of,
 )
 
@@ -50,6 +60,20 @@ def test_lora(case: LoraCase, dtype: torch.dtype) -> None:
 def test_attention(case: AttentionCase, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     assert attention_error(case, device=CPU, dtype=dtype) < BOUNDS[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", ROW_CASES.values(), ids=ROW_CASES)
+def test_rows(case: RowCase, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert row_error(case, device=CPU, dtype=dtype) < BOUNDS[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", FIXED_CASES.values(), ids=FIXED_CASES)
+def test_fixed_launches(case: FixedCase, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert fixed_error(case, device=CPU, dtype=dtype, record=again) < BOUNDS[dtype]
 
 
 def test_lora_of_single_rows_in_bfloat16() -> None:
@@ -82,6 +106,45 @@ some_attentions = st.builds(
     sliding_window=st.none() | st.integers(1, 100),
     softcap=st.none() | st.just(2.0),
 )
+some_rows = (
+    st.builds(
+        NormCase,
+        st.integers(1, 40),
+        st.integers(1, 300),
+        offset=st.sampled_from([0.0, 1.0]),
+        has_residual=st.booleans(),
+    )
+    | st.builds(
+        lambda half, rest, *heads: RotationCase(*heads, 2 * half + rest, 2 * half),
+        st.integers(1, 40),
+        st.integers(0, 30),
+        st.integers(1, 9),
+        st.integers(1, 9),
+        st.integers(1, 9),
+    )
+    | st.builds(GateCase, st.integers(1, 9), st.integers(1, 1500), is_one=st.booleans())
+)
+some_decodes = st.builds(
+    lambda contexts, padding, **others: FixedCase(
+        len(contexts) + padding,
+        AttentionCase(tuple((context, 1) for context in contexts), **others),
+        max_context=max(contexts) + 1,
+    ),
+    st.lists(st.integers(0, 700), min_size=1, max_size=5),
+    st.integers(0, 4),
+    group=st.integers(1, 9),
+    block_size=st.sampled_from([1, 3, 16]),
+    sliding_window=st.none() | st.integers(1, 100),
+) | st.builds(
+    lambda slots, padding, ranks: FixedCase(
+        len(slots) + padding,
+        lora=LoraCase(tuple((slot, 1) for slot in slots), ranks),
+        max_rank=max(ranks.values()),
+    ),
+    st.lists(st.integers(-1, 7), min_size=1, max_size=20).filter(lambda slots: max(slots) >= 0),
+    st.integers(0, 4),
+    st.dictionaries(st.integers(0, 7), st.integers(1, 70), min_size=1, max_size=6),
+)
 
 
 def assert_lora_is_right(case: LoraCase) -> None:
@@ -102,6 +165,18 @@ def test_lora_of_any_batch(case: LoraCase) -> None:
 @given(some_attentions)
 def test_attention_of_any_batch(case: AttentionCase) -> None:
     assert_attention_is_right(case)
+
+
+@at_random
+@given(some_rows)
+def test_rows_of_any_shape(case: RowCase) -> None:
+    assert row_error(case, device=CPU, dtype=FULL) < BOUNDS[FULL]
+
+
+@at_random
+@given(some_decodes)
+def test_fixed_launches_of_any_batch(case: FixedCase) -> None:
+    assert fixed_error(case, device=CPU, dtype=FULL, record=again) < BOUNDS[FULL]
 
 
 @pytest.mark.slow

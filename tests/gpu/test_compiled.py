@@ -11,18 +11,28 @@ import torch
 
 from engine.kernels.choice import HALF, on_gpu
 from engine.kernels.gpu_lora import GpuLora
+from engine.replay import CudaGraphs, again
 from tests.gpu_lab import (
     ATTENTION_CASES,
     BOUNDS,
+    FIXED_CASES,
     LORA_CASES,
+    ROW_CASES,
     AttentionCase,
+    FixedCase,
+    GateCase,
     LoraCase,
+    NormCase,
+    RotationCase,
+    RowCase,
     adapters_of,
     attend,
     attention_error,
     batch_of,
+    fixed_error,
     lora_error,
     memory_of,
+    row_error,
     states_of,
 )
 
@@ -61,6 +71,11 @@ LARGE_ATTENTIONS = {
         softcap=50.0,
     ),
 }
+LARGE_ROWS = {
+    "norm of a sum, 8B shape": NormCase(2048, 4096, has_residual=True),
+    "RoPE, 8B shape": RotationCase(2048, 32, 8, 128, 128),
+    "gate, 8B shape": GateCase(512, 14336),
+}
 
 
 @every_dtype
@@ -79,6 +94,23 @@ def test_lora(case: LoraCase, dtype: torch.dtype) -> None:
 def test_attention(case: AttentionCase, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     assert attention_error(case, device=GPU, dtype=dtype) < BOUNDS[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", FIXED_CASES.values(), ids=FIXED_CASES)
+def test_launches_that_are_recorded(case: FixedCase, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    # Without torch's own pool no memory can be had while something is recorded.
+    is_pooled = "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
+    record = CudaGraphs() if is_pooled else again
+    assert fixed_error(case, device=GPU, dtype=dtype, record=record) < BOUNDS[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", (ROW_CASES | LARGE_ROWS).values(), ids=ROW_CASES | LARGE_ROWS)
+def test_rows(case: RowCase, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert row_error(case, device=GPU, dtype=dtype) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("case", LARGE_LORAS.values(), ids=LARGE_LORAS)

@@ -1,0 +1,208 @@
+"""Let kernels do what a model's own code does to rows between its GEMMs, where they do the same.
+
+Nothing is believed of a module's name. Whatever looks like a norm, a gate, a layer or an attention
+with RoPE is tried on what it is really called with, in one run of the model, and what gives the
+module's own results is put in place of its `forward`. Anything else goes on as it was. Knows
+modules. Knows nothing of sequences.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.kernels.choice import RowKernels
+
+# ‖fused - own‖ / ‖own‖. The model's own code rounds after each of its operations, ours once.
+BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# What modules may come to that only look like what they are tried as.
+MISFITS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# What models call RoPE's function.
+ROTATION = "apply_rotary_pos_emb"
+# Of a weight as it is, and of one that is kept as what it differs from one.
+NORM_OFFSETS = (0.0, 1.0)
+
+# A module's `forward`, with the module as its first argument
+Forward = Callable[..., Any]
+
+
+def fuse(model: nn.Module, kernels: RowKernels, run: Callable[[], object]) -> list[str]:
+    """The paths of the modules whose `forward` was replaced. `run` runs the model a few tokens."""
+    fused = _replace_fitting(model, partial(_parts, kernels), run)
+    # A layer is known by its parts.
+    return fused + _replace_fitting(model, _layers, run)
+
+
+def _replace_fitting(
+    model: nn.Module,
+    candidates_for: Callable[[nn.Module], Iterable[Forward]],
+    run: Callable[[], object],
+) -> list[str]:
+    trials = {name: _Trial(list(candidates_for(module))) for name, module in model.named_modules()}
+    trials = {name: trial for name, trial in trials.items() if trial.candidates}
+    handles = [
+        model.get_submodule(name).register_forward_hook(trial, with_kwargs=True)
+        for name, trial in trials.items()
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    fitting = {name: trial.candidates[0] for name, trial in trials.items() if trial.is_passed}
+    for name, forward in fitting.items():
+        module = model.get_submodule(name)
+        # A method of the module, so that a copy of the module has one of its own.
+        setattr(module, "forward", MethodType(forward, module))  # noqa: B010 a method, to mypy
+    return list(fitting)
+
+
+@dataclass(slots=True)
+class _Trial:
+    """Of these are left those that give what the module gives."""
+
+    candidates: list[Forward]
+    was_called: bool = False
+
+    @property
+    def is_passed(self) -> bool:
+        return self.was_called and bool(self.candidates)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self.was_called = True
+        self.candidates = [
+            forward for forward in self.candidates if _gives(forward, module, args, kwargs, output)
+        ]
+
+
+def _gives(
+    forward: Forward,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    expected: Any,
+) -> bool:
+    try:
+        found = forward(module, *args, **kwargs)
+    except MISFITS:
+        return False
+    found, expected = (each[0] if isinstance(each, tuple) else each for each in (found, expected))
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    error = torch.linalg.vector_norm(found.float() - expected.float())
+    return bool(error <= BOUNDS[expected.dtype] * torch.linalg.vector_norm(expected.float()))
+
+
+# Norms, gates and RoPE
+
+
+def _parts(kernels: RowKernels, module: nn.Module) -> Iterator[Forward]:
+    yield from _norms(kernels, module)
+    children = {name for name, _ in module.named_children()}
+    if {"gate_proj", "up_proj", "down_proj"} <= children:
+        yield _Gated(kernels)
+    if {"gate_up_proj", "down_proj"} <= children:
+        yield _GatedAtOnce(kernels)
+    yield from _with_rotation(kernels, module)
+
+
+def _norms(kernels: RowKernels, module: nn.Module) -> Iterator[Forward]:
+    dims = {name: parameter.dim() for name, parameter in module.named_parameters()}
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if dims == {"weight": 1} and isinstance(eps, float):
+        for offset in NORM_OFFSETS:
+            yield _Norm(kernels, eps, offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    kernels: RowKernels
+    eps: float
+    offset: float
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, module.weight, eps=self.eps, offset=self.offset)
+
+    def of_sum(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm."""
+        return self.kernels.add_rms_norm(x, residual, weight, eps=self.eps, offset=self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gated:
+    kernels: RowKernels
+
+    def __call__(self, module: Any, x: Tensor) -> Any:
+        return module.down_proj(_silu_mul(module.gate_proj(x), module.up_proj(x), self.kernels))
+
+
+@dataclass(frozen=True, slots=True)
+class _GatedAtOnce:
+    kernels: RowKernels
+
+    def __call__(self, module: Any, x: Tensor) -> Any:
+        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+        return module.down_proj(_silu_mul(gate, up, self.kernels))
+
+
+def _silu_mul(gate: Tensor, up: Tensor, kernels: RowKernels) -> Tensor:
+    return kernels.silu_mul(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
+
+
+def _with_rotation(kernels: RowKernels, module: nn.Module) -> Iterator[Forward]:
+    """The module's own code, in which one name means another function."""
+    own = type(module).forward
+    if isinstance(own, FunctionType) and ROTATION in own.__code__.co_names:
+        names = own.__globals__ | {ROTATION: partial(_rotated, kernels)}
+        code, defaults, cells = own.__code__, own.__defaults__, own.__closure__
+        forward = FunctionType(code, names, own.__name__, defaults, cells)
+        forward.__kwdefaults__ = own.__kwdefaults__
+        yield forward
+
+
+def _rotated(
+    kernels: RowKernels, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """query, key: [1, heads, num_tokens, head_dim]; cos, sin: [1, num_tokens, dims]."""
+    turned = kernels.rotate(query[0].transpose(0, 1), key[0].transpose(0, 1), cos[0], sin[0])
+    return turned[0].transpose(0, 1)[None], turned[1].transpose(0, 1)[None]
+
+
+# Layers
+
+
+def _layers(module: nn.Module) -> Iterator[Forward]:
+    """Those with one norm before each of their two parts, and nothing else on the way."""
+    parts = dict(module.named_children())
+    if {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"} <= parts.keys():
+        norm, mlp = _fused(parts["post_attention_layernorm"]), _fused(parts["mlp"])
+        if isinstance(norm, _Norm) and isinstance(mlp, _Gated | _GatedAtOnce):
+            yield _Layer(norm)
+
+
+def _fused(module: nn.Module) -> Any:
+    """What replaces the module's `forward`, if anything does."""
+    return getattr(vars(module).get("forward"), "__func__", None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    # The one between attention and MLP
+    norm: _Norm
+
+    def __call__(self, layer: Any, hidden_states: Tensor, **others: Any) -> Any:
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **others)
+        norm = layer.post_attention_layernorm
+        if norm._forward_hooks:
+            # An adapter of this step has a norm of its own.
+            total = hidden_states + attended
+            normed = norm(total)
+        else:
+            total, normed = self.norm.of_sum(attended, hidden_states, norm.weight)
+        return total + layer.mlp(normed)

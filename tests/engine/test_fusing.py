@@ -1,0 +1,137 @@
+"""Kernels take over what a model's own code does to rows, where they do the same."""
+
+import copy
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from engine.kernels.choice import RowKernels, on_gpu
+from engine.model import attention
+from engine.model.attention import Recorder
+from engine.model.fusing import fuse
+from tests.model_lab import tiny_llama_config
+
+PROMPT = torch.tensor([[(7 + 61 * i) % 257 for i in range(10)]])
+SIZES: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+NORMS = {"input_layernorm": 2, "post_attention_layernorm": 2, "norm": 1}
+PARTS = NORMS | {"self_attn": 2, "mlp": 2}
+LAYERS = {"0": 1, "1": 1}
+# What is fused of each, by the last part of its path
+FAMILIES: dict[str, tuple[Any, dict[str, int]]] = {
+    "llama": (tiny_llama_config(), PARTS | LAYERS),
+    "phi3": (transformers.Phi3Config(**SIZES), PARTS | LAYERS),
+    # Its weights are what they differ from one, its gate is no SiLU, its layers have more norms.
+    "gemma2": (
+        transformers.Gemma2Config(**SIZES, head_dim=12),
+        NORMS | {"self_attn": 2, "pre_feedforward_layernorm": 2, "post_feedforward_layernorm": 2},
+    ),
+    # Its layers scale what they add.
+    "granite": (transformers.GraniteConfig(**SIZES, residual_multiplier=0.5), PARTS),
+    # It turns neighbours, not halves, and its norms take the mean away.
+    "cohere": (transformers.CohereConfig(**SIZES), {"mlp": 2}),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def random_model(config: Any) -> Any:
+    torch.manual_seed(0)
+    attention.register()
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model.set_attn_implementation(attention.ATTENTION_NAME)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.2)
+    return model
+
+
+def run(model: Any) -> Tensor:
+    positions = torch.arange(PROMPT.shape[1])[None]
+    out = model(input_ids=PROMPT, position_ids=positions, use_cache=False, paged=Recorder())
+    logits: Tensor = out.logits
+    return logits
+
+
+@pytest.fixture
+def kernels() -> RowKernels:
+    rows = on_gpu(torch.device("cpu")).rows
+    assert rows is not None
+    return rows
+
+
+def test_a_family_is_fused_where_the_kernels_do_the_same_and_nowhere_else(
+    family: str, kernels: RowKernels
+) -> None:
+    config, expected = FAMILIES[family]
+    model = random_model(config)
+    before = run(model)
+    fused = fuse(model, kernels, partial(run, model))
+    assert Counter(path.rpartition(".")[2] for path in fused) == expected
+    torch.testing.assert_close(run(model), before, atol=2e-5, rtol=1e-4)
+
+
+def test_a_norm_with_a_weight_of_its_own_in_a_copy_reads_that_weight(kernels: RowKernels) -> None:
+    """As an adapter's is that retrained the norm."""
+    model = random_model(tiny_llama_config())
+    own = model.model.norm
+    x = torch.randn(1, 3, 32)
+    expected = 2 * own(x)
+    fuse(model, kernels, partial(run, model))
+    twin = copy.deepcopy(own)
+    twin.weight.mul_(2)
+    torch.testing.assert_close(twin(x), expected)
+    torch.testing.assert_close(own(x), expected / 2)
+
+
+def test_who_changes_what_a_norm_gives_is_heard(kernels: RowKernels) -> None:
+    """As adapters do for a step of theirs, and none for the next."""
+    model = random_model(tiny_llama_config())
+    norm = model.model.layers[0].post_attention_layernorm
+    inputs: list[Tensor] = []
+
+    def twice(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        inputs.append(args[0])
+        return 2 * out
+
+    def changed() -> Tensor:
+        handle = norm.register_forward_hook(twice)
+        logits = run(model)
+        handle.remove()
+        return logits
+
+    plain, expected = run(model), changed()
+    fuse(model, kernels, partial(run, model))
+    torch.testing.assert_close(changed(), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(inputs[1], inputs[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(run(model), plain, atol=2e-5, rtol=1e-4)
+
+
+def test_kernels_that_are_wrong_replace_nothing(kernels: RowKernels) -> None:
+    class Wrong:
+        def __getattr__(self, name: str) -> Any:
+            def slightly_more(*args: Any, **others: Any) -> Any:
+                found = getattr(kernels, name)(*args, **others)
+                return (
+                    tuple(1.001 * x for x in found) if isinstance(found, tuple) else 1.001 * found
+                )
+
+            return slightly_more
+
+    model = random_model(tiny_llama_config())
+    assert fuse(model, Wrong(), partial(run, model)) == []  # type: ignore[arg-type]  # made of kernels
