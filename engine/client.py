@@ -86,6 +86,10 @@ def is_address(text: str) -> bool:
         return False
 
 
+# What the encoder raises for a value that has no place in a message, e.g. an integer above 2**64.
+_NOT_ENCODABLE = (OverflowError, TypeError, ValueError)
+
+
 class _FramesGone(Exception):
     """The engine cannot go on after the last frame."""
 
@@ -532,7 +536,12 @@ class EngineLink:
         self._is_acknowledgement_due = False
         batch = CommandBatch(self._worker_id, self._worker_epoch, last_frame, commands)
         try:
-            await self._post_commands(batch)
+            body = msgspec.msgpack.encode(batch)
+        except _NOT_ENCODABLE:
+            self._sort_out(commands)
+            return True
+        try:
+            await self._post_commands(body)
         except EngineUnreachable:
             if times_lost == self._times_lost:
                 self._outgoing.extendleft(reversed(commands))
@@ -545,13 +554,22 @@ class EngineLink:
         self._acknowledged = max(self._acknowledged, last_frame)
         return True
 
-    async def _post_commands(self, batch: CommandBatch) -> None:
+    def _sort_out(self, commands: list[Command]) -> None:
+        """One that no message can say must not hold up the others: its stream fails alone."""
+        self._is_acknowledgement_due = True
+        for command in reversed(commands):
+            try:
+                msgspec.msgpack.encode(command)
+            except _NOT_ENCODABLE as fault:
+                self._give_up([command], EngineRefused(f"No engine can be told so: {fault}"))
+            else:
+                self._outgoing.appendleft(command)
+
+    async def _post_commands(self, body: bytes) -> None:
         """Raises EngineUnreachable, EngineRefused."""
         path = "/v1/commands"
         try:
-            status_code, content = await self._courier.post(
-                path, msgspec.msgpack.encode(batch), timeout_s=_CALL_S
-            )
+            status_code, content = await self._courier.post(path, body, timeout_s=_CALL_S)
         except OSError as error:
             raise EngineUnreachable(f"The engine does not answer: {error!r}") from error
         if status_code >= httpx.codes.BAD_REQUEST:

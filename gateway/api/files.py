@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from litestar import Request, delete, get, post
 from litestar.di import NamedDependency
+from litestar.openapi import ResponseSpec
 from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Schema
 from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import FromPath, FromQuery, QueryParameter
@@ -149,7 +150,7 @@ async def get_file(
     scope="inference",
     tags=TAGS,
     summary="Download a file",
-    media_type="application/octet-stream",
+    responses={200: ResponseSpec(bytes, media_type="application/octet-stream")},
 )
 async def get_content(
     file_id: FromPath[str],

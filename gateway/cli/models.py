@@ -12,6 +12,9 @@ import click
 
 from gateway.engine_room import ServedModel
 
+# Engines' flags that are on or off.
+SWITCHES = frozenset({"cuda_graphs"})
+
 
 def from_words(
     words: Sequence[str], *, served_name: str | None, engine_flags: tuple[str, ...]
@@ -70,7 +73,10 @@ def _of_table(
     for flag, value in own.items():
         if flag not in known_flags:
             raise click.UsageError(f"{where} {flag.replace('_', '-')} is no flag of engines")
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if isinstance(value, bool) is not (flag in SWITCHES):
+            kind = "true or false" if flag in SWITCHES else "a number or a word"
+            raise click.UsageError(f"{where} {flag.replace('_', '-')} must be {kind}")
+        if not isinstance(value, str | int | float):
             raise click.UsageError(f"{where} {flag.replace('_', '-')} must be a number or a word")
     return ServedModel(name, table["path"], spelled({**flags, **own}))
 
@@ -78,9 +84,13 @@ def _of_table(
 def spelled(flags: Mapping[str, object]) -> tuple[str, ...]:
     """As an engine's command line; those without a value are left out."""
     given = ((name, value) for name, value in flags.items() if value is not None)
-    return tuple(
-        part for name, value in given for part in (f"--{name.replace('_', '-')}", str(value))
-    )
+    return tuple(part for name, value in given for part in _words(name.replace("_", "-"), value))
+
+
+def _words(flag: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, bool):
+        return (f"--{flag}" if value else f"--no-{flag}",)
+    return (f"--{flag}", str(value))
 
 
 def check(models: Sequence[ServedModel]) -> tuple[ServedModel, ...]:

@@ -223,9 +223,10 @@ async def test_a_new_epoch_of_a_worker_replaces_the_old_one(echo: Engine) -> Non
     async with link(echo.address, worker_epoch=1) as old:
         stream = old.submit([1], sampling=greedy(10**6))
         await anext(stream)
+        reading = asyncio.create_task(collect(stream))
         async with link(echo.address, worker_epoch=2) as new:
             with pytest.raises(EngineLost):
-                await collect(stream)
+                await reading
             await until(lambda: not echo.core.running)
             assert tokens_of(await collect(new.submit([2], sampling=greedy(2)))) == [2, 2]
             assert not old.is_connected
@@ -311,6 +312,17 @@ async def test_an_orphan_that_reached_the_engine_is_aborted(echo: Engine) -> Non
         # As after a loss: the link no longer knows the sequence, the engine still does.
         worker._streams.clear()
         await until(lambda: not echo.core.running)
+
+
+async def test_a_command_that_no_message_can_say_fails_alone(echo: Engine) -> None:
+    async with link(echo.address) as worker:
+        told = [worker.submit([1, 2], sampling=greedy(4)) for _ in range(2)]
+        untold = worker.submit([2**64], sampling=greedy(4))
+        told.append(worker.submit([3], sampling=greedy(4)))
+        with pytest.raises(EngineRefused, match="No engine can be told so"):
+            await collect(untold)
+        for stream in told:
+            assert len(tokens_of(await collect(stream))) == 4
 
 
 async def test_questions_are_answered(echo: Engine) -> None:

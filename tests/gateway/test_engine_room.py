@@ -181,16 +181,21 @@ def test_models_that_cannot_be_told_apart_are_refused() -> None:
 
 def test_a_file_gives_each_model_flags_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "models.toml"
-    file.write_text('[small]\npath = "/a"\nmax-model-len = 64\n[large]\npath = "/b"\n')
-    flags = {"max_model_len": 2048, "device": "cpu", "dtype": None}
+    file.write_text(
+        '[small]\npath = "/a"\nmax-model-len = 64\n[large]\npath = "/b"\ncuda-graphs = false\n'
+    )
+    flags = {"max_model_len": 2048, "device": "cpu", "dtype": None, "cuda_graphs": None}
     found = models.from_file(file, flags=flags, known_flags=flags.keys())
     assert found == [
         ServedModel("small", "/a", ("--max-model-len", "64", "--device", "cpu")),
-        ServedModel("large", "/b", ("--max-model-len", "2048", "--device", "cpu")),
+        ServedModel(
+            "large", "/b", ("--max-model-len", "2048", "--device", "cpu", "--no-cuda-graphs")
+        ),
     ]
     for text, reason in (
         ("[small]\nspeed = 9\npath = '/a'", r"\[small\] speed is no flag"),
         ("[small]\ndevice = true\npath = '/a'", "must be a number or a word"),
+        ("[small]\ncuda-graphs = 1\npath = '/a'", "must be true or false"),
         ("[small]\n", "must be a table with the model's path"),
         ("small", "models.toml"),
     ):
