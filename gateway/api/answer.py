@@ -11,7 +11,7 @@ from engine.protocol import TokenLogprob
 from gateway.choices import Delta, FinishReason, StoppedBy
 from gateway.embeddings import Embedding
 from gateway.errors import GatewayError
-from gateway.inference import Generation
+from gateway.generation import Generation
 from gateway.tools.pieces import Piece
 
 

@@ -18,8 +18,10 @@ from gateway.api.sse import error_event, event_stream
 from gateway.auth import Principal
 from gateway.embeddings import Embedding
 from gateway.errors import GatewayError
+from gateway.generation import Generation
+from gateway.generation_request import GenerationRequest
 from gateway.idempotency import Answers, Claim, KeptAnswer, fingerprint
-from gateway.inference import Attempt, Generation, GenerationRequest, Inference
+from gateway.inference import Attempt, Inference
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 

@@ -17,7 +17,9 @@ from gateway.auth import Principal
 from gateway.batches.job import Answered
 from gateway.batches.lines import invalid_field
 from gateway.errors import InvalidRequest, NotAllowed
-from gateway.inference import Generation, GenerationRequest, Inference
+from gateway.generation import Generation
+from gateway.generation_request import GenerationRequest
+from gateway.inference import Inference
 from gateway.prices import BATCH
 
 # Behind every tier of the routes themselves: see `fields.served_tier`.

@@ -72,8 +72,9 @@ from gateway.api.tools import (
 from gateway.auth import Principal, caller_of
 from gateway.choices import Delta, FinishReason, StoppedBy
 from gateway.errors import InvalidRequest
+from gateway.generation import Generation
+from gateway.generation_request import GenerationRequest
 from gateway.idempotency import KeptAnswer
-from gateway.inference import Generation, GenerationRequest
 from gateway.text import Ending, TextCodec
 from gateway.tools.pieces import Arguments, CallBegins, Piece, Thought, Withdrawn, Words, add_up
 

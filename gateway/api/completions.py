@@ -59,8 +59,10 @@ from gateway.api.structured import (
 from gateway.auth import caller_of
 from gateway.choices import Delta, FinishReason, StoppedBy
 from gateway.errors import InvalidRequest
+from gateway.generation import Generation
+from gateway.generation_request import GenerationRequest
 from gateway.idempotency import KeptAnswer
-from gateway.inference import Generation, GenerationRequest, Prompt, TokenPrompt
+from gateway.prompts import Prompt, TokenPrompt
 
 # OpenAI's own default for this endpoint.
 DEFAULT_MAX_TOKENS = 16

@@ -12,7 +12,8 @@ from gateway.api.fields import MaxCost, NumAnswers, NumTokens, TokenIds
 from gateway.api.tools import ToolChoice, Tools, asked_toolbox
 from gateway.auth import Principal
 from gateway.errors import GatewayError, InvalidRequest, LimitReached
-from gateway.inference import Inference, Prompt, TokenPrompt
+from gateway.inference import Inference
+from gateway.prompts import Prompt, TokenPrompt
 
 
 class EstimateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -16,7 +16,8 @@ from gateway.api.fields import TemplateVariables, TokenIds
 from gateway.api.tools import ToolChoice, Tools, asked_toolbox
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
-from gateway.inference import Inference, Messages
+from gateway.inference import Inference
+from gateway.prompts import Messages
 
 # About a million tokens, in two seconds of a thread.
 MAX_BODY_BYTES = 4 << 20

@@ -22,7 +22,7 @@ from gateway.api.responses.request import (
 from gateway.api.structured import PlainFormat
 from gateway.choices import FinishReason, StoppedBy
 from gateway.errors import GatewayError
-from gateway.inference import Generation
+from gateway.generation import Generation
 from gateway.prices import Bill
 from gateway.text import TextCodec
 

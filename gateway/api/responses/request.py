@@ -45,7 +45,7 @@ from gateway.api.tools import (
 )
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest
-from gateway.inference import GenerationRequest
+from gateway.generation_request import GenerationRequest
 from gateway.tools.toolbox import Toolbox
 
 LOGPROBS = "message.output_text.logprobs"

@@ -18,8 +18,8 @@ from gateway.api.responses.request import ResponseRequest, read
 from gateway.api.responses.writer import Writer
 from gateway.auth import caller_of
 from gateway.errors import GatewayError
+from gateway.generation import Generation
 from gateway.idempotency import KeptAnswer
-from gateway.inference import Generation
 
 # What the path of a generation calls these fields.
 NAMES = {"messages": "input", "prompt": "input", "max_tokens": "max_output_tokens"}

@@ -43,7 +43,7 @@ from gateway.api.responses.request import ResponseRequest
 from gateway.api.wire import openai_error
 from gateway.choices import Delta
 from gateway.errors import GatewayError
-from gateway.inference import Generation
+from gateway.generation import Generation
 from gateway.prices import Bill
 from gateway.tools.pieces import Arguments, CallBegins, Piece, Thought, Withdrawn, Words
 
