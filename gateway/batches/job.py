@@ -164,6 +164,8 @@ class Job:
                 working.cancel()
             await asyncio.wait({working, stopped})
         if self._is_stopped.is_set():
+            if not working.cancelled() and (fault := working.exception()) is not None:
+                logger.warning("batch_stopped_in_trouble", extra={"reason": str(fault)})
             if self._ending is None:
                 raise ClaimLost
             return self._ending
