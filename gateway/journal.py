@@ -8,7 +8,8 @@ A *streamed* request is billed for each token in a frame that was journalled whi
 connected; where a stop string may end it, once the text up to that token was searched for one. An
 answer that is not streamed is billed only if its end was journalled as sent, just before its body
 was written. A request that wants no output is such an answer, and owes its prompts alone. A request
-without one billable token is free: its hold is released and no usage event is written.
+without one billable token is free: its hold is released and no usage event is written. A line of a
+batch is settled together with its result, before its end is journalled: see `gateway.batches`.
 
 The cost of a request while it waits for settlement is memory here, but no request begins without a
 hold committed to the same database that settles it, so a database that is down stops the queue

@@ -27,7 +27,7 @@ from gateway.batches.lines import (
     spell_unasked,
 )
 from gateway.batches.slots import Slots
-from gateway.database import DATABASE_TROUBLE
+from gateway.database import DATABASE_TROUBLE, is_away
 from gateway.errors import (
     BudgetSpent,
     GatewayError,
@@ -164,6 +164,8 @@ class Job:
                 working.cancel()
             await asyncio.wait({working, stopped})
         if self._is_stopped.is_set():
+            if not working.cancelled() and (fault := working.exception()) is not None:
+                logger.warning("batch_stopped_in_trouble", extra={"reason": str(fault)})
             if self._ending is None:
                 raise ClaimLost
             return self._ending
@@ -240,7 +242,10 @@ class Job:
                 return retry_after_s(error)
             await self._record_error(number, line, error)
             return None
-        except Exception:
+        except Exception as error:
+            if is_away(error):
+                logger.warning("batch_line_put_off", extra={"reason": str(error)})
+                return 0.0
             logger.exception("batch_line_failed", extra={"batch_id": str(self._batch.id)})
             ours = GatewayError("Something went wrong on our side.")
             await self._record_error(number, line, ours)

@@ -1,6 +1,10 @@
-"""Gateways are killed in the middle of batches: each line has one result, and one bill for it."""
+"""Gateways and PostgreSQL are killed in the middle of a batch.
+
+Each line has one result, and one bill for it.
+"""
 
 import asyncio
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -8,6 +12,7 @@ from typing import Any
 from sqlalchemy import text
 
 from gateway.billing.verify import prove
+from gateway.database import DATABASE_TROUBLE
 from gateway.settings import Settings
 from tests.crash.test_tokens_survive import nobody_logged_a_fault
 from tests.crash.town import SECRET, Town, town
@@ -15,7 +20,7 @@ from tests.engine.echo_engine import INFO
 from tests.gateway.batch_lab import counts, create, ended, line, read, speaker
 from tests.gateway.whole_gateway import chat
 
-NUM_LINES = 600
+NUM_LINES = 400
 NUM_KILLS = 4
 PATIENCE_S = 240
 EVENTS = text("SELECT id, completion_tokens, cost_nano FROM usage_events")
@@ -45,15 +50,15 @@ async def survive(place: Town, dice: random.Random) -> None:
     async with speaker(place.urls[0], key) as client:
         made = await create(client, asked)
     for turn in range(NUM_KILLS):
-        # In the middle: some lines have their results, and others are under way.
-        enough = await number(place, NUM_RESULTS) + 20
-        async with asyncio.timeout(PATIENCE_S):
-            while await number(place, NUM_RESULTS) < enough:  # noqa: ASYNC110 - a database
-                await asyncio.sleep(0.01)
+        await more_is_done(place)
         await asyncio.sleep(dice.uniform(0, 0.2))
         # One of them, which may work at the batch, or all, of which one does.
         whom = place.gateways if turn % 2 else [dice.choice(place.gateways)]
         place.kills["gateway"] += sum([gateway.kill() for gateway in whom])
+        if turn == 2:
+            # Whatever is being written then: nobody hears whether it was.
+            await more_is_done(place)
+            place.kill("backend", dice)
     assert place.kills["gateway"] > NUM_KILLS // 2
     await place.are_ready()
     async with speaker(place.urls[0], key) as client:
@@ -61,6 +66,14 @@ async def survive(place: Town, dice: random.Random) -> None:
         assert (batch.status, counts(batch)) == ("completed", (NUM_LINES, NUM_LINES, 0))
         answers = await read(client, batch.output_file_id)
     await reckon(place, answers)
+
+
+async def more_is_done(place: Town) -> None:
+    """In the middle: some lines have their results, and others are under way."""
+    enough = await number(place, NUM_RESULTS) + 20
+    async with asyncio.timeout(PATIENCE_S):
+        while await number(place, NUM_RESULTS) < enough:  # noqa: ASYNC110 - a database
+            await asyncio.sleep(0.01)
 
 
 async def reckon(place: Town, answers: dict[str, Any]) -> None:
@@ -82,7 +95,7 @@ async def reckon(place: Town, answers: dict[str, Any]) -> None:
 
 def length(n: int) -> int:
     """Tokens of a line's answer: up to a second or so."""
-    return 1 + n % 120
+    return 1 + n % 80
 
 
 async def open_shop(place: Town) -> str:
@@ -103,5 +116,9 @@ async def open_shop(place: Town) -> str:
 
 
 async def number(place: Town, query: Any) -> int:
-    async with place.database.as_worker() as session:
-        return int(await session.scalar(query))
+    """Waits for the database, where that was killed."""
+    while True:
+        with contextlib.suppress(*DATABASE_TROUBLE):
+            async with place.database.as_worker() as session:
+                return int(await session.scalar(query))
+        await asyncio.sleep(0.1)

@@ -12,7 +12,14 @@ import pytest
 from sqlalchemy import text, update
 
 from gateway.batches.claims import Claims, Result
-from gateway.batches.lines import read_lines
+from gateway.batches.lines import (
+    MAX_FAULTS,
+    MAX_LINE_BYTES,
+    MAX_LINES,
+    READ_BYTES,
+    Judgement,
+    read_lines,
+)
 from gateway.batches.slots import Slots
 from gateway.database import Database
 from gateway.object_ids import BATCH, read_id
@@ -444,6 +451,31 @@ async def test_lines_are_read_whole_wherever_the_pieces_end() -> None:
 
     found = [(n, len(raw)) async for n, raw in read_lines(read_bytes, len(content))]
     assert found == [(1, 1), (2, (1 << 20) + 7), (4, 3)]
+
+
+async def test_a_line_that_is_too_long_costs_no_more_memory_than_the_longest() -> None:
+    num_bytes = 2 * MAX_LINE_BYTES
+
+    async def read_bytes(begin: int, end: int) -> bytes:
+        return b"x" * (end - begin)
+
+    [(number, raw)] = [each async for each in read_lines(read_bytes, num_bytes)]
+    assert MAX_LINE_BYTES < len(raw) <= MAX_LINE_BYTES + READ_BYTES
+    judgement = Judgement(CHAT)
+    judgement.add(number, raw)
+    assert [fault.code for fault in judgement.faults] == ["line_too_long"]
+
+
+def test_no_more_is_read_than_it_takes_to_refuse_a_file() -> None:
+    full = Judgement(CHAT, num_lines=MAX_LINES)
+    full.add(MAX_LINES + 1, b"{}")
+    assert full.is_over
+    assert [(fault.code, fault.line) for fault in full.faults] == [("too_many_lines", 50_001)]
+    wrong = Judgement(CHAT)
+    for number in range(1, MAX_FAULTS + 1):
+        assert not wrong.is_over
+        wrong.add(number, b"nothing")
+    assert wrong.is_over
 
 
 async def test_fields_that_are_told_of_instead_of_refused_are_told_in_the_line(
