@@ -312,15 +312,16 @@ async def chat_completions(
 ) -> Response[ChatCompletion] | Stream:
     """Answer a conversation with a base model or one of the caller's adapters."""
     principal = caller_of(request)
-    begun = await desk.begin(request, principal, _read(data, principal))
+    begun = await desk.begin(request, principal, read_request(data, principal))
     if isinstance(begun, KeptAnswer):
         return replay(begun)
     if data.stream:
         return await begun.stream(_events(begun.generation, data))
-    return await begun.whole(partial(_completion, begun.generation, data))
+    return await begun.whole(partial(compose, begun.generation, data))
 
 
-def _read(data: ChatCompletionRequest, principal: Principal) -> GenerationRequest:
+def read_request(data: ChatCompletionRequest, principal: Principal) -> GenerationRequest:
+    """What is asked for, freed of its spelling. Raises InvalidRequest and NotAllowed."""
     refuse_unserved(data)
     if data.stream_options is not None and not data.stream:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
@@ -393,9 +394,10 @@ def _id(generation: Generation) -> str:
     return f"chatcmpl-{generation.request_id.hex}"
 
 
-async def _completion(
+async def compose(
     generation: Generation, data: ChatCompletionRequest, answers: Sequence[WholeAnswer]
 ) -> ChatCompletion:
+    """The body of a whole answer."""
     [prompt], told = generation.prompts, answers[0].prompt_logprobs
     of_prompt = await _of_prompt(generation.codec, data, prompt, told)
     return ChatCompletion(

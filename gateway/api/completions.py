@@ -173,15 +173,16 @@ async def completions(
     desk: NamedDependency[Desk],
 ) -> Response[Completion] | Stream:
     """Continue a prompt with a base model or one of the caller's adapters."""
-    begun = await desk.begin(request, caller_of(request), _read(data))
+    begun = await desk.begin(request, caller_of(request), read_request(data))
     if isinstance(begun, KeptAnswer):
         return replay(begun)
     if data.stream:
         return await begun.stream(_events(begun.generation, data))
-    return await begun.whole(partial(_whole, begun.generation, data))
+    return await begun.whole(partial(compose, begun.generation, data))
 
 
-def _read(data: CompletionRequest) -> GenerationRequest:
+def read_request(data: CompletionRequest) -> GenerationRequest:
+    """What is asked for, freed of its spelling. Raises InvalidRequest."""
     refuse_unserved(data)
     prompts = _prompts(data.prompt)
     if data.stream_options is not None and not data.stream:
@@ -267,12 +268,11 @@ def _completion(
     )
 
 
-async def _whole(
+async def compose(
     generation: Generation, data: CompletionRequest, answers: Sequence[WholeAnswer]
 ) -> Completion:
-    choices = [
-        await _spell_whole(generation, data, answers, index) for index in range(len(answers))
-    ]
+    """The body of a whole answer."""
+    choices = [await _spell_whole(generation, data, answers, n) for n in range(len(answers))]
     return _completion(generation, data, *choices, usage=Usage.of(generation.bill()))
 
 
