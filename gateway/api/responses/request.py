@@ -191,7 +191,8 @@ class ResponseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_request(data: ResponseRequest, principal: Principal) -> GenerationRequest:
     """What is asked for, freed of its spelling.
 
-    Raises InvalidRequest, and NotAllowed where the key may not go before others."""
+    Raises InvalidRequest, and NotAllowed where the key may not go before others.
+    """
     _refuse(data)
     toolbox = _toolbox(data)
     grammar = asked_text_grammar(
