@@ -188,8 +188,11 @@ class ResponseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return LOGPROBS in (self.include or ())
 
 
-def read(data: ResponseRequest, principal: Principal) -> GenerationRequest:
-    """Raises InvalidRequest, and NotAllowed where the key may not go before others."""
+def read_request(data: ResponseRequest, principal: Principal) -> GenerationRequest:
+    """What is asked for, freed of its spelling.
+
+    Raises InvalidRequest, and NotAllowed where the key may not go before others.
+    """
     _refuse(data)
     toolbox = _toolbox(data)
     grammar = asked_text_grammar(

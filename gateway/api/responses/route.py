@@ -14,7 +14,7 @@ from gateway.api.answer import WholeAnswer
 from gateway.api.attempts import Desk, replay
 from gateway.api.responses.answer import ResponseObject
 from gateway.api.responses.events import AnyEvent, spelled
-from gateway.api.responses.request import ResponseRequest, read
+from gateway.api.responses.request import ResponseRequest, read_request
 from gateway.api.responses.writer import Writer
 from gateway.auth import caller_of
 from gateway.errors import GatewayError
@@ -41,7 +41,7 @@ async def responses(
 ) -> Response[ResponseObject] | Stream:
     """Answer a conversation with a base model or one of the caller's adapters; store nothing."""
     principal = caller_of(request)
-    asked = read(data, principal)
+    asked = read_request(data, principal)
     with _in_own_words():
         begun = await desk.begin(request, principal, asked)
         if isinstance(begun, KeptAnswer):
