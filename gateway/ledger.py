@@ -69,7 +69,8 @@ INSERT_EVENTS = text("""
         CAST(:engine_ns AS bigint[]), CAST(:started_at AS timestamptz[]),
         CAST(:finished_at AS timestamptz[]), CAST(:end_user_id AS uuid[]),
         CAST(:attempt_digest AS bytea[]), CAST(:is_retry AS boolean[])
-    )
+    ) AS ended (id)
+    WHERE NOT EXISTS (SELECT FROM holds h WHERE h.id = ended.id AND h.state = 'released')
     ON CONFLICT (id) DO NOTHING
     RETURNING id
 """)
@@ -118,7 +119,12 @@ SETTLE_HOLDS = text("""
         amount_nano, created_at, closed_at
     )
     ON CONFLICT (id) DO UPDATE SET state = 'settled', closed_at = excluded.closed_at
-    WHERE h.state <> 'settled'
+    WHERE h.state = 'open'
+""")
+
+# A sweeper may be about to end them: whoever comes second finds the other's word.
+LOCK_HOLDS = text("""
+    SELECT id FROM holds WHERE id = ANY (CAST(:ids AS uuid[])) ORDER BY id FOR UPDATE
 """)
 
 RELEASE_HOLDS = text("""
@@ -158,7 +164,8 @@ async def settle(
 ) -> int:
     """Write usage events, rollups and holds; return how many events are new.
 
-    A request that was settled before changes nothing, so this may be repeated at will.
+    A request that was settled before changes nothing, so this may be repeated at will; nor does one
+    whose hold was given back, because others may have spent that money since.
     `max_credit_nano` is what retries may give back to a tenant in a day.
     """
     ordered = sorted(settlements, key=lambda each: each.request_id)
@@ -581,6 +588,11 @@ class Ledger:
     async def _settle_batch(self, batch: Sequence[Settlement]) -> None:
         try:
             async with self._database.as_worker() as session:
+                recovered = [
+                    each.request_id for each in batch if each.request_id in self._recovered
+                ]
+                if recovered:
+                    await session.execute(LOCK_HOLDS, {"ids": recovered})
                 await settle(session, batch, max_credit_nano=self._max_credit_nano)
         except (IntegrityError, DataError):
             await self._find_refused(batch)

@@ -108,6 +108,9 @@ class Town:
             self.ended.append(each)
             each.owed_nano = each.cost_nano() if each.is_streamed else 0
             each.may_owe_less = is_forgotten
+        for each in self.ended:
+            if is_forgotten and each.admission.request_id in ledger._queue:
+                each.may_owe_less = True
         if is_forgotten:
             await self._forget(gateway)
 

@@ -531,6 +531,39 @@ async def test_a_hold_that_the_database_lost_is_put_back_while_its_stream_runs(
     assert await mismatches(database) == []
 
 
+async def test_what_was_given_back_stays_so_when_its_gateway_comes_back_after_all(
+    database: Database, home: Home, shop: Shop, tmp_path: Path
+) -> None:
+    """Its money may be another request's by now, and a budget's cap is a cap."""
+    dead = Journal.open(tmp_path / "one")
+    first = Ledger(database, dead)
+    await first.start()
+    for task in first._tasks:
+        task.cancel()
+    await asyncio.gather(*first._tasks, return_exceptions=True)
+    running, ended = [await begin(database, dead, shop, sequence_id=n) for n in range(2)]
+    dead.on_frame(frame_of((0, 5), (1, 6)))
+    dead.closed(ended.request_id, "stop")
+    die(dead)
+    await execute(
+        home.superuser_url,
+        "UPDATE gateway_instances SET heartbeat_at = heartbeat_at - interval '2 hours';"
+        "UPDATE holds SET created_at = created_at - interval '2 hours'",
+    )
+    other = Ledger(database, Journal.open(tmp_path / "two"))
+    assert await other.sweep(judges_others=True) == 2
+
+    journal = Journal.open(tmp_path / "one")
+    ledger = Ledger(database, journal)
+    await ledger.start()
+    await ledger.stop()
+    journal.close()
+
+    assert await events(database) == []
+    assert set((await hold_states(database)).values()) == {"released"}
+    assert await mismatches(database) == []
+
+
 async def test_a_hold_of_a_gateway_that_lives_is_left_alone(
     database: Database, ledger: Ledger, shop: Shop
 ) -> None:
