@@ -401,13 +401,13 @@ async def link(
     on_frame: Callable[[Frame], None] = lambda frame: None,
     **settings: object,
 ) -> AsyncIterator[EngineLink]:
-    """A link that is connected."""
+    """A link that is connected. A test that is slow to read is no slow consumer by default."""
     made = EngineLink(
         address,
         worker_id=worker_id,
         worker_epoch=worker_epoch,
         on_frame=on_frame,
-        **{"secret": None, **settings},  # type: ignore[arg-type]  # any parameter
+        **{"secret": None, "max_queued_events": 1 << 20, **settings},  # type: ignore[arg-type]  # any parameter
     )
     async with made:
         await until(lambda: made.is_connected)

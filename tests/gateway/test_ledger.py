@@ -541,7 +541,7 @@ async def test_what_was_given_back_stays_so_when_its_gateway_comes_back_after_al
     for task in first._tasks:
         task.cancel()
     await asyncio.gather(*first._tasks, return_exceptions=True)
-    running, ended = [await begin(database, dead, shop, sequence_id=n) for n in range(2)]
+    _, ended = [await begin(database, dead, shop, sequence_id=n) for n in range(2)]
     dead.on_frame(frame_of((0, 5), (1, 6)))
     dead.closed(ended.request_id, "stop")
     die(dead)

@@ -38,7 +38,7 @@ from tests.gateway.admin_plane import serve, tls
 
 PEPPER = b"\x06" * 32
 SECRET = "the-engines-own"
-PATIENCE_S = 30
+PATIENCE_S = 120
 MODEL = INFO.base_model
 # Nano-USD of one token, in or out.
 TOKEN_NANO = 1000
