@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 
 import uvicorn
@@ -15,6 +16,10 @@ from gateway.settings import Settings, SettingsFault
 from gateway.telemetry import configure_logging
 
 logger = logging.getLogger("gateway")
+
+# What the kernel takes for a connection before its client's window opens. Left to itself it takes
+# megabytes: tens of thousands of tokens, generated and billed for a client that reads none.
+_MAX_UNSENT_BYTES = 128 << 10
 
 
 def main() -> int:
@@ -42,9 +47,18 @@ def main() -> int:
     # What is there now stays: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
-    server = uvicorn.Server(config)
+    server = _Server(config)
     server.run()
     return os.EX_OK if server.started else os.EX_UNAVAILABLE
+
+
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                # Every connection inherits it from its listener.
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
 
 
 def _is_bound_to(parent_pid: int) -> bool:

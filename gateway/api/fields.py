@@ -56,6 +56,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "allowed_callers": (["direct"],),
     "audio": (),
     "background": (False,),
+    "background_options": ({}, {"completion_window": "soonest"}),
     "caller": ({"type": "direct"},),
     "context": ("auto",),
     "context_management": ([],),

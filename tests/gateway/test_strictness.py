@@ -134,6 +134,12 @@ RESPONSES = (
     ),
     Row("access_programs", (), (), ({"cyber": "standard"},)),
     Row("background", (), (False,), (True,)),
+    Row(
+        "background_options",
+        (),
+        ({"completion_window": "soonest"},),
+        ({"completion_window": "2h"}, {"continuation_id": "a"}),
+    ),
     Row("context_management", (), ([],), ([{"type": "compaction"}],)),
     Row("conversation", (), (), ("conv_1",)),
     Row("image", (), ({"context_compression": "auto"},), ({"context_compression": "enabled"},)),

@@ -26,8 +26,8 @@ NUM_STREAMS = 64
 # An answer of so many tokens has a hundred megabytes, as chunks.
 CONTEXT_LENGTH = 500_000
 # What fits between the engine and a client that does not read: 1,024 steps in the gateway's queue,
-# and some more in the buffers of two sockets.
-MAX_UNREAD_TOKENS = 20_000
+# as much in the buffers of its connection, and what the engine is ahead until it hears of the end.
+MAX_UNREAD_TOKENS = 10_000
 
 
 @dataclass(frozen=True)

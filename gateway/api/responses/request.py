@@ -168,6 +168,7 @@ class ResponseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
     access_programs: Any | None = None
     background: bool | None = None
+    background_options: Any | None = None
     context_management: list[Any] | None = None
     conversation: Any | None = None
     image: Any | None = None
