@@ -3,7 +3,8 @@
 Litestar knows routes and parameters. Bodies are described by msgspec, which reads and writes them,
 and refusals by `gateway.errors`, so neither can differ from what is served. A route itself says
 what cannot be seen from outside: `also_as` names other media types of its answer, `events` what the
-events of its streams are, and `refuses` errors beyond those that its kind of route has.
+events of its streams are (of several kinds, each is sent under its name), and `refuses` errors
+beyond those that its kind of route has.
 """
 
 import types
@@ -45,6 +46,12 @@ from gateway.errors import (
 )
 
 REDOC = "redoc-2.5.4.js"
+# Browsers hold the page to it: nothing of it comes from another host, not even an icon.
+OFFLINE = (
+    "<meta http-equiv='Content-Security-Policy'"
+    " content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:\">"
+    "<link rel='icon' href='data:,'>"
+)
 JSON, JSON_LINES = "application/json", "application/jsonl"
 _COMPONENT = "#/components/schemas/{name}"
 _REQUEST_ID = {
@@ -138,7 +145,7 @@ def _answers(handler: HTTPRouteHandler, schemas: Mapping[Any, Any]) -> Document:
     contents = {} if kind is None else {media: {"schema": _schema(kind, media, schemas)}}
     contents |= {each: {"schema": _schema(bytes, each, schemas)} for each in also_as}
     if (event := handler.opt.get("events")) is not None:
-        contents[EVENTS] = {"schema": _event(schemas[event])}
+        contents[EVENTS] = {"schema": _event(event, schemas)}
     answers = {handler.status_code: _response(HTTPStatus(handler.status_code).phrase, contents)}
     for status, spec in (handler.responses or {}).items():
         if status != handler.status_code:
@@ -162,11 +169,24 @@ def _schema(kind: Any, media_type: str, schemas: Mapping[Any, Any]) -> Document:
     return {"type": "string"} if is_text else {"type": "string", "format": "binary"}
 
 
-def _event(data: Document) -> Document:
+def _event(kind: Any, schemas: Mapping[Any, Any]) -> Document:
     """One of a stream: before OpenAPI 3.2 that is what the schema of a stream describes."""
-    told = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
-    told["description"] = "Of the last one: [DONE]."
-    return {"type": "object", "properties": {"data": told}, "required": ["data"]}
+    return _named_event(kind, schemas) if _is_union(kind) else _plain_event(kind, schemas)
+
+
+def _plain_event(kind: Any, schemas: Mapping[Any, Any]) -> Document:
+    said = {"anyOf": [schemas[kind], schemas[OpenAIError]]}
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": said}
+    data["description"] = "Of the last one: [DONE], or the error that ended the stream."
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
+
+
+def _named_event(kinds: Any, schemas: Mapping[Any, Any]) -> Document:
+    tags = [kind.__struct_config__.tag for kind in typing.get_args(kinds)]
+    name = {"type": "string", "enum": tags, "description": "The `type` of its data."}
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": schemas[kinds]}
+    properties = {"event": name, "data": data}
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def _response(description: str, content: Document) -> Document:
@@ -223,7 +243,7 @@ class _Page(RedocRenderPlugin):
     """The document for people, served without any other host."""
 
     def __init__(self) -> None:
-        super().__init__(js_url=f"/static/{REDOC}", google_fonts=False)
+        super().__init__(js_url=f"/static/{REDOC}", google_fonts=False, favicon=OFFLINE)
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: Document) -> bytes:
         return super().render(request, _kept(request.app))

@@ -6,6 +6,7 @@ what the document has for it: no 5xx, no status, media type, header or body that
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -75,11 +76,45 @@ async def test_the_events_of_a_stream_are_what_the_document_says(
         *events, done, end = (await gateway.client.post(path, json=body)).text.split("\n\n")
     answer = document["paths"][path]["post"]["responses"]["200"]
     data = answer["content"]["text/event-stream"]["schema"]["properties"]["data"]
-    assert data["contentSchema"] == {"$ref": f"#/components/schemas/{component}"}
-    described = Draft202012Validator({**data["contentSchema"], **document})
+    told = [f"#/components/schemas/{name}" for name in (component, "OpenAIError")]
+    assert data["contentSchema"] == {"anyOf": [{"$ref": each} for each in told]}
+    described = Draft202012Validator({"$ref": told[0], **document})
     for event in events:
         described.validate(json.loads(event.removeprefix("data: ")))
     assert (len(events) > 1, done, end) == (True, "data: [DONE]", "")
+
+
+async def test_the_events_of_a_response_come_under_the_names_that_the_document_has(
+    home: Home, database: Database, tmp_path: Path
+) -> None:
+    body = {"model": MODEL, "input": "w7", "stream": True, "max_output_tokens": 3}
+    async with whole_gateway(home, database, tmp_path) as gateway:
+        document = (await gateway.client.get("/docs/openapi.json")).json()
+        *events, end = (await gateway.client.post("/v1/responses", json=body)).text.split("\n\n")
+    answer = document["paths"]["/v1/responses"]["post"]["responses"]["200"]
+    schema = answer["content"]["text/event-stream"]["schema"]
+    assert "DONE" not in json.dumps(schema)
+    envelope = Draft202012Validator({**schema, **document})
+    described = Draft202012Validator({**schema["properties"]["data"]["contentSchema"], **document})
+    for event in events:
+        parts = dict(line.split(": ", 1) for line in event.split("\n"))
+        envelope.validate(parts)
+        data = json.loads(parts["data"])
+        described.validate(data)
+        assert data["type"] == parts["event"]
+    assert (len(events) > 1, end) == (True, "")
+
+
+async def test_the_page_for_people_comes_from_this_host_alone(
+    home: Home, database: Database, tmp_path: Path
+) -> None:
+    async with whole_gateway(home, database, tmp_path) as gateway:
+        page = (await gateway.client.get("/docs")).text
+        places = re.findall(r"""(?:src|href)=["']([^"']*)""", page.partition("Redoc.init(")[0])
+        found = [await gateway.client.get(each) for each in places if each.startswith("/")]
+    assert all(each.is_success for each in found)
+    assert [each for each in places if not each.startswith("/")] == ["data:,"]
+    assert "default-src 'self'" in page
 
 
 async def check(gateway: Gateway, estate: Estate, folder: Path, *options: str) -> None:
