@@ -59,6 +59,27 @@ _REQUEST_ID = {
     "required": True,
     "schema": {"type": "string"},
 }
+# What other headers say, where there is something to say.
+_OF_LIMITS = {
+    f"x-ratelimit-{what}-{kind}": f"{says} of {kind}."
+    for what, says in (
+        ("limit", "The ceiling"),
+        ("remaining", "What is left"),
+        ("reset", "How long until all is there again"),
+    )
+    for kind in ("requests", "tokens")
+}
+_OF_GENERATIONS = _OF_LIMITS | {
+    "x-adapter-version": "Which version of the adapter answered.",
+    "x-adapter-digest": "The digest of what answered.",
+    "x-cost-nano": "What a whole answer cost, in nano-USD.",
+    "idempotent-replayed": "`true` where this answer was given before.",
+}
+_OF_REFUSALS_FOR_NOW = _OF_LIMITS | {
+    "retry-after": "In how many seconds to try again.",
+    "retry-after-ms": "The same in milliseconds.",
+    "x-should-retry": "`false` where trying again does not help.",
+}
 _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -146,7 +167,9 @@ def _answers(handler: HTTPRouteHandler, schemas: Mapping[Any, Any]) -> Document:
     contents |= {each: {"schema": _schema(bytes, each, schemas)} for each in also_as}
     if (event := handler.opt.get("events")) is not None:
         contents[EVENTS] = {"schema": _event(event, schemas)}
-    answers = {handler.status_code: _response(HTTPStatus(handler.status_code).phrase, contents)}
+    phrase = HTTPStatus(handler.status_code).phrase
+    told = _OF_GENERATIONS if _is_generation(handler) else {}
+    answers = {handler.status_code: _response(phrase, contents, told)}
     for status, spec in (handler.responses or {}).items():
         if status != handler.status_code:
             kind, media = spec.data_container, get_enum_string_value(spec.media_type)
@@ -189,8 +212,14 @@ def _named_event(kinds: Any, schemas: Mapping[Any, Any]) -> Document:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _response(description: str, content: Document) -> Document:
-    response: Document = {"description": description, "headers": {"x-request-id": _REQUEST_ID}}
+def _response(
+    description: str, content: Document, told: Mapping[str, str] = types.MappingProxyType({})
+) -> Document:
+    optional = {
+        name: {"description": says, "schema": {"type": "string"}} for name, says in told.items()
+    }
+    headers = {"x-request-id": _REQUEST_ID, **optional}
+    response: Document = {"description": description, "headers": headers}
     return {**response, "content": content} if content else response
 
 
@@ -204,7 +233,11 @@ def _refusals(
     kind = _error_body(handler)
     media = JSON if kind is OpenAIError else PROBLEM
     return {
-        str(status): _response(" ".join(reasons), {media: {"schema": schemas[kind]}})
+        str(status): _response(
+            " ".join(reasons),
+            {media: {"schema": schemas[kind]}},
+            _OF_REFUSALS_FOR_NOW if status in (409, 429, 503) else {},
+        )
         for status, reasons in sorted(by_status.items())
         if status not in (handler.responses or {})
     }

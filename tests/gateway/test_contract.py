@@ -105,6 +105,29 @@ async def test_the_events_of_a_response_come_under_the_names_that_the_document_h
     assert (len(events) > 1, end) == (True, "")
 
 
+async def test_headers_of_generations_are_in_the_document(
+    home: Home, database: Database, tmp_path: Path
+) -> None:
+    async with whole_gateway(home, database, tmp_path) as gateway:
+        document = (await gateway.client.get("/docs/openapi.json")).json()
+        await gateway.limit(requests_per_minute=600, tokens_per_minute=60_000)
+        named = {"Idempotency-Key": "a"}
+        answers = [
+            await gateway.client.post("/v1/chat/completions", json=chat("w7"), headers=named)
+            for _ in range(2)
+        ]
+        await gateway.limit(requests_per_minute=1)
+        refused = [
+            await gateway.client.post("/v1/chat/completions", json=chat("w7")) for _ in range(2)
+        ]
+    told = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    for answer in (*answers, refused[-1]):
+        ours = {each for each in answer.headers if each.startswith(("x-", "retry", "idempotent"))}
+        assert ours <= told[str(answer.status_code)]["headers"].keys()
+    assert "idempotent-replayed" in answers[-1].headers
+    assert "retry-after" in refused[-1].headers
+
+
 async def test_the_page_for_people_comes_from_this_host_alone(
     home: Home, database: Database, tmp_path: Path
 ) -> None:
