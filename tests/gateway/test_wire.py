@@ -17,6 +17,7 @@ from tests.gateway.whole_gateway import MODEL, Gateway, chat, whole_gateway
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 HUGE = b'{"model": "' + b"x" * (17 << 20) + b'"}'
+LONG_ANSWER = {"model": MODEL, "input": "w1", "max_output_tokens": 10**6}
 REFUSED = [
     ("GET", "/v1/nothing", {}, 404),
     ("GET", CHAT, {}, 405),
@@ -33,7 +34,6 @@ REFUSED = [
     ("GET", "/admin/v1/nothing", {}, 404),
     ("GET", "/admin/v1/tenants", {}, 403),
     ("PUT", "/admin/v1/tenants", {}, 405),
-    ("POST", "/admin/v1/tenants", {"content": HUGE}, 413),
     ("GET", "/admin/v1/tenants", {"headers": {"authorization": ""}}, 401),
 ]
 
@@ -44,20 +44,38 @@ async def gateway(home: Home, database: Database, tmp_path: Path) -> AsyncIterat
         yield running
 
 
-@pytest.mark.parametrize("who", ["tenant", "operator"])
-async def test_every_refusal_has_an_id_and_the_form_of_its_plane(
-    gateway: Gateway, who: str
-) -> None:
-    client = gateway.client if who == "tenant" else gateway.operator
+async def test_every_refusal_has_an_id_and_the_form_of_its_plane(gateway: Gateway) -> None:
     ids = set()
     for method, path, fields, status in REFUSED:
-        answer = await client.request(method, path, **fields)
-        if who == "tenant":
-            assert answer.status_code == status, (path, answer.text)
-        if answer.is_error:
-            check_form(path, answer)
-            ids.add(answer.headers["x-request-id"])
-    assert len(ids) >= len(REFUSED) - 1
+        answer = await gateway.client.request(method, path, **fields)
+        assert answer.status_code == status, (path, answer.text)
+        check_form(path, answer)
+        ids.add(answer.headers["x-request-id"])
+    large = await gateway.operator.post("/admin/v1/tenants", content=HUGE)
+    assert large.status_code == 413
+    check_form("/admin/v1/tenants", large)
+    assert len({*ids, large.headers["x-request-id"]}) == len(REFUSED) + 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (CHAT, chat("w1 " * 5000), "messages"),
+        ("/v1/completions", {"model": MODEL, "prompt": "w1 " * 5000}, "prompt"),
+        (RESPONSES, {"model": MODEL, "input": "w1 " * 5000}, "input"),
+        (CHAT, chat(max_tokens=10**6), "max_tokens"),
+        (
+            RESPONSES,
+            {"model": MODEL, "input": "w1", "max_output_tokens": 10**6},
+            "max_output_tokens",
+        ),
+    ],
+)
+async def test_what_is_too_long_is_named(
+    gateway: Gateway, path: str, body: dict[str, Any], field: str
+) -> None:
+    error = (await gateway.client.post(path, json=body)).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", field)
 
 
 def check_form(path: str, answer: httpx.Response) -> None:
