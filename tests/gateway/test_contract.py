@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from gateway import addresses
 from gateway.database import Database
 from tests.conftest import Home
 from tests.gateway.whole_gateway import MODEL, Gateway, chat, whole_gateway
@@ -36,9 +37,13 @@ CHECKS = (
 
 @pytest.fixture
 async def shop(
-    home: Home, database: Database, tmp_path: Path
+    home: Home, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[Gateway, Estate]]:
-    """A gateway, and a tenant of it that has something of everything."""
+    """A gateway, and a tenant of it that has something of everything.
+
+    It bears with wrong keys: an address that has guessed many would be told nothing else.
+    """
+    monkeypatch.setattr(addresses, "MAX_FAILURES", 10**9)
     async with whole_gateway(home, database, tmp_path, core=TrustingCore()) as gateway:
         yield gateway, await build(gateway, "globex", grantee="acme")
 
@@ -154,6 +159,8 @@ async def check(gateway: Gateway, estate: Estate, folder: Path, *options: str) -
     )
     said, _ = await process.communicate()
     assert process.returncode == 0, said.decode()
+    # Nothing was kept from an answer of its own.
+    assert b"Rate limited" not in said, said.decode()
 
 
 def configuration(gateway: Gateway, estate: Estate) -> str:
