@@ -131,7 +131,7 @@ class Parts:
     attempts: Attempts
     contents: Contents
     policies: Policies
-    files: Files
+    tenant_files: Files
     orders: Orders
     batch_runner: BatchRunner
 
@@ -247,7 +247,7 @@ def build(settings: Settings) -> Parts:
         contents=contents,
         policies=policies,
         attempts=Attempts(Answers(database), compares_streams=settings.max_retry_credit_nano > 0),
-        files=tenant_files,
+        tenant_files=tenant_files,
         orders=Orders(database),
         batch_runner=BatchRunner(workshop),
     )
@@ -331,7 +331,7 @@ async def run(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.attempts.answers)
         await stack.enter_async_context(Bookkeeper(parts.database))
         await parts.uploads.sweep()
-        await stack.enter_async_context(parts.files)
+        await stack.enter_async_context(parts.tenant_files)
         await stack.enter_async_context(parts.engines)
         await stack.enter_async_context(parts.batch_runner)
         yield
@@ -409,9 +409,10 @@ def create_app(settings: Settings) -> Litestar:
     return app
 
 
-# What handlers may ask for by the name of a parameter.
+# What handlers may ask for by the name of a parameter. No field of a body has one of these names:
+# the framework would take what is wrong with it for a fault of ours.
 _HANDED_OUT = (
-    *("aliases", "authenticator", "base_models", "batch_runner", "database", "engines", "files"),
+    *("aliases", "authenticator", "base_models", "batch_runner", "database", "engines"),
     *("grants", "inference"),
     *(
         "ledger",
@@ -424,7 +425,7 @@ _HANDED_OUT = (
         "router",
         "runtime_loras",
     ),
-    *("policies", "source_files", "uploads"),
+    *("policies", "source_files", "tenant_files", "uploads"),
 )
 
 

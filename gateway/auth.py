@@ -4,8 +4,6 @@ A key is `ml_<id>_<secret><checksum>`; only its HMAC under a pepper is stored. E
 scope that it needs or says that it is public; one that says nothing answers nobody.
 """
 
-import asyncio
-import contextlib
 import datetime
 import fnmatch
 import hashlib
@@ -18,8 +16,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from litestar import Litestar, Request
 from litestar.connection import ASGIConnection
@@ -36,6 +33,7 @@ from gateway.addresses import (
     is_within,
     parse_networks,
 )
+from gateway.background import Background
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import (
     Conflict,
@@ -262,7 +260,7 @@ async def revoke_key(
     return row
 
 
-class Authenticator:
+class Authenticator(Background):
     """Turns `Authorization` headers into principals, remembering each for a moment.
 
     Used as a context it also hears of changes at once; without, `CACHE_S` is the bound.
@@ -285,22 +283,10 @@ class Authenticator:
         self._by_id: dict[uuid.UUID, _Known] = {}
         # Grows with each change, so that an answer read before one is not remembered after it.
         self._num_changes = 0
-        self._listening: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Self:
-        self._listening = asyncio.create_task(self._database.listen(CHANNEL, self.forget))
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._listening is not None
-        self._listening.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._listening
+    async def _run_forever(self) -> None:
+        """Hear of changes."""
+        await self._database.listen(CHANNEL, self.forget)
 
     def forget(self) -> None:
         """Look every key up anew from now on."""

@@ -5,12 +5,10 @@ Decides nothing: the rules are with their nouns.
 """
 
 import asyncio
-import contextlib
 import datetime
 import logging
-from types import TracebackType
-from typing import Self
 
+from gateway.background import Background
 from gateway.billing.periods import advance
 from gateway.database import Database
 from gateway.idempotency import forget_answers
@@ -21,29 +19,13 @@ logger = logging.getLogger(__name__)
 ROUND_S = 600.0
 
 
-class Bookkeeper:
+class Bookkeeper(Background):
     """Runs the rounds for as long as it is entered."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._rounds: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Self:
-        self._rounds = asyncio.create_task(self._go_round(), name="bookkeeper")
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._rounds is not None
-        self._rounds.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._rounds
-
-    async def _go_round(self) -> None:
+    async def _run_forever(self) -> None:
         while True:
             try:
                 await keep_books(self._database, now=datetime.datetime.now(datetime.UTC))

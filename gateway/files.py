@@ -6,7 +6,6 @@ a killed gateway leaves behind without one is found by fsck. Looks into no file.
 """
 
 import asyncio
-import contextlib
 import datetime
 import logging
 import re
@@ -14,8 +13,6 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from sqlalchemy import ColumnElement, exists, func, select, text
@@ -23,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.errors import ArtifactMissing, StoreUnavailable
 from adapters.store import ArtifactStore, FoundFile
+from gateway.background import Background
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import (
     BodyTooLarge,
@@ -66,7 +64,7 @@ class Form:
     fields: dict[str, str] = field(default_factory=dict)
 
 
-class Files:
+class Files(Background):
     """Takes files in and gives them back. Used as a context it removes what has expired."""
 
     def __init__(
@@ -81,22 +79,6 @@ class Files:
         self._store = store
         self._staging = staging
         self._max_bytes = max_bytes_per_tenant
-        self._sweeping: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        self._sweeping = asyncio.create_task(self._sweep_forever(), name="file-sweeper")
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._sweeping is not None
-        self._sweeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._sweeping
 
     async def receive(
         self,
@@ -250,7 +232,7 @@ class Files:
         if number >= MAX_FILES:
             raise QuotaExceeded("files", limit=MAX_FILES, used=number, needed=1)
 
-    async def _sweep_forever(self) -> None:
+    async def _run_forever(self) -> None:
         while True:
             try:
                 if num_removed := await self.sweep():

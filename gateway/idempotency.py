@@ -8,7 +8,6 @@ kept. Knows nothing of HTTP or of how an answer came about.
 """
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import re
@@ -18,7 +17,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -28,6 +27,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from sqlalchemy import text
 
 from gateway.auth import Principal
+from gateway.background import Background
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import InvalidRequest, OtherBody, StillRunning, Unavailable
 from gateway.tables import new_id
@@ -117,18 +117,13 @@ class Claim:
         }
 
 
-class Answers:
+class Answers(Background):
     """Claims names, keeps answers. Used as a context it renews its claims."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._claims: set[uuid.UUID] = set()
         self._releasing: set[asyncio.Task[None]] = set()
-        self._renewing: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        self._renewing = asyncio.create_task(self._renew_forever(), name="claims")
-        return self
 
     async def __aexit__(
         self,
@@ -136,10 +131,7 @@ class Answers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._renewing is not None
-        self._renewing.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._renewing
+        await super().__aexit__(kind, error, trace)
         await asyncio.gather(*self._releasing)
 
     async def claim(
@@ -224,7 +216,7 @@ class Answers:
         except DATABASE_TROUBLE:
             logger.warning("claim_not_released", exc_info=True)
 
-    async def _renew_forever(self) -> None:
+    async def _run_forever(self) -> None:
         while True:
             await asyncio.sleep(RENEWAL_S)
             if not self._claims:

@@ -44,7 +44,7 @@ from gateway.policies.store import Policies
 from gateway.policies.watch import Watch
 from gateway.prices import BATCH, ceiling
 from gateway.privacy import Contents
-from gateway.prompts import Messages, Prompt, encode, fit, seen_by_policy, spelled
+from gateway.prompts import Messages, Prompt, encode, field_of, fit, seen_by_policy, spelled
 from gateway.registry import Registry, Target, model_not_found
 from gateway.routing import Router
 from gateway.tables import new_id
@@ -121,7 +121,12 @@ class Inference:
         prompts = await request.encode(codec, caller=str(principal.tenant_id))
         thinking = request.thinking(codec, prompts)
         num_answers = len(prompts) * request.num_choices
-        max_tokens = fit(request.max_tokens, max(map(len, prompts)), target.context_length)
+        max_tokens = fit(
+            request.max_tokens,
+            max(map(len, prompts)),
+            target.context_length,
+            prompt_field=field_of(request.prompts[0]),
+        )
         request_id, watch = new_id(), None
         if principal.policy_id is not None:
             watch = await self._policies.watch(
@@ -309,7 +314,9 @@ class Inference:
                 tools=tools,
             )
         ]
-        most = fit(max_tokens, len(prompt_ids), target.context_length)
+        most = fit(
+            max_tokens, len(prompt_ids), target.context_length, prompt_field=field_of(prompt)
+        )
         violation: PolicyViolation | None = None
         if principal.policy_id is not None:
             several = num_choices if num_choices > 1 else None

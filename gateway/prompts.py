@@ -57,7 +57,14 @@ async def encode(
             )
 
 
-def fit(max_tokens: int | None, num_prompt_tokens: int, context_length: int) -> int:
+def field_of(prompt: Prompt) -> str:
+    """The field that it comes in."""
+    return "prompt" if isinstance(prompt, str | TokenPrompt) else "messages"
+
+
+def fit(
+    max_tokens: int | None, num_prompt_tokens: int, context_length: int, *, prompt_field: str
+) -> int:
     """Most tokens to generate: what is asked for, or the rest of the context.
 
     Raises ContextLengthExceeded.
@@ -68,7 +75,7 @@ def fit(max_tokens: int | None, num_prompt_tokens: int, context_length: int) -> 
         raise ContextLengthExceeded(
             f"This model's context is {context_length} tokens; the prompt has {num_prompt_tokens}"
             f" and at least {wanted} are asked for. Shorten the prompt or ask for fewer.",
-            param="max_tokens" if max_tokens else None,
+            param="max_tokens" if max_tokens and room > 0 else prompt_field,
         )
     return max_tokens or room
 
@@ -110,7 +117,7 @@ def seen_by_policy(
 
     return Asked(
         fields=fields,
-        prompt_field="prompt" if isinstance(prompts[0], str | TokenPrompt) else "messages",
+        prompt_field=field_of(prompts[0]),
         num_prompt_tokens=max(map(len, encoded)),
         max_tokens=max_tokens,
         texts=texts,

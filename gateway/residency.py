@@ -13,8 +13,6 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from sqlalchemy import delete, text
 from sqlalchemy.dialects.postgresql import insert
@@ -24,6 +22,7 @@ from engine.client import EngineLink
 from engine.errors import LinkError
 from engine.protocol import AdapterPlace, EngineStatus, ForgetReport, Tier
 from gateway import audit
+from gateway.background import Background
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.routing import Replica, Router
@@ -136,7 +135,7 @@ class EngineState:
     models: dict[str, list[str]]
 
 
-class Residency:
+class Residency(Background):
     """Mutable: the task that keeps engines at what the pins say, while used as a context."""
 
     def __init__(
@@ -146,22 +145,6 @@ class Residency:
         self._router = router
         self._look_interval_s = look_interval_s
         self._has_news = asyncio.Event()
-        self._looking: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        self._looking = asyncio.create_task(self._look_forever(), name="residency")
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._looking is not None
-        self._looking.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._looking
 
     def look(self) -> None:
         """An engine may have lost its memory: see to it soon."""
@@ -287,7 +270,7 @@ class Residency:
 
     # Keeping engines at what the pins say.
 
-    async def _look_forever(self) -> None:
+    async def _run_forever(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._look_interval_s):

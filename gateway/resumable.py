@@ -13,7 +13,6 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Annotated, Self
 
 import msgspec
@@ -23,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from adapters.errors import ArtifactMissing, Finding, StoreUnavailable
 from adapters.store import ArtifactStore
 from gateway import audit
+from gateway.background import Background
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import (
     Conflict,
@@ -121,7 +121,7 @@ class Range:
         return cls(first, last + 1)
 
 
-class ResumableUploads:
+class ResumableUploads(Background):
     """Mutable: the task that removes expired uploads, while used as a context."""
 
     def __init__(
@@ -140,21 +140,6 @@ class ResumableUploads:
         self._staging = staging
         self._uploads = uploads
         self._lifetime = lifetime
-        self._sweeping: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        self._sweeping = asyncio.create_task(self._sweep_forever(), name="upload sweeper")
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._sweeping is not None
-        self._sweeping.cancel()
-        await asyncio.gather(self._sweeping, return_exceptions=True)
 
     async def declare(
         self,
@@ -292,7 +277,7 @@ class ResumableUploads:
             await remove_upload(self._database, self._store, upload_id)
         return len(expired)
 
-    async def _sweep_forever(self) -> None:
+    async def _run_forever(self) -> None:
         while True:
             try:
                 if num_removed := await self.sweep():

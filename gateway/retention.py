@@ -16,8 +16,6 @@ import asyncio
 import datetime
 import logging
 import uuid
-from types import TracebackType
-from typing import Self
 
 from sqlalchemy import ColumnElement, delete, exists, func, null, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -26,6 +24,7 @@ from adapters.errors import StoreUnavailable
 from gateway import audit
 from gateway.adapter_rows import any_adapter, any_version, living_adapter
 from gateway.aliases import leave_version
+from gateway.background import Background
 from gateway.blobs import Blobs
 from gateway.database import Database
 from gateway.errors import Conflict, NotFound
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 SWEEP_S = 600.0
 
 
-class Retention:
+class Retention(Background):
     """Mutable: the task that purges what was deleted long enough ago, while used as a context.
 
     Every change is one transaction with its audit row.
@@ -61,21 +60,6 @@ class Retention:
         self._blobs = blobs
         self._quotas = quotas
         self.purge_after = purge_after
-        self._sweeping: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        self._sweeping = asyncio.create_task(self._sweep_forever(), name="purger")
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._sweeping is not None
-        self._sweeping.cancel()
-        await asyncio.gather(self._sweeping, return_exceptions=True)
 
     # Adapters.
 
@@ -234,7 +218,7 @@ class Retention:
                     num_purged += 1
         return num_purged
 
-    async def _sweep_forever(self) -> None:
+    async def _run_forever(self) -> None:
         while True:
             try:
                 await self.sweep()

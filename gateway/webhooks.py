@@ -18,8 +18,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import msgspec
@@ -27,6 +26,7 @@ from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway.addresses import Address, Network, is_within
+from gateway.background import Background
 from gateway.database import DATABASE_TROUBLE, Database
 from gateway.errors import InvalidRequest, NotFound
 from gateway.tables import Webhook, new_id
@@ -112,7 +112,7 @@ def signature(secret: str, body: bytes, *, at_s: int) -> str:
     return f"t={at_s},v1={digest}"
 
 
-class Outbox:
+class Outbox(Background):
     """Mutable: the task that brings due deliveries to their webhooks, while used as a context.
 
     `allowed_networks` are private addresses that webhooks may have all the same.
@@ -128,22 +128,6 @@ class Outbox:
         self._database = database
         self._peppers = dict(peppers)
         self._allowed_networks = tuple(allowed_networks)
-        self._task: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._deliver_forever(), name="webhooks")
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
 
     @property
     def newest_pepper_version(self) -> int:
@@ -162,7 +146,7 @@ class Outbox:
         await asyncio.gather(*(self._attempt(delivery) for delivery in due))
         return len(due)
 
-    async def _deliver_forever(self) -> None:
+    async def _run_forever(self) -> None:
         while True:
             try:
                 num_attempts = await self.deliver_due()

@@ -5,12 +5,11 @@ What a route reads, refuses and answers is its own; here is only what a batch ch
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from gateway.api import chat, completions, embeddings
+from gateway.api import chat, completions, embeddings, responses
 from gateway.api.answer import WholeAnswer, put_together
 from gateway.api.unknown_fields import take_out
 from gateway.auth import Principal
@@ -26,10 +25,10 @@ from gateway.prices import BATCH
 PRIORITY = 20
 SCOPE = "inference"
 
-Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
 Body = TypeVar("Body", bound=msgspec.Struct)
-# Makes the body of whole answers.
-Spell = Callable[[Generation, Sequence[WholeAnswer]], Awaitable[msgspec.Struct]]
+# Makes the body of whole answers to a request.
+Compose = Callable[[Generation, Body, Sequence[WholeAnswer]], Awaitable[msgspec.Struct]]
 
 
 class LineAnswerer:
@@ -42,6 +41,7 @@ class LineAnswerer:
             "/v1/chat/completions": self._chat,
             "/v1/completions": self._complete,
             "/v1/embeddings": self._embed,
+            "/v1/responses": self._respond,
         }
 
     async def answer(self, principal: Principal, endpoint: str, body: bytes) -> Answered:
@@ -66,21 +66,30 @@ class LineAnswerer:
     async def _chat(self, principal: Principal, asked: Any) -> Answered:
         data, ignored = self._decode(asked, chat.ChatCompletionRequest)
         request = chat.read_request(data, principal)
-        return await self._generate(principal, request, partial(_chat_body, data), ignored)
+        answered = await self._generate(principal, request, data, chat.compose)
+        return replace(answered, ignored_fields=ignored)
 
     async def _complete(self, principal: Principal, asked: Any) -> Answered:
         data, ignored = self._decode(asked, completions.CompletionRequest)
         request = completions.read_request(data)
-        return await self._generate(principal, request, partial(_completion_body, data), ignored)
+        answered = await self._generate(principal, request, data, completions.compose)
+        return replace(answered, ignored_fields=ignored)
+
+    async def _respond(self, principal: Principal, asked: Any) -> Answered:
+        data, ignored = self._decode(asked, responses.ResponseRequest)
+        request = responses.read_request(data, principal)
+        with responses.in_own_words():
+            answered = await self._generate(principal, request, data, responses.compose)
+        return replace(answered, ignored_fields=ignored)
 
     async def _generate(
-        self, principal: Principal, request: GenerationRequest, spell: Spell, ignored: list[str]
+        self, principal: Principal, request: GenerationRequest, data: Body, compose: Compose[Body]
     ) -> Answered:
         request = replace(request, endpoint=BATCH + request.endpoint, priority=PRIORITY)
         generation = await self._inference.start(principal, request)
         try:
-            body = await spell(generation, await put_together(generation))
-            return Answered(msgspec.json.encode(body), generation, ignored)
+            body = await compose(generation, data, await put_together(generation))
+            return Answered(msgspec.json.encode(body), generation)
         except BaseException:
             generation.leave()
             raise
@@ -105,15 +114,3 @@ class LineAnswerer:
             return msgspec.convert(asked, kind, strict=False, str_keys=True), ignored
         except msgspec.ValidationError as error:
             raise invalid_field(error) from error
-
-
-async def _chat_body(
-    data: chat.ChatCompletionRequest, generation: Generation, answers: Sequence[WholeAnswer]
-) -> msgspec.Struct:
-    return await chat.compose(generation, data, answers)
-
-
-async def _completion_body(
-    data: completions.CompletionRequest, generation: Generation, answers: Sequence[WholeAnswer]
-) -> msgspec.Struct:
-    return await completions.compose(generation, data, answers)

@@ -12,29 +12,15 @@ from litestar.response import Stream
 
 from engine.protocol import TokenLogprob
 from gateway.api.answer import WholeAnswer
+from gateway.api.asking import AskingForChoices, check_stream_options
 from gateway.api.attempts import Desk, replay
 from gateway.api.fields import (
-    LogitBias,
-    MaxCost,
     Metadata,
-    MinP,
-    MinTokens,
-    NumAnswers,
     NumLogprobs,
     NumTokens,
-    Penalty,
-    RepetitionPenalty,
-    Seed,
     ServedTier,
     ServiceTier,
-    StopString,
-    StopStrings,
-    StreamOptions,
-    Temperature,
     TemplateVariables,
-    TokenIds,
-    TopK,
-    TopP,
     Usage,
     User,
     end_user,
@@ -42,7 +28,6 @@ from gateway.api.fields import (
     priority_of,
     refuse_unserved,
     served_tier,
-    stop_strings,
 )
 from gateway.api.prompts import (
     PromptLogprobs,
@@ -53,10 +38,6 @@ from gateway.api.prompts import (
 )
 from gateway.api.sse import DONE, EventMould, event
 from gateway.api.structured import (
-    Choices,
-    Json,
-    ResponseFormat,
-    StructuredOutputs,
     asked_grammar,
 )
 from gateway.api.tools import (
@@ -131,48 +112,19 @@ def conversation(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     return turns
 
 
-class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ChatCompletionRequest(AskingForChoices, frozen=True, forbid_unknown_fields=True):
     """OpenAI's chat request; known fields that are not served are refused by name."""
 
     model: str
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
     max_completion_tokens: NumTokens | None = None
-    max_tokens: NumTokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    logit_bias: LogitBias | None = None
-    min_tokens: MinTokens | None = None
-    seed: Seed | None = None
-    stop: StopString | StopStrings | None = None
-    stop_token_ids: TokenIds | None = None
-    ignore_eos: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
-    # So many answers to the one conversation, which is paid for once.
-    n: NumAnswers | None = None
-    # What the answer has to look like; at most one of these. It goes before `min_tokens`.
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Json | None = None
-    guided_regex: str | None = None
-    guided_choice: Choices | None = None
-    guided_grammar: str | None = None
     # What the answer may call, and whether it must.
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    # Ours: the most that the answer may cost, in nano-USD.
-    max_cost: MaxCost | None = None
-    # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.
-    user: User | None = None
-    # The newer word for it.
+    # The newer word for `user`.
     safety_identifier: User | None = None
     # Comes back with a whole answer.
     metadata: Metadata | None = None
@@ -184,10 +136,6 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     chat_template_kwargs: TemplateVariables | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    # What is shown, and told beside the text.
-    skip_special_tokens: bool | None = None
-    prompt_logprobs: NumLogprobs | None = None
-    return_token_ids: bool | None = None
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
     audio: Any | None = None
     function_call: Any | None = None
@@ -201,17 +149,8 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     store: bool | None = None
     verbosity: str | None = None
     web_search_options: Any | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
     chat_template: str | None = None
     documents: list[Any] | None = None
-    include_stop_str_in_output: bool | None = None
-    length_penalty: float | None = None
-    priority: int | None = None
-    return_tokens_as_token_ids: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
-    use_beam_search: bool | None = None
 
 
 class ChatTopLogprob(msgspec.Struct, frozen=True):
@@ -325,8 +264,7 @@ async def chat_completions(
 def read_request(data: ChatCompletionRequest, principal: Principal) -> GenerationRequest:
     """What is asked for, freed of its spelling. Raises InvalidRequest and NotAllowed."""
     refuse_unserved(data)
-    if data.stream_options is not None and not data.stream:
-        raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+    check_stream_options(data.stream_options, is_streamed=data.stream)
     if data.top_logprobs is not None and not data.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     check_prompt_logprobs(data.prompt_logprobs, is_streamed=bool(data.stream))
@@ -340,21 +278,7 @@ def read_request(data: ChatCompletionRequest, principal: Principal) -> Generatio
         model=data.model,
         user=end_user(data.user or data.safety_identifier),
         prompts=[conversation(data.messages)],
-        is_streamed=bool(data.stream),
         max_tokens=data.max_completion_tokens or data.max_tokens,
-        temperature=data.temperature,
-        top_p=data.top_p,
-        top_k=None if data.top_k is None else max(data.top_k, 0),
-        min_p=data.min_p or 0.0,
-        presence_penalty=data.presence_penalty or 0.0,
-        frequency_penalty=data.frequency_penalty or 0.0,
-        repetition_penalty=data.repetition_penalty or 1.0,
-        logit_bias=data.logit_bias or {},
-        min_tokens=data.min_tokens or 0,
-        seed=data.seed,
-        stops=stop_strings(data.stop),
-        stop_token_ids=tuple(data.stop_token_ids or ()),
-        ignore_eos=bool(data.ignore_eos),
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
         prompt_logprobs=data.prompt_logprobs,
         num_choices=data.n or 1,
@@ -362,10 +286,9 @@ def read_request(data: ChatCompletionRequest, principal: Principal) -> Generatio
             data.messages, continues=data.continue_final_message, asks=data.add_generation_prompt
         ),
         template_variables=data.chat_template_kwargs or {},
-        shows_special_tokens=data.skip_special_tokens is False,
         tells_token_ids=bool(data.return_token_ids),
         priority=priority_of(data.service_tier, principal),
-        max_cost_nano=data.max_cost,
+        **data.sampling(),
         fields=partial(given_fields, data),
         grammar=grammar,
         tools=toolbox,

@@ -13,33 +13,18 @@ from litestar.response import Stream
 
 from engine.protocol import TokenLogprob
 from gateway.api.answer import WholeAnswer
+from gateway.api.asking import AskingForChoices, check_stream_options
 from gateway.api.attempts import Desk, replay
 from gateway.api.fields import (
     MAX_ANSWERS,
-    LogitBias,
-    MaxCost,
-    MinP,
-    MinTokens,
     NumAnswers,
     NumLogprobs,
-    NumTokens,
-    Penalty,
-    RepetitionPenalty,
-    Seed,
-    StopString,
-    StopStrings,
-    StreamOptions,
-    Temperature,
     TokenId,
     TokenIds,
-    TopK,
-    TopP,
     Usage,
-    User,
     end_user,
     given_fields,
     refuse_unserved,
-    stop_strings,
 )
 from gateway.api.prompts import (
     PromptLogprobs,
@@ -50,10 +35,6 @@ from gateway.api.prompts import (
 )
 from gateway.api.sse import DONE, EventMould, event
 from gateway.api.structured import (
-    Choices,
-    Json,
-    ResponseFormat,
-    StructuredOutputs,
     asked_grammar,
 )
 from gateway.auth import caller_of
@@ -68,61 +49,19 @@ from gateway.prompts import Prompt, TokenPrompt
 DEFAULT_MAX_TOKENS = 16
 
 
-class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CompletionRequest(AskingForChoices, frozen=True, forbid_unknown_fields=True):
     """OpenAI's completion request, for one prompt or several, as text or as token ids."""
 
     model: str
     # One text or its token ids, or a list of one kind: a list within a list is a prompt's ids.
     prompt: str | Annotated[list[str | TokenId | TokenIds], msgspec.Meta(max_length=1_000_000)]
-    max_tokens: NumTokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    logit_bias: LogitBias | None = None
-    min_tokens: MinTokens | None = None
-    seed: Seed | None = None
-    stop: StopString | StopStrings | None = None
-    stop_token_ids: TokenIds | None = None
-    ignore_eos: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     logprobs: NumLogprobs | None = None
-    # So many answers to each prompt, which is paid for once. All of them come back, so the best of
-    # more cannot be chosen.
-    n: NumAnswers | None = None
+    # All answers come back, so the best of more cannot be chosen.
     best_of: NumAnswers | None = None
     # Begin each answer with its prompt, and its log-probabilities with those of the prompt.
     echo: bool | None = None
-    # What the answer has to look like; at most one of these. It goes before `min_tokens`.
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Json | None = None
-    guided_regex: str | None = None
-    guided_choice: Choices | None = None
-    guided_grammar: str | None = None
-    # Ours: the most that the answer may cost, in nano-USD.
-    max_cost: MaxCost | None = None
-    # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.
-    user: User | None = None
-    # What is shown, and told beside the text.
-    skip_special_tokens: bool | None = None
-    prompt_logprobs: NumLogprobs | None = None
-    return_token_ids: bool | None = None
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
     suffix: str | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    include_stop_str_in_output: bool | None = None
-    length_penalty: float | None = None
-    priority: int | None = None
-    return_tokens_as_token_ids: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
-    use_beam_search: bool | None = None
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
@@ -188,8 +127,7 @@ def read_request(data: CompletionRequest) -> GenerationRequest:
     """What is asked for, freed of its spelling. Raises InvalidRequest."""
     refuse_unserved(data)
     prompts = _prompts(data.prompt)
-    if data.stream_options is not None and not data.stream:
-        raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+    check_stream_options(data.stream_options, is_streamed=data.stream)
     if data.best_of is not None and data.best_of != (data.n or 1):
         raise InvalidRequest(
             "'best_of' is supported where it equals 'n': all answers come back.", param="best_of"
@@ -206,27 +144,12 @@ def read_request(data: CompletionRequest) -> GenerationRequest:
         model=data.model,
         user=end_user(data.user),
         prompts=prompts,
-        is_streamed=bool(data.stream),
         max_tokens=data.max_tokens or DEFAULT_MAX_TOKENS,
-        temperature=data.temperature,
-        top_p=data.top_p,
-        top_k=None if data.top_k is None else max(data.top_k, 0),
-        min_p=data.min_p or 0.0,
-        presence_penalty=data.presence_penalty or 0.0,
-        frequency_penalty=data.frequency_penalty or 0.0,
-        repetition_penalty=data.repetition_penalty or 1.0,
-        logit_bias=data.logit_bias or {},
-        min_tokens=data.min_tokens or 0,
-        seed=data.seed,
-        stops=stop_strings(data.stop),
-        stop_token_ids=tuple(data.stop_token_ids or ()),
-        ignore_eos=bool(data.ignore_eos),
         logprobs=data.logprobs,
         prompt_logprobs=_num_of_prompt(data),
         num_choices=data.n or 1,
-        shows_special_tokens=data.skip_special_tokens is False,
         tells_token_ids=bool(data.return_token_ids),
-        max_cost_nano=data.max_cost,
+        **data.sampling(),
         fields=partial(given_fields, data),
         grammar=asked_grammar(data),
     )

@@ -3,7 +3,8 @@
 Litestar knows routes and parameters. Bodies are described by msgspec, which reads and writes them,
 and refusals by `gateway.errors`, so neither can differ from what is served. A route itself says
 what cannot be seen from outside: `also_as` names other media types of its answer, `events` what the
-events of its streams are, and `refuses` errors beyond those that its kind of route has.
+events of its streams are (of several kinds, each is sent under its name), and `refuses` errors
+beyond those that its kind of route has.
 """
 
 import types
@@ -45,12 +46,39 @@ from gateway.errors import (
 )
 
 REDOC = "redoc-2.5.4.js"
+# Browsers hold the page to it: nothing of it comes from another host, not even an icon.
+OFFLINE = (
+    "<meta http-equiv='Content-Security-Policy'"
+    " content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:\">"
+    "<link rel='icon' href='data:,'>"
+)
 JSON, JSON_LINES = "application/json", "application/jsonl"
 _COMPONENT = "#/components/schemas/{name}"
 _REQUEST_ID = {
     "description": "What to ask about this answer by.",
     "required": True,
     "schema": {"type": "string"},
+}
+# What other headers say, where there is something to say.
+_OF_LIMITS = {
+    f"x-ratelimit-{what}-{kind}": f"{says} of {kind}."
+    for what, says in (
+        ("limit", "The ceiling"),
+        ("remaining", "What is left"),
+        ("reset", "How long until all is there again"),
+    )
+    for kind in ("requests", "tokens")
+}
+_OF_GENERATIONS = _OF_LIMITS | {
+    "x-adapter-version": "Which version of the adapter answered.",
+    "x-adapter-digest": "The digest of what answered.",
+    "x-cost-nano": "What a whole answer cost, in nano-USD.",
+    "idempotent-replayed": "`true` where this answer was given before.",
+}
+_OF_REFUSALS_FOR_NOW = _OF_LIMITS | {
+    "retry-after": "In how many seconds to try again.",
+    "retry-after-ms": "The same in milliseconds.",
+    "x-should-retry": "`false` where trying again does not help.",
 }
 _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
@@ -138,8 +166,10 @@ def _answers(handler: HTTPRouteHandler, schemas: Mapping[Any, Any]) -> Document:
     contents = {} if kind is None else {media: {"schema": _schema(kind, media, schemas)}}
     contents |= {each: {"schema": _schema(bytes, each, schemas)} for each in also_as}
     if (event := handler.opt.get("events")) is not None:
-        contents[EVENTS] = {"schema": _event(schemas[event])}
-    answers = {handler.status_code: _response(HTTPStatus(handler.status_code).phrase, contents)}
+        contents[EVENTS] = {"schema": _event(event, schemas)}
+    phrase = HTTPStatus(handler.status_code).phrase
+    told = _OF_GENERATIONS if _is_generation(handler) else {}
+    answers = {handler.status_code: _response(phrase, contents, told)}
     for status, spec in (handler.responses or {}).items():
         if status != handler.status_code:
             kind, media = spec.data_container, get_enum_string_value(spec.media_type)
@@ -162,15 +192,34 @@ def _schema(kind: Any, media_type: str, schemas: Mapping[Any, Any]) -> Document:
     return {"type": "string"} if is_text else {"type": "string", "format": "binary"}
 
 
-def _event(data: Document) -> Document:
+def _event(kind: Any, schemas: Mapping[Any, Any]) -> Document:
     """One of a stream: before OpenAPI 3.2 that is what the schema of a stream describes."""
-    told = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
-    told["description"] = "Of the last one: [DONE]."
-    return {"type": "object", "properties": {"data": told}, "required": ["data"]}
+    return _named_event(kind, schemas) if _is_union(kind) else _plain_event(kind, schemas)
 
 
-def _response(description: str, content: Document) -> Document:
-    response: Document = {"description": description, "headers": {"x-request-id": _REQUEST_ID}}
+def _plain_event(kind: Any, schemas: Mapping[Any, Any]) -> Document:
+    said = {"anyOf": [schemas[kind], schemas[OpenAIError]]}
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": said}
+    data["description"] = "Of the last one: [DONE], or the error that ended the stream."
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
+
+
+def _named_event(kinds: Any, schemas: Mapping[Any, Any]) -> Document:
+    tags = [kind.__struct_config__.tag for kind in typing.get_args(kinds)]
+    name = {"type": "string", "enum": tags, "description": "The `type` of its data."}
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": schemas[kinds]}
+    properties = {"event": name, "data": data}
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _response(
+    description: str, content: Document, told: Mapping[str, str] = types.MappingProxyType({})
+) -> Document:
+    optional = {
+        name: {"description": says, "schema": {"type": "string"}} for name, says in told.items()
+    }
+    headers = {"x-request-id": _REQUEST_ID, **optional}
+    response: Document = {"description": description, "headers": headers}
     return {**response, "content": content} if content else response
 
 
@@ -184,7 +233,11 @@ def _refusals(
     kind = _error_body(handler)
     media = JSON if kind is OpenAIError else PROBLEM
     return {
-        str(status): _response(" ".join(reasons), {media: {"schema": schemas[kind]}})
+        str(status): _response(
+            " ".join(reasons),
+            {media: {"schema": schemas[kind]}},
+            _OF_REFUSALS_FOR_NOW if status in (409, 429, 503) else {},
+        )
         for status, reasons in sorted(by_status.items())
         if status not in (handler.responses or {})
     }
@@ -223,7 +276,7 @@ class _Page(RedocRenderPlugin):
     """The document for people, served without any other host."""
 
     def __init__(self) -> None:
-        super().__init__(js_url=f"/static/{REDOC}", google_fonts=False)
+        super().__init__(js_url=f"/static/{REDOC}", google_fonts=False, favicon=OFFLINE)
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: Document) -> bytes:
         return super().render(request, _kept(request.app))

@@ -95,13 +95,13 @@ class FormOperation(Operation):
 async def create_file(
     request: Request[Any, Any, Any],
     principal: NamedDependency[Principal],
-    files: NamedDependency[Files],
+    tenant_files: NamedDependency[Files],
 ) -> FileView:
     """Requests for a batch, one JSON object a line. Kept for 30 days, or as `expires_after` says.
 
     At most 200 MiB, in the part `file`; `purpose` is `batch`.
     """
-    row = await files.receive(
+    row = await tenant_files.receive(
         tenant_of(principal),
         content_type=request.headers.get("content-type", ""),
         announced_bytes=request.content_length,
@@ -114,7 +114,7 @@ async def create_file(
 async def list_files(
     request: Request[Any, Any, Any],
     principal: NamedDependency[Principal],
-    files: NamedDependency[Files],
+    tenant_files: NamedDependency[Files],
     purpose: FromQuery[Purpose | None] = None,
     limit: Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)] = MAX_PAGE,
     after: FromQuery[str | None] = None,
@@ -126,7 +126,7 @@ async def list_files(
     if after is not None and last is None:
         raise NotFound(f"There is no file {after!r}.", param="after")
     page = Page(limit, last, is_ascending=order == "asc")
-    rows, has_more = await files.list_page(tenant_of(principal), page, purpose=purpose)
+    rows, has_more = await tenant_files.list_page(tenant_of(principal), page, purpose=purpose)
     views = [FileView.of(row) for row in rows]
     return FilePage(
         views,
@@ -140,9 +140,9 @@ async def list_files(
 async def get_file(
     file_id: FromPath[str],
     principal: NamedDependency[Principal],
-    files: NamedDependency[Files],
+    tenant_files: NamedDependency[Files],
 ) -> FileView:
-    return FileView.of(await files.get(tenant_of(principal), read_id(FILE, file_id)))
+    return FileView.of(await tenant_files.get(tenant_of(principal), read_id(FILE, file_id)))
 
 
 @get(
@@ -155,12 +155,12 @@ async def get_file(
 async def get_content(
     file_id: FromPath[str],
     principal: NamedDependency[Principal],
-    files: NamedDependency[Files],
+    tenant_files: NamedDependency[Files],
 ) -> Stream:
     """Its bytes as they are."""
-    row, found = await files.open(tenant_of(principal), read_id(FILE, file_id))
+    row, found = await tenant_files.open(tenant_of(principal), read_id(FILE, file_id))
     return Stream(
-        files.stream(found),
+        tenant_files.stream(found),
         headers={"content-length": str(row.size_bytes)},
         media_type="application/octet-stream",
     )
@@ -176,10 +176,10 @@ async def get_content(
 async def delete_file(
     file_id: FromPath[str],
     principal: NamedDependency[Principal],
-    files: NamedDependency[Files],
+    tenant_files: NamedDependency[Files],
 ) -> FileDeleted:
     """For good. 409 while a batch reads it."""
-    await files.delete(tenant_of(principal), read_id(FILE, file_id))
+    await tenant_files.delete(tenant_of(principal), read_id(FILE, file_id))
     return FileDeleted(file_id)
 
 

@@ -96,7 +96,7 @@ async def erase(
     data: JSONBody[Erasure],
     database: NamedDependency[Database],
     principal: NamedDependency[Principal],
-    files: NamedDependency[Files],
+    tenant_files: NamedDependency[Files],
 ) -> Erased:
     """Names and texts go; numbers, and statements that are closed, stay as they are."""
     async with database.as_worker() as session:
@@ -115,7 +115,7 @@ async def erase(
             details=msgspec.to_builtins(erased),
         )
     if erased.num_files:
-        await files.sweep()
+        await tenant_files.sweep()
     return erased
 
 

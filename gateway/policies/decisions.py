@@ -6,18 +6,18 @@ minute's counts with it. Nothing of any text is kept, nor whose request it was.
 """
 
 import asyncio
-import contextlib
 import datetime
 import logging
 import uuid
 from collections import Counter, defaultdict
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway import audit
+from gateway.background import Background
 from gateway.database import DATABASE_TROUBLE, Database
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ ADD = text("""
 """)
 
 
-class Decisions:
+class Decisions(Background):
     """Mutable: what was decided since it was written last. Writes by itself while entered."""
 
     def __init__(self, database: Database) -> None:
@@ -43,13 +43,8 @@ class Decisions:
         # Tenant -> (rule, verdict) -> how often
         self._counts: defaultdict[uuid.UUID, Counter[tuple[str, Verdict]]] = defaultdict(Counter)
         self._since = datetime.datetime.now(datetime.UTC)
-        self._flushing: asyncio.Task[None] | None = None
         # Held while writing, so that what is being written is not interrupted and written again.
         self._writing = asyncio.Lock()
-
-    async def __aenter__(self) -> Self:
-        self._flushing = asyncio.create_task(self._flush_forever(), name="policy decisions")
-        return self
 
     async def __aexit__(
         self,
@@ -57,11 +52,9 @@ class Decisions:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._flushing is not None
+        # Not in the middle of writing.
         async with self._writing:
-            self._flushing.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._flushing
+            await super().__aexit__(kind, error, trace)
         await self._try_to_flush()
 
     def count(self, tenant_id: uuid.UUID, rule: str, verdict: Verdict) -> None:
@@ -81,7 +74,7 @@ class Decisions:
                 for tenant_id, rest in counts.items():
                     self._counts[tenant_id].update(rest)
 
-    async def _flush_forever(self) -> None:
+    async def _run_forever(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_S)
             await self._try_to_flush()

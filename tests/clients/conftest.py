@@ -31,27 +31,40 @@ class Client:
     notions: frozenset[str]
 
 
-def _python(name: str, script: str, notions: str, *, python: Path | None = None) -> Client:
-    command = (str(python or OTHERS / "python"), str(HERE / "scripts" / script))
+def _python(
+    name: str, script: str, notions: str, *told: str, python: Path = OTHERS / "python"
+) -> Client:
+    command = (str(python), str(HERE / "scripts" / script), *told)
     return Client(name, command, frozenset(notions.split()))
 
 
+def _node(name: str, script: str, notions: str) -> Client:
+    command = (str(OTHERS / "node"), str(HERE / "node" / script))
+    return Client(name, command, frozenset(notions.split()))
+
+
+OURS = Path(sys.executable)
 SDK = "chat stream usage tools tools_streamed schema models embeddings errors"
+SDK_RESPONSES = "chat stream usage tools tools_streamed schema errors"
+LANGCHAIN = "chat stream usage tools schema embeddings errors"
+AGENTS = "chat stream usage tools schema errors"
 CLIENTS = [
-    _python("openai 3", "with_openai.py", SDK, python=Path(sys.executable)),
+    _python("openai 3", "with_openai.py", SDK, python=OURS),
     _python("openai 2", "with_openai.py", SDK),
-    Client(
-        "openai for node",
-        (str(OTHERS / "node"), str(HERE / "node" / "with_openai.js")),
-        frozenset(SDK.split()),
-    ),
-    _python("langchain", "with_langchain.py", "chat stream usage tools schema embeddings errors"),
+    _node("openai for node", "with_openai.js", SDK),
+    _python("langchain", "with_langchain.py", LANGCHAIN),
     _python(
         "llama-index", "with_llama_index.py", "chat stream usage tools schema embeddings errors"
     ),
-    _python("pydantic-ai", "with_pydantic_ai.py", "chat stream usage tools schema errors"),
+    _python("pydantic-ai", "with_pydantic_ai.py", AGENTS),
     _python("instructor", "with_instructor.py", "stream usage tools schema errors"),
     _python("llm", "with_llm.py", "chat stream usage tools_offered schema errors"),
+    # In OpenAI's newer words.
+    _python("openai 3, responses", "with_openai_responses.py", SDK_RESPONSES, python=OURS),
+    _python("openai 2, responses", "with_openai_responses.py", SDK_RESPONSES),
+    _node("openai for node, responses", "with_openai_responses.js", SDK_RESPONSES),
+    _python("langchain, responses", "with_langchain.py", LANGCHAIN, "responses"),
+    _python("pydantic-ai, responses", "with_pydantic_ai.py", AGENTS, "responses"),
 ]
 
 

@@ -112,6 +112,6 @@ def test_a_client_gets_vectors(client: Client, facts: Facts, truth: dict[str, An
 @having("errors")
 def test_a_client_raises_what_it_has_for_each_refusal(client: Client, facts: Facts) -> None:
     raised = facts(client)["errors"]
-    expected = OWN_ERRORS.get(client.name, ERRORS)
+    expected = OWN_ERRORS.get(client.name.removesuffix(", responses"), ERRORS)
     assert raised == {status: expected[status] for status in raised}
     assert {"401", "404"} <= set(raised)

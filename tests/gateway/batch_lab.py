@@ -12,6 +12,7 @@ from openai.types import Batch
 from tests.gateway.whole_gateway import PATIENCE_S, Gateway, chat
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RESPONSES = "/v1/responses"
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 

@@ -93,6 +93,15 @@ def test_every_admin_route_that_changes_something_names_its_actor(app):
                 assert names_actor, (route.path, handler.fn.__name__)
 
 
+def test_no_field_of_a_body_has_the_name_of_a_part(app):
+    """Else a wrong value of it would be a 500: the framework tells by names whose fault it is."""
+    for route in app.routes:
+        for handler in getattr(route, "route_handlers", []):
+            body = handler.parsed_fn_signature.parameters.get("data")
+            fields = getattr(body and body.annotation, "__struct_fields__", ())
+            assert not set(fields) & set(handler.resolve_dependencies()), route.path
+
+
 def test_a_route_that_names_no_scope_stops_the_start():
     @get("/silent")
     async def silent() -> None: ...

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.responses import Response
 from sqlalchemy import text, update
 
 from gateway.batches.claims import Claims, Result
@@ -30,6 +31,7 @@ from tests.gateway.batch_lab import (
     CHAT,
     COMPLETIONS,
     EMBEDDINGS,
+    RESPONSES,
     counts,
     create,
     ended,
@@ -112,6 +114,32 @@ async def test_completions_and_embeddings_are_endpoints_too(
     assert [each["embedding"] for each in bodies[1]["data"]] == [[1.0, 3.0, 5.0], [1.0, 1.0, 9.0]]
     endpoints = {event.endpoint for event in await gateway.events(2)}
     assert endpoints == {"batch.completions", "batch.embeddings"}
+    assert await gateway.differences() == []
+
+
+async def test_lines_of_responses_are_answered_and_refused_in_the_words_of_their_route(
+    gateway: Gateway, client: openai.AsyncOpenAI
+) -> None:
+    plain = {"model": MODEL, "input": "w7 w8", "max_output_tokens": 3, "ignore_eos": True}
+    asked = {
+        "fine": plain,
+        "stored": {**plain, "store": True},
+        "too long": {"model": MODEL, "input": "w1 " * 5000},
+        "too many": {**plain, "max_output_tokens": 10**6},
+    }
+    lines = [line(each, body, url=RESPONSES) for each, body in asked.items()]
+    batch = await ended(client, await create(client, lines, endpoint=RESPONSES))
+    assert (batch.endpoint, counts(batch)) == (RESPONSES, (4, 1, 3))
+    answers = await read(client, batch.output_file_id)
+    [event] = await gateway.events(1)
+    assert event.endpoint == "batch.responses"
+    answer = Response.model_validate(answers["fine"]["response"]["body"], strict=True)
+    assert (answer.status, answer.id) == ("incomplete", f"resp_{event.id.hex}")
+    assert answer.usage is not None
+    assert (answer.usage.output_tokens, len(answer.output_text.split())) == (3, 3)
+    errors = await read(client, batch.error_file_id)
+    params = {each: errors[each]["response"]["body"]["error"]["param"] for each in errors}
+    assert params == {"stored": "store", "too long": "input", "too many": "max_output_tokens"}
     assert await gateway.differences() == []
 
 

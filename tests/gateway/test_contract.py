@@ -6,6 +6,7 @@ what the document has for it: no 5xx, no status, media type, header or body that
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from gateway import addresses
 from gateway.database import Database
 from tests.conftest import Home
 from tests.gateway.whole_gateway import MODEL, Gateway, chat, whole_gateway
@@ -35,9 +37,13 @@ CHECKS = (
 
 @pytest.fixture
 async def shop(
-    home: Home, database: Database, tmp_path: Path
+    home: Home, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[Gateway, Estate]]:
-    """A gateway, and a tenant of it that has something of everything."""
+    """A gateway, and a tenant of it that has something of everything.
+
+    It bears with wrong keys: an address that has guessed many would be told nothing else.
+    """
+    monkeypatch.setattr(addresses, "MAX_FAILURES", 10**9)
     async with whole_gateway(home, database, tmp_path, core=TrustingCore()) as gateway:
         yield gateway, await build(gateway, "globex", grantee="acme")
 
@@ -75,11 +81,68 @@ async def test_the_events_of_a_stream_are_what_the_document_says(
         *events, done, end = (await gateway.client.post(path, json=body)).text.split("\n\n")
     answer = document["paths"][path]["post"]["responses"]["200"]
     data = answer["content"]["text/event-stream"]["schema"]["properties"]["data"]
-    assert data["contentSchema"] == {"$ref": f"#/components/schemas/{component}"}
-    described = Draft202012Validator({**data["contentSchema"], **document})
+    told = [f"#/components/schemas/{name}" for name in (component, "OpenAIError")]
+    assert data["contentSchema"] == {"anyOf": [{"$ref": each} for each in told]}
+    described = Draft202012Validator({"$ref": told[0], **document})
     for event in events:
         described.validate(json.loads(event.removeprefix("data: ")))
     assert (len(events) > 1, done, end) == (True, "data: [DONE]", "")
+
+
+async def test_the_events_of_a_response_come_under_the_names_that_the_document_has(
+    home: Home, database: Database, tmp_path: Path
+) -> None:
+    body = {"model": MODEL, "input": "w7", "stream": True, "max_output_tokens": 3}
+    async with whole_gateway(home, database, tmp_path) as gateway:
+        document = (await gateway.client.get("/docs/openapi.json")).json()
+        *events, end = (await gateway.client.post("/v1/responses", json=body)).text.split("\n\n")
+    answer = document["paths"]["/v1/responses"]["post"]["responses"]["200"]
+    schema = answer["content"]["text/event-stream"]["schema"]
+    assert "DONE" not in json.dumps(schema)
+    envelope = Draft202012Validator({**schema, **document})
+    described = Draft202012Validator({**schema["properties"]["data"]["contentSchema"], **document})
+    for event in events:
+        parts = dict(line.split(": ", 1) for line in event.split("\n"))
+        envelope.validate(parts)
+        data = json.loads(parts["data"])
+        described.validate(data)
+        assert data["type"] == parts["event"]
+    assert (len(events) > 1, end) == (True, "")
+
+
+async def test_headers_of_generations_are_in_the_document(
+    home: Home, database: Database, tmp_path: Path
+) -> None:
+    async with whole_gateway(home, database, tmp_path) as gateway:
+        document = (await gateway.client.get("/docs/openapi.json")).json()
+        await gateway.limit(requests_per_minute=600, tokens_per_minute=60_000)
+        named = {"Idempotency-Key": "a"}
+        answers = [
+            await gateway.client.post("/v1/chat/completions", json=chat("w7"), headers=named)
+            for _ in range(2)
+        ]
+        await gateway.limit(requests_per_minute=1)
+        refused = [
+            await gateway.client.post("/v1/chat/completions", json=chat("w7")) for _ in range(2)
+        ]
+    told = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    for answer in (*answers, refused[-1]):
+        ours = {each for each in answer.headers if each.startswith(("x-", "retry", "idempotent"))}
+        assert ours <= told[str(answer.status_code)]["headers"].keys()
+    assert "idempotent-replayed" in answers[-1].headers
+    assert "retry-after" in refused[-1].headers
+
+
+async def test_the_page_for_people_comes_from_this_host_alone(
+    home: Home, database: Database, tmp_path: Path
+) -> None:
+    async with whole_gateway(home, database, tmp_path) as gateway:
+        page = (await gateway.client.get("/docs")).text
+        places = re.findall(r"""(?:src|href)=["']([^"']*)""", page.partition("Redoc.init(")[0])
+        found = [await gateway.client.get(each) for each in places if each.startswith("/")]
+    assert all(each.is_success for each in found)
+    assert [each for each in places if not each.startswith("/")] == ["data:,"]
+    assert "default-src 'self'" in page
 
 
 async def check(gateway: Gateway, estate: Estate, folder: Path, *options: str) -> None:
@@ -96,6 +159,8 @@ async def check(gateway: Gateway, estate: Estate, folder: Path, *options: str) -
     )
     said, _ = await process.communicate()
     assert process.returncode == 0, said.decode()
+    # Nothing was kept from an answer of its own.
+    assert b"Rate limited" not in said, said.decode()
 
 
 def configuration(gateway: Gateway, estate: Estate) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from openai.types import Completion
+from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from gateway.database import Database
@@ -105,3 +105,12 @@ async def test_a_completion_is_one_of_the_sdks(gateway: Gateway, fields: dict[st
         read(Completion, without_openais_nulls(chunk))
     told = await gateway.client.post(COMPLETIONS, json=body | {"prompt_logprobs": 2})
     read(Completion, without_openais_nulls(told.text))
+
+
+async def test_a_model_is_one_of_the_sdks(gateway: Gateway) -> None:
+    listed = (await gateway.client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    alone = (await gateway.client.get(f"/v1/models/{MODEL}")).json()
+    for each in (*listed["data"], alone):
+        found = Model.model_validate_json(json.dumps(each), strict=True)
+        assert set(unknown(found)) <= {"root", "parent", "adapter_version", "adapter_digest"}

@@ -3,6 +3,7 @@
 Nothing is stored: a conversation goes on with the items that its client sends again.
 """
 
-from gateway.api.responses.route import responses
+from gateway.api.responses.request import ResponseRequest, read_request
+from gateway.api.responses.route import compose, in_own_words, responses
 
-__all__ = ["responses"]
+__all__ = ["ResponseRequest", "compose", "in_own_words", "read_request", "responses"]

@@ -6,35 +6,22 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from gateway.api.asking import Asking, check_stream_options
 from gateway.api.fields import (
-    LogitBias,
-    MaxCost,
     Metadata,
-    MinP,
-    MinTokens,
     NumLogprobs,
     NumTokens,
-    Penalty,
-    RepetitionPenalty,
-    Seed,
     ServiceTier,
-    StopString,
-    StopStrings,
-    Temperature,
     TemplateVariables,
-    TokenIds,
-    TopK,
-    TopP,
     User,
     end_user,
     given_fields,
     not_served,
     priority_of,
     refuse_unserved,
-    stop_strings,
 )
 from gateway.api.responses.conversation import Items, conversation
-from gateway.api.structured import StructuredOutputs, TextFormat, asked_text_grammar
+from gateway.api.structured import TextFormat, asked_text_grammar
 from gateway.api.tools import (
     Chosen,
     Function,
@@ -117,7 +104,7 @@ class ResponseStreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     include_obfuscation: bool | None = None
 
 
-class ResponseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ResponseRequest(Asking, frozen=True, forbid_unknown_fields=True):
     """OpenAI's request for a response; known fields that are not served are refused by name."""
 
     model: str
@@ -126,8 +113,6 @@ class ResponseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # The system message, before all that `input` has.
     instructions: str | None = None
     max_output_tokens: NumTokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
     # So many alternatives beside each token, where `include` asks for log-probabilities.
     top_logprobs: NumLogprobs | None = None
     include: list[Includable] | None = None
@@ -136,35 +121,17 @@ class ResponseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tools: FunctionTools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     # Comes back with the answer.
     metadata: Metadata | None = None
-    # Whom the client asks for: reports can be grouped by it, and a canary keeps each on one side.
-    user: User | None = None
-    # The newer word for it.
+    # The newer word for `user`.
     safety_identifier: User | None = None
     # A hint where to look for the prompt's beginning. There is one place to look.
     prompt_cache_key: Annotated[str, msgspec.Meta(max_length=512)] | None = None
     # Who may wait, and who may not be kept waiting.
     service_tier: ServiceTier | None = None
-    # Ours: the most that the answer may cost, in nano-USD.
-    max_cost: MaxCost | None = None
     # As in a chat request.
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    logit_bias: LogitBias | None = None
-    min_tokens: MinTokens | None = None
-    seed: Seed | None = None
-    stop: StopString | StopStrings | None = None
-    stop_token_ids: TokenIds | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
-    structured_outputs: StructuredOutputs | None = None
     # Known, and refused unless the value changes nothing: see `fields.NEUTRAL_VALUES`.
     access_programs: Any | None = None
     background: bool | None = None
@@ -172,11 +139,9 @@ class ResponseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_management: list[Any] | None = None
     conversation: Any | None = None
     image: Any | None = None
-    include_stop_str_in_output: bool | None = None
     max_tool_calls: int | None = None
     moderation: Any | None = None
     previous_response_id: str | None = None
-    priority: int | None = None
     prompt: Any | None = None
     prompt_cache_options: Any | None = None
     prompt_cache_retention: str | None = None
@@ -208,26 +173,11 @@ def read_request(data: ResponseRequest, principal: Principal) -> GenerationReque
         model=data.model,
         user=end_user(data.user or data.safety_identifier),
         prompts=[conversation(data.input, instructions=data.instructions)],
-        is_streamed=bool(data.stream),
         max_tokens=data.max_output_tokens,
-        temperature=data.temperature,
-        top_p=data.top_p,
-        top_k=None if data.top_k is None else max(data.top_k, 0),
-        min_p=data.min_p or 0.0,
-        presence_penalty=data.presence_penalty or 0.0,
-        frequency_penalty=data.frequency_penalty or 0.0,
-        repetition_penalty=data.repetition_penalty or 1.0,
-        logit_bias=data.logit_bias or {},
-        min_tokens=data.min_tokens or 0,
-        seed=data.seed,
-        stops=stop_strings(data.stop),
-        stop_token_ids=tuple(data.stop_token_ids or ()),
-        ignore_eos=bool(data.ignore_eos),
         logprobs=(data.top_logprobs or 0) if data.wants_logprobs else None,
         template_variables=data.chat_template_kwargs or {},
-        shows_special_tokens=data.skip_special_tokens is False,
         priority=priority_of(data.service_tier, principal),
-        max_cost_nano=data.max_cost,
+        **data.sampling(),
         fields=partial(_given, data),
         grammar=grammar,
         tools=toolbox,
@@ -244,8 +194,7 @@ def _refuse(data: ResponseRequest) -> None:
         refuse_unserved(data.reasoning, place="reasoning.")
         if data.reasoning.summary is not None:
             raise not_served("reasoning.summary")
-    if data.stream_options is not None and not data.stream:
-        raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+    check_stream_options(data.stream_options, is_streamed=data.stream)
     if data.top_logprobs and not data.wants_logprobs:
         raise InvalidRequest(
             f"'top_logprobs' needs 'include': [{LOGPROBS!r}].", param="top_logprobs"

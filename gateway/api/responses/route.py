@@ -42,21 +42,21 @@ async def responses(
     """Answer a conversation with a base model or one of the caller's adapters; store nothing."""
     principal = caller_of(request)
     asked = read_request(data, principal)
-    with _in_own_words():
+    with in_own_words():
         begun = await desk.begin(request, principal, asked)
         if isinstance(begun, KeptAnswer):
             return replay(begun)
-        writer = Writer(begun.generation, data)
         if data.stream:
+            writer = Writer(begun.generation, data)
             return await begun.stream(
                 _events(begun.generation, writer),
                 failed=lambda error: _together(writer.fail(error)),
             )
-        return await begun.whole(partial(_whole, begun.generation, writer))
+        return await begun.whole(partial(compose, begun.generation, data))
 
 
 @contextlib.contextmanager
-def _in_own_words() -> Iterator[None]:
+def in_own_words() -> Iterator[None]:
     """Errors name the fields that this route has."""
     try:
         yield
@@ -65,10 +65,11 @@ def _in_own_words() -> Iterator[None]:
         raise
 
 
-async def _whole(
-    generation: Generation, writer: Writer, answers: Sequence[WholeAnswer]
+async def compose(
+    generation: Generation, data: ResponseRequest, answers: Sequence[WholeAnswer]
 ) -> ResponseObject:
-    [answer] = answers
+    """The body of a whole answer."""
+    [answer], writer = answers, Writer(generation, data)
     for delta in answer.deltas:
         writer.take(delta)
     response, _ = writer.end(answer.deltas[-1], generation.bill())

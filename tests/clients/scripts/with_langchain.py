@@ -1,6 +1,7 @@
-"""LangChain's langchain-openai."""
+"""LangChain's langchain-openai; told `responses` it asks in OpenAI's newer words."""
 
 import json
+import sys
 from typing import Any
 
 from asking import (
@@ -18,9 +19,17 @@ from asking import (
 )
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
+ASKS_FOR_RESPONSES = "responses" in sys.argv
+
 
 def model(**fields: Any) -> ChatOpenAI:
-    settings = {"model": MODEL, "temperature": 0, "max_tokens": MAX_TOKENS, "base_url": BASE_URL}
+    settings = {
+        "model": MODEL,
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        "base_url": BASE_URL,
+        "use_responses_api": ASKS_FOR_RESPONSES,
+    }
     return ChatOpenAI(**{**settings, **fields})
 
 

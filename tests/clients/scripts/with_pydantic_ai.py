@@ -1,7 +1,8 @@
-"""Agents of pydantic-ai."""
+"""Agents of pydantic-ai; told `responses` they ask in OpenAI's newer words."""
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 from asking import (
@@ -17,14 +18,16 @@ from asking import (
     tell,
 )
 from pydantic_ai import Agent, NativeOutput, ToolOutput
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
+
+CHOSEN: Any = OpenAIResponsesModel if "responses" in sys.argv else OpenAIChatModel
 
 
 def agent(
     *, model: str = MODEL, key: str = KEY, max_tokens: int = MAX_TOKENS, **fields: Any
 ) -> Agent[None, Any]:
-    chosen = OpenAIChatModel(model, provider=OpenAIProvider(base_url=BASE_URL, api_key=key))
+    chosen = CHOSEN(model, provider=OpenAIProvider(base_url=BASE_URL, api_key=key))
     settings: Any = {"temperature": 0, "max_tokens": max_tokens}
     return Agent(chosen, model_settings=settings, **fields)
 
