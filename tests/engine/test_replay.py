@@ -72,7 +72,7 @@ def token_ids(found: list[Answer]) -> list[list[int]]:
     return [answer.token_ids for answer in found]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(model: str, adapters: FolderSource) -> dict[tuple[str | None, ...], list[list[int]]]:
     """By whose adapters they are: what the kernels for CPUs answer."""
     lab = Lab(model, adapters)
