@@ -13,7 +13,7 @@ from adapters.demo.base_model import default_folder
 from adapters.demo.tasks import TASKS
 
 QUESTION = [{"role": "user", "content": "Tell me about the sea."}]
-NUM_TOKENS = 12
+NUM_TOKENS = 8
 NUM_STREAMS = 6
 # More than are ever read.
 MAX_TOKENS = 2000
