@@ -24,12 +24,14 @@ from adapters.store import ArtifactStore
 from adapters.text_bundle import TextBundle
 from engine.config import (
     SECRET_VARIABLE,
+    THREADS_VARIABLE,
     DtypeName,
     EngineConfig,
     QuantizationName,
     ServerConfig,
     parent_from_environment,
     secret_from_environment,
+    threads_from_environment,
 )
 from engine.core import AdapterSource, EngineCore
 from engine.errors import EngineError
@@ -155,13 +157,18 @@ def _parser() -> argparse.ArgumentParser:
         help="record decode steps at the start and replay them; without, the engine starts some"
         " seconds earlier and decodes more slowly (CUDA only)",
     )
-    add("--num-threads", type=int, help="CPU threads of the computation (default: all cores)")
+    add(
+        "--num-threads",
+        type=int,
+        help=f"CPU threads of the computation (default: {THREADS_VARIABLE}, or all cores)",
+    )
     return parser
 
 
 def _engine_config(flags: dict[str, object]) -> EngineConfig:
     values = {name: flags[name] for name in EngineConfig.__dataclass_fields__ if name in flags}
     values.setdefault("served_name", Path(str(flags["model"])).name)
+    values.setdefault("num_threads", threads_from_environment())
     values.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     for flag, name in _MEBIBYTES.items():
         if isinstance(mebibytes := flags.get(flag), int):

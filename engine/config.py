@@ -14,6 +14,7 @@ from engine.protocol import UNIX_PREFIX, bearer
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["none", "int8", "int4", "int8-dynamic", "fp8"]
 PARENT_VARIABLE = "MANYLORA_PARENT_PID"
+THREADS_VARIABLE = "OMP_NUM_THREADS"
 SECRET_VARIABLE = "MANYLORA_ENGINE_SECRET"  # noqa: S105 the variable's name, not a secret
 
 
@@ -118,6 +119,12 @@ class ServerConfig:
 def secret_from_environment() -> str | None:
     """Not a flag, because everybody on a host can read those."""
     return os.environ.get(SECRET_VARIABLE) or None
+
+
+def threads_from_environment() -> int | None:
+    """What everything that computes with OpenMP is told by it; None where nothing is said."""
+    value = os.environ.get(THREADS_VARIABLE, "").partition(",")[0].strip()
+    return int(value) if value.isdigit() and int(value) else None
 
 
 def parent_from_environment() -> int | None:

@@ -8,9 +8,11 @@ database   the same, opened as `gateway.database.Database`
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import os
 import shutil
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,9 @@ from gateway.embedded import EmbeddedPostgres
 
 # Read when Triton is imported: kernels for GPUs are interpreted here, on a CPU's tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Hundreds of processes are started, and each would compile our modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Groups of tests that take longest.
 LONGEST = (
     "tests/end_to_end",
@@ -57,6 +62,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long begins first, so that at the end no process is alone with it."""
     items.sort(key=lambda item: _rank(_group(item.nodeid)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: nobody has to look through it for garbage, a thousand times over."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -110,7 +110,7 @@ class Plan:
 @pytest.mark.parametrize(
     "plan",
     [
-        pytest.param(Plan("words", 20, 0.8), id="words"),
+        pytest.param(Plan("words", sum(VICTIMS.values()), 0.8), id="words"),
         pytest.param(Plan("words", 150, 0.8), id="words at length", marks=pytest.mark.slow),
         pytest.param(Plan("model", 16, 4.0, 2), id="a real model", marks=pytest.mark.slow),
     ],

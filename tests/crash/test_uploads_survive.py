@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import datetime
 import hashlib
+import json
 import os
 import random
+import signal
 import socket
 import sys
 from collections import Counter
@@ -64,6 +66,8 @@ class Town:
     store: ArtifactStore
     key: str
     dice: random.Random
+    # Where gateways are born.
+    nursery: asyncio.subprocess.Process
     counts: Counter[str] = field(default_factory=Counter)
     # What clients were told: (adapter, number) -> digest of the weights.
     told: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -184,7 +188,28 @@ async def town(home: Home, database: Database, tmp_path: Path) -> AsyncIterator[
         served = Engine(folder / "engine.sock", core=Core(), secret=SECRET, info=info)
         async with served.serve():
             store = ArtifactStore(settings.store_url)
-            yield Town(settings, database, store, key, random.Random(4))
+            async with nursery() as born:
+                yield Town(settings, database, store, key, random.Random(4), born)
+
+
+@contextlib.asynccontextmanager
+async def nursery() -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.crash.nursery", "gateway"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert await hear(process) == ["born"]
+        yield process
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def hear(nursery: asyncio.subprocess.Process) -> list[str]:
+    assert nursery.stdout is not None
+    return (await nursery.stdout.readline()).decode().split()
 
 
 def free_port() -> int:
@@ -194,22 +219,25 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def gateway(town: Town) -> AsyncIterator[asyncio.subprocess.Process]:
+async def gateway(town: Town) -> AsyncIterator[None]:
     """A gateway that answers; killed without warning at the end."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway"),
-        env={**os.environ, **town.settings.to_environment()},
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+    life = {
+        "log": str(town.settings.data_dir / "gateway.log"),
+        "arguments": [],
+        "environment": town.settings.to_environment(),
+    }
+    assert town.nursery.stdin is not None
+    town.nursery.stdin.write(f"{json.dumps(life)}\n".encode())
+    said, pid = await hear(town.nursery)
+    assert said == "lives"
     try:
         async with town.client() as client, asyncio.timeout(START_S):
-            while not await is_ready(client):
-                assert process.returncode is None
+            while not await is_ready(client):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.02)
-        yield process
+        yield
     finally:
-        process.kill()
-        await process.wait()
+        os.kill(int(pid), signal.SIGKILL)
+        assert await hear(town.nursery) == ["ended", f"{-signal.SIGKILL}"]
 
 
 async def is_ready(client: httpx.AsyncClient) -> bool:

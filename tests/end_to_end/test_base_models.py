@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from adapters.demo.base_model import default_folder
 from tests.end_to_end.conftest import (
     START_PATIENCE_S,
     descendants,
@@ -23,7 +20,7 @@ from tests.end_to_end.conftest import (
     remove,
     wait_until_gone,
 )
-from tests.model_lab import save_random_model, tiny_llama_config
+from tests.model_lab import save_speaking_model
 
 PATIENCE_S = 120
 
@@ -75,17 +72,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder = tmp_path_factory.mktemp("models")
     later = folder / "later"
     return Models(
-        make_model(folder / "alpha", seed=0),
-        make_model(folder / "beta", seed=1),
-        make_model(later / "beta-2", seed=2, max_position_embeddings=512).parent,
+        save_speaking_model(folder / "alpha", seed=0),
+        save_speaking_model(folder / "beta", seed=1),
+        save_speaking_model(later / "beta-2", seed=2, max_position_embeddings=512).parent,
     )
-
-
-def make_model(folder: Path, *, seed: int, **changes: Any) -> Path:
-    save_random_model(tiny_llama_config(vocab_size=49152, **changes), folder, seed=seed)
-    for file in default_folder().glob("*token*"):
-        shutil.copy(file, folder)
-    return folder
 
 
 @contextlib.contextmanager

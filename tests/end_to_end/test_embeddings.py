@@ -1,8 +1,8 @@
 """What OpenAI's client gets for a text is what transformers' and PEFT's hidden states say."""
 
 import asyncio
+import contextlib
 
-import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,22 +14,22 @@ from tests.model_lab import pooled_reference
 TEXTS = [
     "A river.",
     "How many open orders are there?",
-    " ".join(f"Verse {number}: the sea was grey, and nobody spoke of it." for number in range(30)),
+    " ".join(f"Verse {number}: the sea was grey, and nobody spoke of it." for number in range(12)),
 ]
 ATOL = 1e-5
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
-async def test_vectors_are_the_references_beside_streams_of_other_adapters(server, pooling):
+async def test_vectors_are_the_references_beside_streams_of_other_adapters(server):
     task = next(iter(TASKS.values()))
     models = (task.public_name, server.facts["base_model"])
+    asked = [(model, pooling) for model in models for pooling in ("mean", "last")]
     async with server.client(task.tenant) as client:
 
         async def talk(model):
             stream = await client.chat.completions.create(
                 model=model,
                 messages=[{"role": "user", "content": TEXTS[1]}],
-                max_tokens=32,
+                max_tokens=16,
                 stream=True,
             )
             return [chunk async for chunk in stream]
@@ -38,19 +38,20 @@ async def test_vectors_are_the_references_beside_streams_of_other_adapters(serve
         made = await asyncio.gather(
             *(
                 client.embeddings.create(model=model, input=TEXTS, extra_body={"pooling": pooling})
-                for model in models
+                for model, pooling in asked
             )
         )
         await asyncio.gather(*talks)
     tokenizer = AutoTokenizer.from_pretrained(default_folder())
     prompts = [tokenizer.encode(text) for text in TEXTS]
     base = AutoModelForCausalLM.from_pretrained(default_folder(), dtype=torch.float32)
-    for answer, is_adapted in zip(made[::-1], (False, True), strict=True):
-        reference = PeftModel.from_pretrained(base, task.folder).float() if is_adapted else base
+    adapted = PeftModel.from_pretrained(base, task.folder).float()
+    for (model, pooling), answer in zip(asked, made, strict=True):
         assert answer.usage.prompt_tokens == sum(map(len, prompts))
-        for prompt, item in zip(prompts, answer.data, strict=True):
-            expected = pooled_reference(reference, prompt, pooling)
-            torch.testing.assert_close(torch.tensor(item.embedding), expected, atol=ATOL, rtol=0)
+        with contextlib.nullcontext() if model == task.public_name else adapted.disable_adapter():
+            expected = [pooled_reference(adapted, prompt, pooling) for prompt in prompts]
+        found = [torch.tensor(item.embedding) for item in answer.data]
+        torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
 
 
 async def test_what_is_counted_is_what_is_billed_and_comes_back_as_text(server):

@@ -151,7 +151,7 @@ def test_json_csv_and_the_tenants_own_view_say_the_same(server):
 async def _ask(server: Any, tenant: str, model: str, streamed: bool) -> tuple[uuid.UUID, Any]:
     async with server.client(tenant) as client:
         raw = client.chat.completions.with_raw_response
-        body = {"model": model, "messages": QUESTION, "max_tokens": 24}
+        body = {"model": model, "messages": QUESTION, "max_tokens": 12}
         if not streamed:
             answer = await raw.create(**body)
             return uuid.UUID(answer.headers["x-request-id"]), answer.parse().usage

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +17,7 @@ from click.testing import CliRunner
 
 from gateway.cli import main
 from tests.end_to_end.conftest import (
+    Server,
     children,
     command,
     descendants,
@@ -28,30 +31,42 @@ from tests.end_to_end.conftest import (
 SETTLE_PATIENCE_S = 30
 
 
+@dataclass(frozen=True)
+class Restarted:
+    """A server whose supervisor was killed, and which was started again."""
+
+    facts_before: dict[str, Any]
+    num_started: int
+    outlived: set[int]
+    server: Server
+
+
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes") / "data"
-    yield folder
-    remove(folder)
-
-
-def test_nothing_outlives_a_killed_supervisor_and_the_next_start_recovers(data_dir):
-    first = start(data_dir)
-    started = descendants(first.process.pid)
-    assert len(started) >= 3
-    first.process.kill()
-    first.process.wait()
-    assert wait_until_gone(started) == set()
-    second = start(data_dir)
+def restarted(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("processes") / "data"
     try:
-        assert second.facts["tenants"] == first.facts["tenants"]
-        assert second.facts["admin_key"] == first.facts["admin_key"]
-        with second.http(second.key("acme")) as http:
-            assert "acme-sql" in http.get("/v1/models").text
-    finally:
+        first = start(data_dir)
+        started = descendants(first.process.pid)
+        first.process.kill()
+        first.process.wait()
+        outlived = wait_until_gone(started)
+        second = start(data_dir)
+        yield Restarted(first.facts, len(started), outlived, second)
         started = descendants(second.process.pid)
         assert stop(second) == 0
-    assert wait_until_gone(started) == set()
+        assert wait_until_gone(started) == set()
+    finally:
+        remove(data_dir)
+
+
+def test_nothing_outlives_a_killed_supervisor_and_the_next_start_recovers(restarted):
+    assert restarted.num_started >= 3
+    assert restarted.outlived == set()
+    server = restarted.server
+    assert server.facts["tenants"] == restarted.facts_before["tenants"]
+    assert server.facts["admin_key"] == restarted.facts_before["admin_key"]
+    with server.http(server.key("acme")) as http:
+        assert "acme-sql" in http.get("/v1/models").text
 
 
 def test_a_second_start_on_the_same_data_says_who_holds_it(server):
@@ -71,24 +86,20 @@ def test_a_taken_port_is_told_before_anything_is_started(tmp_path):
     assert not (tmp_path / "data" / "postgres").exists()
 
 
-def test_a_dead_engine_and_a_dead_gateway_are_started_again(data_dir):
-    server = start(data_dir)
-    try:
-        _check_that_a_stream_ends_with_an_error_when_its_engine_dies(server)
-        _wait_until_ready(server)
-        for module in ("engine", "gateway"):
-            (victim,) = _children(server.process.pid, module)
-            os.kill(victim, signal.SIGKILL)
-            assert wait_until_gone({victim}) == set()
-            _wait_until_ready(server)
-        (database,) = (pid for pid in children(server.process.pid) if _is_postmaster(pid))
-        os.kill(database, signal.SIGKILL)
-        assert wait_until_gone({database}) == set()
-        _wait_until_ready(server)
-        with server.http(server.key("acme")) as http:
-            assert "acme-sql" in http.get("/v1/models").text
-    finally:
-        assert stop(server) == 0
+def test_a_dead_engine_and_a_dead_gateway_are_started_again(restarted):
+    server = restarted.server
+    _check_that_a_stream_ends_with_an_error_when_its_engine_dies(server)
+    _wait_until_ready(server)
+    (gateway,) = _children(server.process.pid, "gateway")
+    os.kill(gateway, signal.SIGKILL)
+    assert wait_until_gone({gateway}) == set()
+    _wait_until_ready(server)
+    (database,) = (pid for pid in children(server.process.pid) if _is_postmaster(pid))
+    os.kill(database, signal.SIGKILL)
+    assert wait_until_gone({database}) == set()
+    _wait_until_ready(server)
+    with server.http(server.key("acme")) as http:
+        assert "acme-sql" in http.get("/v1/models").text
     log = server.log.read_text()
     assert "engine: died" in log
     assert "gateway: died" in log
@@ -114,6 +125,7 @@ def _check_that_a_stream_ends_with_an_error_when_its_engine_dies(server):
                 if len(events) == 5:
                     (engine,) = _children(server.process.pid, "engine")
                     os.kill(engine, signal.SIGKILL)
+                    assert wait_until_gone({engine}) == set()
     assert json.loads(events[-1])["error"]["code"] == "service_unavailable"
     # The settler bills what was delivered.
     deadline = time.monotonic() + SETTLE_PATIENCE_S

@@ -35,7 +35,7 @@ def json_schema(schema: Schema) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
-@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
 async def test_a_hundred_schemas_are_followed_at_temperature_one(server, every):
     gate, started_s = asyncio.Semaphore(CONCURRENCY), time.monotonic()
     # A busy machine may take minutes for the longest.

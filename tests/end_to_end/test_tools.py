@@ -1,5 +1,6 @@
 """Calls of functions through the whole server, on the real model, with OpenAI's own client."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -53,22 +54,31 @@ async def ask(client: openai.AsyncOpenAI, **fields: Any) -> ChatCompletion:
 
 async def test_a_required_call_has_arguments_of_its_schema(server):
     async with server.client("acme") as client:
-        for seed, model in enumerate(("acme-sql", server.facts["base_model"])):
-            [choice] = (await ask(client, model=model, tool_choice="required", seed=seed)).choices
-            assert choice.finish_reason == "tool_calls"
-            assert choice.message.content is None
-            [call] = choice.message.tool_calls
-            assert call.id.startswith("call_")
-            assert_valid(call.function.name, call.function.arguments)
+        answers = await asyncio.gather(
+            *(
+                ask(client, model=model, tool_choice="required", seed=seed)
+                for seed, model in enumerate(("acme-sql", server.facts["base_model"]))
+            )
+        )
+    for answer in answers:
+        [choice] = answer.choices
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content is None
+        [call] = choice.message.tool_calls
+        assert call.id.startswith("call_")
+        assert_valid(call.function.name, call.function.arguments)
 
 
 async def test_a_named_function_is_the_one_that_is_called(server):
     async with server.client("acme") as client:
-        for name in PARAMETERS:
-            [choice] = (await ask(client, model="acme-sql", tool_choice=named(name))).choices
-            [call] = choice.message.tool_calls
-            assert call.function.name == name
-            assert_valid(name, call.function.arguments)
+        answers = await asyncio.gather(
+            *(ask(client, model="acme-sql", tool_choice=named(name)) for name in PARAMETERS)
+        )
+    for name, answer in zip(PARAMETERS, answers, strict=True):
+        [choice] = answer.choices
+        [call] = choice.message.tool_calls
+        assert call.function.name == name
+        assert_valid(name, call.function.arguments)
 
 
 async def test_a_stream_of_a_required_call_comes_piece_by_piece(server):

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import EngineConfig
+from engine.config import THREADS_VARIABLE, EngineConfig, threads_from_environment
 from engine.errors import ConfigurationError
 
 
@@ -20,3 +20,14 @@ from engine.errors import ConfigurationError
 def test_a_setting_that_makes_no_sense_is_named(changes: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigurationError, match=field):
         EngineConfig(model="model", served_name="base", **changes)
+
+
+@pytest.mark.parametrize(
+    ("said", "num_threads"),
+    [("3", 3), ("4,2", 4), (" 2 ", 2), ("", None), ("0", None), ("many", None)],
+)
+def test_an_engine_keeps_to_the_threads_that_all_of_openmp_is_told(
+    monkeypatch: pytest.MonkeyPatch, said: str, num_threads: int | None
+) -> None:
+    monkeypatch.setenv(THREADS_VARIABLE, said)
+    assert threads_from_environment() == num_threads

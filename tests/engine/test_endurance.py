@@ -238,7 +238,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert ends.index(True) == len(ends) - 1, "it was told of after its end"
 
 
-TestNoOrderOfEventsLeaksOrSticks = SchedulerMachine.TestCase
-TestNoOrderOfEventsLeaksOrSticks.settings = settings(
-    max_examples=400, stateful_step_count=80, deadline=None
-)
+class TestNoOrderOfEventsLeaksOrSticks(SchedulerMachine.TestCase):
+    settings = settings(max_examples=150, stateful_step_count=80, deadline=None)
+
+
+@pytest.mark.slow
+class TestNoOrderOfEventsLeaksOrSticksForLong(SchedulerMachine.TestCase):
+    settings = settings(max_examples=2000, stateful_step_count=80, deadline=None)

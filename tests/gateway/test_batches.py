@@ -425,28 +425,35 @@ async def test_batches_are_listed_page_by_page_the_newest_first(
     assert listed == [each.id for each in reversed(made)]
 
 
-@pytest.mark.parametrize(
-    ("fields", "status", "param"),
-    [
-        ({"input_file_id": "file-nothing"}, 404, "input_file_id"),
-        ({"endpoint": "/v1/moderations"}, 400, "endpoint"),
-        ({"completion_window": "1h"}, 400, "completion_window"),
-        ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, 400, "output_expires"),
-        ({"metadata": {"a": 1}}, 400, "metadata"),
-        ({"model": MODEL}, 400, "model"),
-    ],
-)
+NO_BATCHES: list[tuple[dict[str, Any], int, str]] = [
+    ({"input_file_id": "file-nothing"}, 404, "input_file_id"),
+    ({"endpoint": "/v1/moderations"}, 400, "endpoint"),
+    ({"completion_window": "1h"}, 400, "completion_window"),
+    ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, 400, "output_expires"),
+    ({"metadata": {"a": 1}}, 400, "metadata"),
+    ({"model": MODEL}, 400, "model"),
+]
+
+
 async def test_what_no_batch_can_be_is_refused_by_name(
-    gateway: Gateway, fields: dict[str, Any], status: int, param: str
+    gateway: Gateway, subtests: pytest.Subtests
 ) -> None:
-    answer = await gateway.client.post(
-        "/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", b"{}")}
-    )
-    body = {"input_file_id": answer.json()["id"], "endpoint": CHAT, "completion_window": "24h"}
-    refused = await gateway.client.post("/v1/batches", json={**body, **fields})
-    assert refused.status_code == status, refused.text
-    assert refused.json()["error"]["param"].startswith(param)
-    assert (await gateway.client.get("/v1/batches/batch_1")).status_code == httpx.codes.NOT_FOUND
+    for fields, status, param in NO_BATCHES:
+        with subtests.test(f"{fields}"):
+            answer = await gateway.client.post(
+                "/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", b"{}")}
+            )
+            body = {
+                "input_file_id": answer.json()["id"],
+                "endpoint": CHAT,
+                "completion_window": "24h",
+            }
+            refused = await gateway.client.post("/v1/batches", json={**body, **fields})
+            assert refused.status_code == status, refused.text
+            assert refused.json()["error"]["param"].startswith(param)
+            assert (
+                await gateway.client.get("/v1/batches/batch_1")
+            ).status_code == httpx.codes.NOT_FOUND
 
 
 async def test_a_place_is_given_to_the_tenant_that_has_fewer() -> None:

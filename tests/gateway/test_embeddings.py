@@ -52,22 +52,22 @@ async def holds(gateway: Gateway) -> list[Hold]:
         return list((await session.scalars(select(Hold).order_by(Hold.id))).all())
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("w5 w6 w7", [THREE]),
-        (["w5 w6 w7", "w9"], [THREE, ONE]),
-        ([5, 6, 7], [THREE]),
-        ([[5, 6, 7], [9]], [THREE, ONE]),
-    ],
-    ids=["a text", "texts", "tokens", "lists of tokens"],
-)
+INPUTS: list[tuple[Any, list[list[float]]]] = [
+    ("w5 w6 w7", [THREE]),
+    (["w5 w6 w7", "w9"], [THREE, ONE]),
+    ([5, 6, 7], [THREE]),
+    ([[5, 6, 7], [9]], [THREE, ONE]),
+]
+
+
 async def test_each_input_gets_its_vector_in_order(
-    gateway: Gateway, given: Any, expected: list[list[float]]
+    gateway: Gateway, subtests: pytest.Subtests
 ) -> None:
-    answer = await ask(gateway, given)
-    assert vectors_of(answer) == expected
-    assert (answer.json()["object"], answer.json()["model"]) == ("list", MODEL)
+    for given, expected in INPUTS:
+        with subtests.test(f"{given}"):
+            answer = await ask(gateway, given)
+            assert vectors_of(answer) == expected
+            assert (answer.json()["object"], answer.json()["model"]) == ("list", MODEL)
 
 
 async def test_base64_says_the_same_numbers(gateway: Gateway) -> None:
@@ -128,33 +128,34 @@ async def test_a_named_request_is_answered_and_billed_once(gateway: Gateway) -> 
     assert len(await gateway.events(2)) == 2
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"input": ""}, "input"),
-        ({"input": []}, "input"),
-        ({"input": ["w1", ""]}, "input"),
-        ({"input": [[]]}, "input"),
-        ({"input": ["w1", 2]}, "input"),
-        ({"input": [1, [2]]}, "input"),
-        ({"input": [-1]}, "input"),
-        ({"input": ["w1"] * 2049}, "input"),
-        ({"input": "w1 " * 1001}, "input"),
-        ({"dimensions": 3}, "dimensions"),
-        ({"encoding_format": "hex"}, "encoding_format"),
-        ({"pooling": "max"}, "pooling"),
-        ({"user": "a\u0000b"}, "user"),
-        ({"max_tokens": 1}, "max_tokens"),
-    ],
-)
+NONSENSE: list[tuple[dict[str, Any], str]] = [
+    ({"input": ""}, "input"),
+    ({"input": []}, "input"),
+    ({"input": ["w1", ""]}, "input"),
+    ({"input": [[]]}, "input"),
+    ({"input": ["w1", 2]}, "input"),
+    ({"input": [1, [2]]}, "input"),
+    ({"input": [-1]}, "input"),
+    ({"input": ["w1"] * 2049}, "input"),
+    ({"input": "w1 " * 1001}, "input"),
+    ({"dimensions": 3}, "dimensions"),
+    ({"encoding_format": "hex"}, "encoding_format"),
+    ({"pooling": "max"}, "pooling"),
+    ({"user": "a\u0000b"}, "user"),
+    ({"max_tokens": 1}, "max_tokens"),
+]
+
+
 async def test_what_makes_no_sense_is_refused_by_name_and_nothing_is_held(
-    gateway: Gateway, body: dict[str, Any], param: str
+    gateway: Gateway, subtests: pytest.Subtests
 ) -> None:
-    answer = await ask(gateway, **{"given": "w1", **_renamed(body)})
-    status, _, told = error_of(answer)
-    assert (status, (told or "").partition("[")[0]) == (400, param), answer.text
-    assert await holds(gateway) == []
-    assert not gateway.core.seen
+    for body, param in NONSENSE:
+        with subtests.test(f"{body}"[:40]):
+            answer = await ask(gateway, **{"given": "w1", **_renamed(body)})
+            status, _, told = error_of(answer)
+            assert (status, (told or "").partition("[")[0]) == (400, param), answer.text
+            assert await holds(gateway) == []
+            assert not gateway.core.seen
 
 
 def _renamed(body: dict[str, Any]) -> dict[str, Any]:

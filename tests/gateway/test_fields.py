@@ -221,29 +221,30 @@ async def test_what_cannot_be_continued_is_refused(
 # Who may wait.
 
 
-@pytest.mark.parametrize(
-    ("tier", "served", "priority"),
-    [
-        (None, None, 0),
-        ("auto", "default", 0),
-        ("default", "default", 0),
-        ("flex", "flex", 10),
-        ("priority", "priority", -10),
-        ("fast", "priority", -10),
-    ],
-)
+TIERS: list[tuple[str | None, str | None, int]] = [
+    (None, None, 0),
+    ("auto", "default", 0),
+    ("default", "default", 0),
+    ("flex", "flex", 10),
+    ("priority", "priority", -10),
+    ("fast", "priority", -10),
+]
+
+
 async def test_a_service_tier_is_a_class_of_the_engines(
-    gateway: Gateway, tier: str | None, served: str | None, priority: int
+    gateway: Gateway, subtests: pytest.Subtests
 ) -> None:
-    gateway.core.allow_steps(0)
-    async with await gateway.key(scopes=["inference", "priority"]) as client:
-        asking = asyncio.create_task(client.post(CHAT, json=chat("w1", service_tier=tier)))
-        await until(lambda: bool(gateway.core.running))
-        assert [each.priority for each in gateway.core.running.values()] == [priority]
-        gateway.core.allow_steps(None)
-        assert (await asking).json().get("service_tier") == served
-        chunks = await streamed(gateway, CHAT, chat("w1", service_tier="flex"))
-    assert {chunk["service_tier"] for chunk in chunks} == {"flex"}
+    for tier, served, priority in TIERS:
+        with subtests.test(f"{tier}"):
+            gateway.core.allow_steps(0)
+            async with await gateway.key(scopes=["inference", "priority"]) as client:
+                asking = asyncio.create_task(client.post(CHAT, json=chat("w1", service_tier=tier)))
+                await until(lambda: bool(gateway.core.running))
+                assert [each.priority for each in gateway.core.running.values()] == [priority]
+                gateway.core.allow_steps(None)
+                assert (await asking).json().get("service_tier") == served
+                chunks = await streamed(gateway, CHAT, chat("w1", service_tier="flex"))
+            assert {chunk["service_tier"] for chunk in chunks} == {"flex"}
 
 
 async def test_nobody_goes_before_others_whom_no_operator_let(gateway: Gateway) -> None:
@@ -297,20 +298,21 @@ async def test_an_operator_may_have_unknown_fields_told_of_instead(
     assert error_of(other) == (400, "frobnicate")
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"prompt": [2**64]}, "prompt[0]"),
-        ({"stop_token_ids": [2**64]}, "stop_token_ids[0]"),
-        ({"logit_bias": {str(2**64): 1}}, "logit_bias"),
-        ({"min_tokens": 2**64}, "min_tokens"),
-        ({"max_tokens": 2**64}, "max_tokens"),
-        ({"top_k": 2**64}, "top_k"),
-    ],
-)
+LARGE_NUMBERS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": [2**64]}, "prompt[0]"),
+    ({"stop_token_ids": [2**64]}, "stop_token_ids[0]"),
+    ({"logit_bias": {str(2**64): 1}}, "logit_bias"),
+    ({"min_tokens": 2**64}, "min_tokens"),
+    ({"max_tokens": 2**64}, "max_tokens"),
+    ({"top_k": 2**64}, "top_k"),
+]
+
+
 async def test_a_number_that_no_engine_can_read_is_refused_before_it_reaches_one(
-    gateway: Gateway, fields: dict[str, Any], param: str
+    gateway: Gateway, subtests: pytest.Subtests
 ) -> None:
-    body = {"model": MODEL, "prompt": "w1", "max_tokens": 3, **fields}
-    assert error_of(await gateway.client.post(COMPLETIONS, json=body)) == (400, param)
-    assert (await gateway.operator.get("/health/ready")).is_success
+    for fields, param in LARGE_NUMBERS:
+        with subtests.test(f"{fields}"):
+            body = {"model": MODEL, "prompt": "w1", "max_tokens": 3, **fields}
+            assert error_of(await gateway.client.post(COMPLETIONS, json=body)) == (400, param)
+            assert (await gateway.operator.get("/health/ready")).is_success

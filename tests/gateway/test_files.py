@@ -97,40 +97,41 @@ async def test_a_file_is_kept_for_as_long_as_it_was_asked_for(
     assert made.expires_at - made.created_at == pytest.approx(7200, abs=60)
 
 
-@pytest.mark.parametrize(
-    ("parts", "param"),
-    [
-        ({"purpose": "batch"}, "file"),
-        ({"file": b"{}"}, "purpose"),
-        ({"file": b"{}", "purpose": "fine-tune"}, "purpose"),
-        ({"file": b"{}", "purpose": "batch", "colour": "red"}, "colour"),
-        ({"file": b"{}", "purpose": "batch" * 300}, "purpose"),
-        (
-            {"file": b"{}", "purpose": "batch", "expires_after[anchor]": "now"},
-            "expires_after[anchor]",
-        ),
-        (
-            {
-                "file": b"{}",
-                "purpose": "batch",
-                "expires_after[anchor]": "created_at",
-                "expires_after[seconds]": "3599",
-            },
-            "expires_after[seconds]",
-        ),
-    ],
-)
+NO_UPLOADS: list[tuple[dict[str, Any], str]] = [
+    ({"purpose": "batch"}, "file"),
+    ({"file": b"{}"}, "purpose"),
+    ({"file": b"{}", "purpose": "fine-tune"}, "purpose"),
+    ({"file": b"{}", "purpose": "batch", "colour": "red"}, "colour"),
+    ({"file": b"{}", "purpose": "batch" * 300}, "purpose"),
+    (
+        {"file": b"{}", "purpose": "batch", "expires_after[anchor]": "now"},
+        "expires_after[anchor]",
+    ),
+    (
+        {
+            "file": b"{}",
+            "purpose": "batch",
+            "expires_after[anchor]": "created_at",
+            "expires_after[seconds]": "3599",
+        },
+        "expires_after[seconds]",
+    ),
+]
+
+
 async def test_what_is_no_upload_is_refused_by_name(
-    gateway: Gateway, tmp_path: Path, parts: dict[str, Any], param: str
+    gateway: Gateway, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
-    files = [
-        (name, (None if isinstance(value, str) else "a.jsonl", value))
-        for name, value in parts.items()
-    ]
-    answer = await gateway.client.post("/v1/files", files=files)
-    assert answer.status_code == httpx.codes.BAD_REQUEST, answer.text
-    assert answer.json()["error"]["param"] == param
-    assert documents(tmp_path) == set()
+    for parts, param in NO_UPLOADS:
+        with subtests.test(f"{parts}"):
+            files = [
+                (name, (None if isinstance(value, str) else "a.jsonl", value))
+                for name, value in parts.items()
+            ]
+            answer = await gateway.client.post("/v1/files", files=files)
+            assert answer.status_code == httpx.codes.BAD_REQUEST, answer.text
+            assert answer.json()["error"]["param"] == param
+            assert documents(tmp_path) == set()
 
 
 async def test_a_body_that_is_no_form_is_refused(gateway: Gateway) -> None:

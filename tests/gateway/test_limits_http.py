@@ -240,37 +240,38 @@ async def test_an_owner_makes_renews_and_ends_keys(gateway: Gateway) -> None:
     assert all("key" not in key for key in listed)
 
 
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        {"role": "owner"},
-        {"scopes": ["billing"]},
-        {"allowed_models": ["*"]},
-        {"ip_ranges": ["0.0.0.0/0"]},
-        {"expires_at": "2100-01-01T00:00:00Z"},
-    ],
-)
+WANTED: list[dict[str, Any]] = [
+    {"role": "owner"},
+    {"scopes": ["billing"]},
+    {"allowed_models": ["*"]},
+    {"ip_ranges": ["0.0.0.0/0"]},
+    {"expires_at": "2100-01-01T00:00:00Z"},
+]
+
+
 async def test_nobody_makes_a_key_that_may_do_more_than_their_own(
-    gateway: Gateway, wanted: dict[str, Any]
+    gateway: Gateway, subtests: pytest.Subtests
 ) -> None:
-    narrow = {
-        "scopes": ["keys", "usage", "inference"],
-        "allowed_models": ["echo"],
-        "ip_ranges": ["127.0.0.1/32"],
-        "expires_at": "2090-01-01T00:00:00Z",
-    }
-    async with await gateway.key(**narrow) as client:
-        answer = await client.post("/v1/keys", json={"name": "more", **wanted})
-        assert answer.status_code == 403, answer.text
-        assert answer.json()["error"]["param"] in {*wanted, "scopes"}
-        as_narrow = await client.post("/v1/keys", json={"name": "same"})
-        assert as_narrow.status_code == 201
-        assert as_narrow.json()["allowed_models"] == ["echo"]
-        # The owner's key is beyond its reach.
-        owners = (await client.get("/v1/keys")).json()["data"][0]
-        for method, path in (("DELETE", ""), ("POST", "/rotate")):
-            answer = await client.request(method, f"/v1/keys/{owners['id']}{path}", json={})
-            assert answer.status_code == 403
+    for wanted in WANTED:
+        with subtests.test(f"{wanted}"):
+            narrow = {
+                "scopes": ["keys", "usage", "inference"],
+                "allowed_models": ["echo"],
+                "ip_ranges": ["127.0.0.1/32"],
+                "expires_at": "2090-01-01T00:00:00Z",
+            }
+            async with await gateway.key(**narrow) as client:
+                answer = await client.post("/v1/keys", json={"name": "more", **wanted})
+                assert answer.status_code == 403, answer.text
+                assert answer.json()["error"]["param"] in {*wanted, "scopes"}
+                as_narrow = await client.post("/v1/keys", json={"name": "same"})
+                assert as_narrow.status_code == 201
+                assert as_narrow.json()["allowed_models"] == ["echo"]
+                # The owner's key is beyond its reach.
+                owners = (await client.get("/v1/keys")).json()["data"][0]
+                for method, path in (("DELETE", ""), ("POST", "/rotate")):
+                    answer = await client.request(method, f"/v1/keys/{owners['id']}{path}", json={})
+                    assert answer.status_code == 403
 
 
 async def test_the_keys_of_other_tenants_are_not_there(gateway: Gateway) -> None:

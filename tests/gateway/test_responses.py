@@ -102,17 +102,19 @@ def same(response: Any) -> dict[str, Any]:
 # Spelling
 
 
-@pytest.mark.parametrize("fields", EXTRAS, ids=str)
 async def test_a_response_is_one_of_the_sdks_and_its_stream_ends_with_it(
-    gateway: Gateway, fields: dict[str, Any]
+    gateway: Gateway, subtests: pytest.Subtests
 ) -> None:
-    whole = await ask(gateway, **fields)
-    *_, last = await stream(gateway, **fields)
-    assert same(last.response) | {"usage": None} == same(whole) | {"usage": None}
-    used, streamed = (
-        each.usage.model_dump(exclude={"input_tokens_details"}) for each in (whole, last.response)
-    )
-    assert used == streamed
+    for fields in EXTRAS:
+        with subtests.test(f"{fields}"):
+            whole = await ask(gateway, **fields)
+            *_, last = await stream(gateway, **fields)
+            assert same(last.response) | {"usage": None} == same(whole) | {"usage": None}
+            used, streamed = (
+                each.usage.model_dump(exclude={"input_tokens_details"})
+                for each in (whole, last.response)
+            )
+            assert used == streamed
 
 
 async def test_a_whole_response_says_what_was_asked_and_what_came(gateway: Gateway) -> None:

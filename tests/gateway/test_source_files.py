@@ -124,28 +124,27 @@ async def test_of_an_archive_its_members_come_back(plane: Plane) -> None:
     assert await pulled(plane) == files
 
 
-@pytest.mark.parametrize(
-    ("header", "begin", "end"),
-    [
-        ("bytes=0-0", 0, 1),
-        ("bytes=10-99", 10, 100),
-        ("bytes=100-", 100, None),
-        ("bytes=-7", -7, None),
-        ("bytes=50-99999999", 50, None),
-    ],
-)
-async def test_a_range_comes_back_alone(
-    plane: Plane, header: str, begin: int, end: int | None
-) -> None:
-    files = adapter_files()
-    await uploaded(plane, files)
-    url = f"{SQL}/versions/1/files/{WEIGHTS}"
-    answer = await plane.client.get(url, headers={"range": header})
-    whole = files[WEIGHTS]
-    assert (answer.status_code, answer.content) == (206, whole[begin:end])
-    first = begin % len(whole)
-    last = first + len(answer.content) - 1
-    assert answer.headers["content-range"] == f"bytes {first}-{last}/{len(whole)}"
+RANGES: list[tuple[str, int, int | None]] = [
+    ("bytes=0-0", 0, 1),
+    ("bytes=10-99", 10, 100),
+    ("bytes=100-", 100, None),
+    ("bytes=-7", -7, None),
+    ("bytes=50-99999999", 50, None),
+]
+
+
+async def test_a_range_comes_back_alone(plane: Plane, subtests: pytest.Subtests) -> None:
+    for header, begin, end in RANGES:
+        with subtests.test(f"{header}"):
+            files = adapter_files()
+            await uploaded(plane, files)
+            url = f"{SQL}/versions/1/files/{WEIGHTS}"
+            answer = await plane.client.get(url, headers={"range": header})
+            whole = files[WEIGHTS]
+            assert (answer.status_code, answer.content) == (206, whole[begin:end])
+            first = begin % len(whole)
+            last = first + len(answer.content) - 1
+            assert answer.headers["content-range"] == f"bytes {first}-{last}/{len(whole)}"
 
 
 async def test_what_is_no_range_of_the_file_is_passed_over_or_refused(plane: Plane) -> None:

@@ -55,27 +55,28 @@ async def test_a_conversation_counts_as_its_chat_request_does(gateway: Gateway) 
 FUNCTION = {"name": "look_up", "parameters": {"type": "object", "properties": {}}}
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"add_generation_prompt": False},
-        {"tools": [{"type": "function", "function": FUNCTION}]},
-        {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "none"},
-        {"chat_template_kwargs": {"mood": "w4"}},
-        {
-            "messages": [*chat("w1")["messages"], {"role": "assistant", "content": "w999"}],
-            "continue_final_message": True,
-        },
-    ],
-)
+TOLD: list[dict[str, Any]] = [
+    {"add_generation_prompt": False},
+    {"tools": [{"type": "function", "function": FUNCTION}]},
+    {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "none"},
+    {"chat_template_kwargs": {"mood": "w4"}},
+    {
+        "messages": [*chat("w1")["messages"], {"role": "assistant", "content": "w999"}],
+        "continue_final_message": True,
+    },
+]
+
+
 async def test_what_a_chat_request_tells_its_template_is_counted(
-    gateway: Gateway, fields: dict[str, Any]
+    gateway: Gateway, subtests: pytest.Subtests
 ) -> None:
-    asked = {**chat("w1 w2 w3"), **fields}
-    told = {name: value for name, value in asked.items() if name in {"messages", *fields}}
-    counted = (await tokenize(gateway, **told)).json()
-    answer = await gateway.client.post("/v1/chat/completions", json=asked)
-    assert counted["count"] == answer.json()["usage"]["prompt_tokens"]
+    for fields in TOLD:
+        with subtests.test(f"{fields}"):
+            asked = {**chat("w1 w2 w3"), **fields}
+            told = {name: value for name, value in asked.items() if name in {"messages", *fields}}
+            counted = (await tokenize(gateway, **told)).json()
+            answer = await gateway.client.post("/v1/chat/completions", json=asked)
+            assert counted["count"] == answer.json()["usage"]["prompt_tokens"]
 
 
 async def test_what_belongs_to_conversations_is_refused_beside_a_text(gateway: Gateway) -> None:
@@ -93,28 +94,35 @@ async def test_it_is_free_and_under_no_limit(gateway: Gateway) -> None:
     assert await gateway.events(0) == []
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({}, "prompt"),
-        ({"prompt": "w1", "messages": chat()["messages"]}, "prompt"),
-        ({"messages": []}, "messages"),
-        ({"messages": chat()["messages"], "add_special_tokens": True}, "add_special_tokens"),
-        ({"prompt": "w1", "stream": True}, "stream"),
-    ],
-)
+NONSENSE: list[tuple[dict[str, Any], str]] = [
+    ({}, "prompt"),
+    ({"prompt": "w1", "messages": chat()["messages"]}, "prompt"),
+    ({"messages": []}, "messages"),
+    ({"messages": chat()["messages"], "add_special_tokens": True}, "add_special_tokens"),
+    ({"prompt": "w1", "stream": True}, "stream"),
+]
+
+
 async def test_what_makes_no_sense_is_refused_by_name(
-    gateway: Gateway, body: dict[str, Any], param: str
+    gateway: Gateway, subtests: pytest.Subtests
 ) -> None:
-    answer = await tokenize(gateway, **body)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    for body, param in NONSENSE:
+        with subtests.test(f"{body}"):
+            answer = await tokenize(gateway, **body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
-@pytest.mark.parametrize("tokens", [[1, 1000], [2**40], [-1], ["w1"], None])
-async def test_what_is_no_token_of_the_model_is_refused(gateway: Gateway, tokens: Any) -> None:
-    answer = await detokenize(gateway, tokens=tokens)
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["param"].startswith("tokens")
+NO_TOKENS: list[Any] = [[1, 1000], [2**40], [-1], ["w1"], None]
+
+
+async def test_what_is_no_token_of_the_model_is_refused(
+    gateway: Gateway, subtests: pytest.Subtests
+) -> None:
+    for tokens in NO_TOKENS:
+        with subtests.test(f"{tokens}"):
+            answer = await detokenize(gateway, tokens=tokens)
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["param"].startswith("tokens")
 
 
 async def test_a_model_that_the_caller_has_not_is_not_found(gateway: Gateway) -> None:

@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from adapters.store import ArtifactStore
 from adapters.text_bundle import TextBundle
-from gateway.app import create_app
+from gateway.app import Counter, build, lay_out
 from gateway.auth import create_key
 from gateway.billing.verify import Mismatch, prove
 from gateway.database import Database
@@ -125,9 +125,9 @@ async def whole_gateway(
     core = core or EchoCore()
     async with short_folder() as sockets:
         engine = Engine(sockets / "engine", core=core, secret=SECRET, info=info)
-        app = create_app(_settings(home, engine, folder, **settings))
         async with (
             engine.serve(),
+            _app(_settings(home, engine, folder, **settings)) as app,
             serve(app) as url,
             speaking(url, await _operator_key(database)) as operator,
             speaking(url, await _open_shop(operator)) as client,
@@ -156,6 +156,24 @@ async def another_engine(
         ).serve() as engine,
     ):
         yield engine
+
+
+# Apps that no test uses now, by what their routes depend on: laying one out takes long.
+_IDLE: dict[bool, list[tuple[Litestar, Counter]]] = {False: [], True: []}
+
+
+@contextlib.asynccontextmanager
+async def _app(settings: Settings) -> AsyncIterator[Litestar]:
+    parts, idle = build(settings), _IDLE[settings.reports_unknown_fields]
+    if idle:
+        app, counter = idle.pop()
+        counter.fill(parts)
+    else:
+        counter = Counter(parts)
+        app = lay_out(counter)
+    yield app
+    # After a failure nobody knows in what state it is.
+    idle.append((app, counter))
 
 
 def _bundle() -> TextBundle:

@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from adapters.demo.base_model import default_folder, fetch
 from tests.model_lab import (
     FolderSource,
-    greedy_reference,
+    following,
     load_with_peft,
     num_ties,
     open_lab,
     save_adapter,
 )
 
-NUM_TOKENS = 24
+NUM_TOKENS = 16
 QUESTIONS = [
     "Why is the sky blue?",
     "Write one sentence about a lighthouse keeper who is afraid of the dark.",
@@ -102,10 +102,8 @@ def test_a_mixed_batch_gives_each_the_tokens_that_it_would_get_alone(
 ) -> None:
     ties = 0
     for (name, reference), prompt in zip(references(model, adapters), prompts, strict=True):
-        expected = greedy_reference(reference, prompt, NUM_TOKENS)
         found = answers[name]
-        # The reference ends with EOS; the engine was asked for all its tokens.
-        ties += num_ties(reference, prompt, found=found[: len(expected)], expected=expected)
+        ties += num_ties(following(reference, prompt, found), found)
     print(f"{ties} ties")
     assert len({tuple(tokens) for tokens in answers.values()}) == len(answers)
 

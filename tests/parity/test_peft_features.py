@@ -35,7 +35,7 @@ from tests.model_lab import (
     FolderSource,
     WatchedLab,
     adapt,
-    greedy_reference,
+    following,
     num_ties,
     save_quietly,
     save_random_model,
@@ -367,10 +367,9 @@ def measure_tokens(family: Family, table: dict[str, Measured]) -> Counter[str]:
         answer, model = lab.answers[key], models[digests.get(feature or "")]
         assert answer.state is SequenceState.LENGTH, (feature, answer.last.fault)
         lab.seen["found"] += answer.last.cached_tokens > 0
-        expected = greedy_reference(model, prompt, NUM_TOKENS)
         own = table[feature or BASE]
         own.num_greedy_tokens += NUM_TOKENS
-        own.num_ties += num_ties(model, prompt, found=answer.token_ids, expected=expected)
+        own.num_ties += num_ties(following(model, prompt, answer.token_ids), answer.token_ids)
     return lab.seen
 
 
