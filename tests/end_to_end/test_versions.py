@@ -14,7 +14,7 @@ from adapters.demo.tasks import TASKS
 
 QUESTION = [{"role": "user", "content": "Tell me about the sea."}]
 NUM_TOKENS = 8
-NUM_STREAMS = 6
+NUM_STREAMS = 16
 # More than are ever read.
 MAX_TOKENS = 2000
 EXTRA = {"ignore_eos": True, "return_token_ids": True}
