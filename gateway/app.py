@@ -338,11 +338,11 @@ async def run(parts: Parts) -> AsyncIterator[None]:
 
 
 def create_app(settings: Settings) -> Litestar:
-    return lay_out(Counter(build(settings)))
+    return lay_out(PartsAtHand(build(settings)))
 
 
-class Counter:
-    """Over which handlers get what they ask for. Mutable: an app may outlive its parts."""
+class PartsAtHand:
+    """What handlers are given. Mutable: an app may outlive its parts."""
 
     def __init__(self, parts: Parts) -> None:
         self.fill(parts)
@@ -352,16 +352,16 @@ class Counter:
         self.desk = Desk(parts.inference, parts.attempts)
 
 
-def lay_out(counter: Counter) -> Litestar:
+def lay_out(at_hand: PartsAtHand) -> Litestar:
     """Every route, which takes some 0.2 s; it has the settings of the parts that are there first.
 
-    Runs whatever parts are on the counter when it starts.
+    Runs whatever parts are at hand when it starts.
     """
-    settings = counter.parts.settings
+    settings = at_hand.parts.settings
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        parts = counter.parts
+        parts = at_hand.parts
         app.state.authenticator = parts.authenticator
         async with run(parts):
             yield
@@ -412,8 +412,8 @@ def lay_out(counter: Counter) -> Litestar:
         guards=[guard],
         dependencies={
             "principal": Provide(provide_principal),
-            "desk": Provide(lambda: counter.desk, sync_to_thread=False),
-            **{name: _provide(counter, name) for name in _HANDED_OUT},
+            "desk": Provide(lambda: at_hand.desk, sync_to_thread=False),
+            **{name: _provide(at_hand, name) for name in _HANDED_OUT},
         },
         exception_handlers={
             GatewayError: answer_error,
@@ -449,9 +449,9 @@ _HANDED_OUT = (
 )
 
 
-def _provide(counter: Counter, name: str) -> Provide:
+def _provide(at_hand: PartsAtHand, name: str) -> Provide:
     def give() -> Any:
-        return getattr(counter.parts, name)
+        return getattr(at_hand.parts, name)
 
     return Provide(give, sync_to_thread=False)
 

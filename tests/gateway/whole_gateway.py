@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from adapters.store import ArtifactStore
 from adapters.text_bundle import TextBundle
-from gateway.app import Counter, build, lay_out
+from gateway.app import PartsAtHand, build, lay_out
 from gateway.auth import create_key
 from gateway.billing.verify import Mismatch, prove
 from gateway.database import Database
@@ -159,21 +159,21 @@ async def another_engine(
 
 
 # Apps that no test uses now, by what their routes depend on: laying one out takes long.
-_IDLE: dict[bool, list[tuple[Litestar, Counter]]] = {False: [], True: []}
+_IDLE: dict[bool, list[tuple[Litestar, PartsAtHand]]] = {False: [], True: []}
 
 
 @contextlib.asynccontextmanager
 async def _app(settings: Settings) -> AsyncIterator[Litestar]:
     parts, idle = build(settings), _IDLE[settings.reports_unknown_fields]
     if idle:
-        app, counter = idle.pop()
-        counter.fill(parts)
+        app, at_hand = idle.pop()
+        at_hand.fill(parts)
     else:
-        counter = Counter(parts)
-        app = lay_out(counter)
+        at_hand = PartsAtHand(parts)
+        app = lay_out(at_hand)
     yield app
     # After a failure nobody knows in what state it is.
-    idle.append((app, counter))
+    idle.append((app, at_hand))
 
 
 def _bundle() -> TextBundle:
