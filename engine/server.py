@@ -375,6 +375,8 @@ class EngineServer:
             )
         )
         self._has_failed = False
+        # What steps did that no frame tells of yet.
+        self._untold: list[StepEvent] = []
 
     async def serve(self, on_listening: Callable[[], None]) -> bool:
         """Answer calls until told to stop; False when it ended because the core failed."""
@@ -394,11 +396,19 @@ class EngineServer:
         self._http.should_exit = True
 
     def _on_step(self, events: Sequence[StepEvent]) -> None:
+        """Steps that end faster than this loop has its turns share a frame."""
         self._metrics.count_step(events)
+        if not self._untold:
+            asyncio.get_running_loop().call_soon(self._tell)
+        self._untold += events
+
+    def _tell(self) -> None:
+        events, self._untold = self._untold, []
         self._sessions.publish(events)
 
     def _on_end(self, has_failed: bool) -> None:
         self._has_failed = has_failed
+        self._tell()
         self.stop()
 
     async def _give_up_absent_workers(self) -> None:
