@@ -16,6 +16,9 @@ from gateway.telemetry import configure_logging
 
 logger = logging.getLogger("gateway")
 
+# A collection of the youngest takes some two milliseconds, one of the middle ones ten.
+COLLECTOR_THRESHOLDS = (5_000, 5, 10)
+
 
 def main() -> int:
     """Serve until told to stop; return the exit status."""
@@ -39,9 +42,11 @@ def main() -> int:
         proxy_headers=False,
         timeout_graceful_shutdown=10,
     )
-    # What is there now stays: the collector need not look at it again and again.
+    # What is there now stays: the collector need not look at it again and again. Nor at requests
+    # that run, whose objects go by themselves: by default it takes a thirteenth of all CPU time.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
     server = uvicorn.Server(config)
     server.run()
     return os.EX_OK if server.started else os.EX_UNAVAILABLE
