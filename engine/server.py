@@ -131,7 +131,7 @@ async def forget(request: Call) -> Response[bytes]:
 @asgi("/v1/commands", copy_scope=False)
 async def commands(scope: Scope, receive: Receive, send: Send) -> None:
     """In the way of every request, so without what a handler's arguments and answer cost."""
-    if scope["method"] != "POST":
+    if scope.get("method") != "POST":
         raise MethodNotAllowedException
     batch = _decode(await _body(receive), CommandBatch)
     desk = _desk(Connection(scope))
