@@ -183,6 +183,7 @@ class Generation:
             or delta.finish_reason
             or delta.logprobs
             or (self._tells_token_ids and delta.token_ids)
+            or delta.prompt_logprobs is not None
         )
 
     def _must_wait(self) -> bool:

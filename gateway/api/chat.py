@@ -503,7 +503,7 @@ class _Scribe:
         elif not (self._tells_logprobs or self._tells_token_ids):
             if delta.text:
                 chunks.append(self._words[delta.index].cast(delta.text))
-        elif delta.text or delta.logprobs or (self._tells_token_ids and delta.token_ids):
+        elif delta.text or self._tells_more(delta):
             chunks.append(self._cast(ChatDelta(content=delta.text), delta))
         if delta.finish_reason:
             end = ChatChunkChoice(
@@ -517,8 +517,7 @@ class _Scribe:
     def _read(self, delta: Delta) -> list[bytes]:
         """A chunk for each piece; the first has the log-probabilities and token ids."""
         parts = [_part(piece) for piece in delta.pieces or ()]
-        is_told = delta.logprobs or (self._tells_token_ids and delta.token_ids)
-        if not parts and is_told:
+        if not parts and self._tells_more(delta):
             parts = [ChatDelta()]
         return [
             self._mould.cast(ChatChunkChoice(part, index=delta.index))
@@ -526,6 +525,10 @@ class _Scribe:
             else self._cast(part, delta)
             for number, part in enumerate(parts)
         ]
+
+    def _tells_more(self, delta: Delta) -> bool:
+        """Whether there is something to tell beside its text."""
+        return bool(delta.logprobs or (self._tells_token_ids and told_token_ids(delta)))
 
     def _cast(self, part: ChatDelta, delta: Delta) -> bytes:
         """With all that is told of its tokens."""
