@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import msgspec
+import uvloop
 
 from engine.core import CoreStatus
 from engine.errors import ProbeError
@@ -147,4 +148,4 @@ async def serve(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(msgspec.json.decode(sys.stdin.buffer.read(), type=Job)))
+    uvloop.run(serve(msgspec.json.decode(sys.stdin.buffer.read(), type=Job)))

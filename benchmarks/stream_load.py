@@ -3,12 +3,13 @@
     python -m benchmarks.stream_load        one JSON `Load` a line in, one `Outcome` a line out
 
 Raw HTTP/1.1 over kept connections, because an HTTP library would take more of the machine than the
-server that is measured. Clocks stop at the last byte; only then is an answer taken apart: its text
-must be that of its seed, its usage must count it, and `[DONE]` must end it. Knows nothing of what
-is behind the address.
+server that is measured. Clocks stop at the last byte; answers are taken apart when all have come:
+the text must be that of the seed, the usage must count it, and `[DONE]` must end it. Knows nothing
+of what is behind the address.
 """
 
 import asyncio
+import gc
 import random
 import sys
 import time
@@ -94,6 +95,7 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.first_at = 0.0
         self.last_at = 0.0
+        self.is_lost = False
         self._transport: asyncio.Transport
         self._pieces: list[bytes] = []
         self._whole: asyncio.Future[bytes] | None = None
@@ -119,6 +121,7 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.is_lost = True
         if self._whole is not None:
             self._whole.set_exception(Wrong(b"".join(self._pieces)[:500].decode()))
 
@@ -134,6 +137,8 @@ class Generator:
         self._random = random.Random(load.random_seed)
         self._seeds: Iterator[int] = iter(range(load.random_seed % 1000, 1 << 60))
         self._idle: list[Connection] = []
+        # What has come, and the seed that it answers.
+        self._answers: list[tuple[bytes, int]] = []
         self._faults: dict[str, int] = {}
         self._requests = self._chunks = self._prompt_tokens = self._completion_tokens = 0
         self._first_ms: list[float] = []
@@ -149,6 +154,11 @@ class Generator:
             await self._ask_at_random(self._load.rate_per_s)
         for connection in self._idle:
             connection.close()
+        for raw, seed in self._answers:
+            try:
+                self._check(raw, seed)
+            except (Wrong, msgspec.MsgspecError) as fault:
+                self._note(fault)
         return Outcome(
             requests=self._requests,
             faults=self._faults,
@@ -169,27 +179,46 @@ class Generator:
 
     async def _ask_at_random(self, rate_per_s: float) -> None:
         """Poisson: the gaps between requests are exponential, and clocks start when one is due."""
-        due, until = self._begun_at, self._begun_at + self._load.duration_s
+        loop, gaps = asyncio.get_running_loop(), random.Random(self._load.random_seed)
         async with asyncio.TaskGroup() as tasks:
-            while (due := due + self._random.expovariate(rate_per_s)) < until:
-                await asyncio.sleep(due - time.perf_counter())
+
+            def begin(due: float) -> None:
                 tasks.create_task(self._ask(due))
+
+            def ring() -> None:
+                # In a thread, because the loop's timers are up to a millisecond late.
+                due, until = self._begun_at, self._begun_at + self._load.duration_s
+                while (due := due + gaps.expovariate(rate_per_s)) < until:
+                    time.sleep(max(due - time.perf_counter(), 0.0))
+                    loop.call_soon_threadsafe(begin, due)
+
+            await asyncio.to_thread(ring)
 
     async def _ask(self, due: float) -> None:
         seed = next(self._seeds)
-        connection = self._idle.pop() if self._idle else await self._connect()
+        connection = self._find_idle() or await self._connect()
         try:
             raw = await connection.ask(self._request(seed))
-            self._ended_at = connection.last_at
-            self._check(raw, seed)
-        except (Wrong, msgspec.MsgspecError) as fault:
-            self._faults[str(fault)] = self._faults.get(str(fault), 0) + 1
-            connection.close()
+        except Wrong as fault:
+            self._note(fault)
             return
+        self._ended_at = connection.last_at
         self._idle.append(connection)
+        self._answers.append((raw, seed))
         self._requests += 1
         self._first_ms.append((connection.first_at - due) * 1e3)
         self._total_ms.append((connection.last_at - due) * 1e3)
+
+    def _note(self, fault: Exception) -> None:
+        self._faults[str(fault)] = self._faults.get(str(fault), 0) + 1
+
+    def _find_idle(self) -> Connection | None:
+        """The one that was used last; a server closes those that nobody uses for long."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_lost:
+                return connection
+        return None
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
@@ -261,7 +290,11 @@ def _events(body: bytes) -> list[bytes]:
 def main() -> None:
     for line in sys.stdin:
         load = msgspec.json.decode(line, type=Load)
+        # A pause of the collector's here would be told of the server.
+        gc.collect()
+        gc.disable()
         outcome = uvloop.run(Generator(load).run())
+        gc.enable()
         print(msgspec.json.encode(outcome).decode(), flush=True)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+import uvloop
 
 from adapters.cache import DiskCache
 from adapters.errors import AdapterError
@@ -78,7 +79,7 @@ def run(config: EngineConfig, server: ServerConfig) -> int:
             limits=LinkLimits(),
         )
         try:
-            has_ended_well = asyncio.run(
+            has_ended_well = uvloop.run(
                 serve(engine, on_listening=lambda: say(f"ready: {server.listen}"))
             )
         finally:

@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import httpx
 import msgspec
 
 from adapters.text_bundle import PoolingKind
-from engine.courier import Courier
+from engine.courier import Courier, Feed
 from engine.errors import EngineLost, EngineRefused, EngineUnreachable, LinkError, SlowConsumer
 from engine.protocol import (
     FRAME_LENGTH,
@@ -121,6 +121,10 @@ class SequenceStream:
         """What iterating gives next, where that is there already."""
         return self._events[0] if self._events else None
 
+    def pop(self) -> SequenceEvent | None:
+        """What iterating gives next, taken without waiting, where that is there already."""
+        return self._events.popleft() if self._events else None
+
     def abort(self) -> None:
         """End the sequence within a step; its final event still comes."""
         self._link._abort(self.sequence_id)
@@ -175,6 +179,14 @@ class MergedStreams:
         """What iterating gives next, where that is there already."""
         return next((each._events[0] for each in self._streams if each._events), None)
 
+    def pop(self) -> SequenceEvent | None:
+        """What iterating gives next, taken without waiting, where that is there already."""
+        for place, stream in enumerate(self._streams):
+            if stream._events:
+                self._streams.rotate(-place - 1)
+                return stream._events.popleft()
+        return None
+
     def abort(self) -> None:
         for stream in self._streams:
             stream.abort()
@@ -183,11 +195,7 @@ class MergedStreams:
         return self
 
     async def __anext__(self) -> SequenceEvent:
-        while True:
-            for place, stream in enumerate(self._streams):
-                if stream._events:
-                    self._streams.rotate(-place - 1)
-                    return stream._events.popleft()
+        while (event := self.pop()) is None:
             for stream in self._streams:
                 if stream._error is not None:
                     raise stream._error
@@ -195,6 +203,7 @@ class MergedStreams:
                 raise StopAsyncIteration
             self._news.clear()
             await self._news.wait()
+        return event
 
 
 class EngineLink:
@@ -225,6 +234,7 @@ class EngineLink:
         self._on_frame = on_frame
         self._on_session = on_session
         self._max_queued_events = max_queued_events
+        self._secret = secret
         self._http = _http_client(address, secret)
         self._courier = Courier(address, secret=secret)
         self._tasks = asyncio.TaskGroup()
@@ -378,7 +388,7 @@ class EngineLink:
                 method, path, content=body, headers=headers, timeout=timeout_s
             )
         except httpx.HTTPError as error:
-            raise EngineUnreachable(f"The engine does not answer: {error!r}") from error
+            raise _not_there(error) from error
         if response.is_error:
             raise _refusal(path, response.status_code, response.content)
         return response.content
@@ -400,8 +410,8 @@ class EngineLink:
                 # Replaced by a later start of this worker, or no longer known: nothing to wait for.
                 self._lose()
                 self._note_trouble(str(error))
-            except (httpx.HTTPError, EngineUnreachable) as error:
-                self._note_trouble(repr(error))
+            except EngineUnreachable as error:
+                self._note_trouble(str(error))
             finally:
                 self._disconnect()
             await asyncio.sleep(self._pause_s)
@@ -414,30 +424,55 @@ class EngineLink:
         self._trouble = reason
 
     async def _read_connection(self, *, resume: bool) -> None:
-        query: dict[str, str | int] = {
-            "worker": self._worker_id,
-            "epoch": self._worker_epoch,
-            "after": self._last_frame,
-            "resume": int(resume),
-        }
-        async with self._http.stream("GET", "/v1/frames", params=query) as response:
-            if response.is_error:
-                await response.aread()
-                if response.status_code == httpx.codes.GONE:
-                    raise _FramesGone
-                raise _refusal("/v1/frames", response.status_code, response.content)
+        feed = await self._open_feed(resume=resume)
+        try:
+            if feed.status_code == httpx.codes.GONE:
+                raise _FramesGone
+            if feed.status_code >= httpx.codes.BAD_REQUEST:
+                raise _refusal("/v1/frames", feed.status_code, feed.body)
             if resume and not self._can_resume:
                 # The window closed while the engine thought about it.
                 return
             self._connect()
-            arriving = _FrameBuffer()
-            async for chunk in response.aiter_raw():
-                for number, frame in enumerate(arriving.feed(chunk), start=1):
-                    self._take(frame)
-                    # After a resume many come at once: the streams' readers get their turns. What
-                    # they find there together they may pass on together.
-                    if number % _FRAMES_PER_TURN == 0:
-                        await asyncio.sleep(0)
+            await self._read_frames(feed)
+        finally:
+            feed.close()
+
+    async def _open_feed(self, *, resume: bool) -> Feed:
+        query = urlencode(
+            {
+                "worker": self._worker_id,
+                "epoch": self._worker_epoch,
+                "after": self._last_frame,
+                "resume": int(resume),
+            }
+        )
+        try:
+            return await Feed.open(
+                self.address,
+                f"/v1/frames?{query}",
+                secret=self._secret,
+                connect_s=RESUME_WINDOW_S,
+                silence_s=_SILENCE_S,
+            )
+        except OSError as error:
+            raise _not_there(error) from error
+
+    async def _read_frames(self, feed: Feed) -> None:
+        arriving = _FrameBuffer()
+        while True:
+            try:
+                data = await feed.read()
+            except OSError as error:
+                raise _not_there(error) from error
+            if not data:
+                return
+            for number, frame in enumerate(arriving.feed(data), start=1):
+                self._take(frame)
+                # After a resume many come at once: the streams' readers get their turns. What
+                # they find there together they may pass on together.
+                if number % _FRAMES_PER_TURN == 0:
+                    await asyncio.sleep(0)
 
     def _take(self, frame: Frame) -> None:
         if frame.number <= self._last_frame:
@@ -572,7 +607,7 @@ class EngineLink:
         try:
             status_code, content = await self._courier.post(path, body, timeout_s=_CALL_S)
         except OSError as error:
-            raise EngineUnreachable(f"The engine does not answer: {error!r}") from error
+            raise _not_there(error) from error
         if status_code >= httpx.codes.BAD_REQUEST:
             raise _refusal(path, status_code, content)
 
@@ -625,7 +660,7 @@ class _FrameBuffer:
 
 
 def _http_client(address: str, secret: str | None) -> httpx.AsyncClient:
-    # One connection for the frames, and a few for questions.
+    # For questions alone.
     limits = httpx.Limits(max_connections=16, keepalive_expiry=30)
     uds = address.removeprefix(UNIX_PREFIX) if address.startswith(UNIX_PREFIX) else None
     # Engines speak without TLS: to read what is trusted there would take 20 ms, for nothing.
@@ -650,6 +685,10 @@ def _refusal(path: str, status_code: int, content: bytes) -> EngineRefused | Eng
     if status_code >= 500 or problem.code == "not_connected":
         return EngineUnreachable(message)
     return EngineRefused(message, code=problem.code)
+
+
+def _not_there(error: Exception) -> EngineUnreachable:
+    return EngineUnreachable(f"The engine does not answer: {error!r}")
 
 
 def _decode(body: bytes, kind: type[T]) -> T:

@@ -1,7 +1,7 @@
 """The words that a gateway worker and an engine exchange.
 
     POST /v1/commands   `CommandBatch`, one per event-loop tick of the worker
-    GET  /v1/frames     ?worker=&epoch=&after=&resume=0|1: one long response, a `Frame` per step
+    GET  /v1/frames     ?worker=&epoch=&after=&resume=0|1: one long response of `Frame`s
     GET  /v1/info       `EngineInfo`
     GET  /v1/status     `EngineStatus`
     POST /v1/probe      `ProbeRequest` -> `ProbeReport`
@@ -224,6 +224,9 @@ class SequenceEvent(msgspec.Struct, frozen=True, array_like=True):
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
     """All that happened to one worker's sequences in one engine step.
+
+    Steps that end faster than the engine can tell of them share a frame: then a sequence has an
+    event of each of them, in order.
 
     Numbers grow by one within a (worker, epoch), from 1, over reconnects too. A heartbeat is a
     frame without events that repeats the last number; one goes out each second in which nothing

@@ -20,7 +20,8 @@ import msgspec
 import uvicorn
 from litestar import Litestar, MediaType, Request, Response, asgi, get, post
 from litestar.connection import ASGIConnection
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, MethodNotAllowedException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.handlers import BaseRouteHandler
 from litestar.types import Receive, Scope, Send
 
@@ -127,13 +128,34 @@ async def forget(request: Call) -> Response[bytes]:
     return _packed(await _desk(request).engine.forget(wanted.adapter_digest))
 
 
-@post("/v1/commands", status_code=204)
-async def commands(request: Call) -> None:
-    batch = _decode(await request.body(), CommandBatch)
-    desk = _desk(request)
+@asgi("/v1/commands", copy_scope=False)
+async def commands(scope: Scope, receive: Receive, send: Send) -> None:
+    """In the way of every request, so without what a handler's arguments and answer cost."""
+    if scope.get("method") != "POST":
+        raise MethodNotAllowedException
+    batch = _decode(await _body(receive), CommandBatch)
+    desk = _desk(Connection(scope))
     if not desk.engine.is_alive:
         raise EngineStopped
     desk.sessions.command(batch)
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _body(receive: Receive) -> bytes:
+    """Raises RequestEntityTooLarge, and MalformedCall where it does not come to its end."""
+    pieces: list[bytes] = []
+    size_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise MalformedCall("The body ended early")
+        pieces.append(message["body"])
+        size_bytes += len(message["body"])
+        if size_bytes > MAX_BODY_BYTES:
+            raise RequestEntityTooLarge
+        if not message["more_body"]:
+            return b"".join(pieces)
 
 
 @asgi("/v1/frames", copy_scope=False)
@@ -375,6 +397,8 @@ class EngineServer:
             )
         )
         self._has_failed = False
+        # What steps did that no frame tells of yet.
+        self._untold: list[StepEvent] = []
 
     async def serve(self, on_listening: Callable[[], None]) -> bool:
         """Answer calls until told to stop; False when it ended because the core failed."""
@@ -394,11 +418,19 @@ class EngineServer:
         self._http.should_exit = True
 
     def _on_step(self, events: Sequence[StepEvent]) -> None:
+        """Steps that end faster than this loop has its turns share a frame."""
         self._metrics.count_step(events)
+        if not self._untold:
+            asyncio.get_running_loop().call_soon(self._tell)
+        self._untold += events
+
+    def _tell(self) -> None:
+        events, self._untold = self._untold, []
         self._sessions.publish(events)
 
     def _on_end(self, has_failed: bool) -> None:
         self._has_failed = has_failed
+        self._tell()
         self.stop()
 
     async def _give_up_absent_workers(self) -> None:

@@ -20,6 +20,8 @@ logger = logging.getLogger("gateway")
 # What the kernel takes for a connection before its client's window opens. Left to itself it takes
 # megabytes: tens of thousands of tokens, generated and billed for a client that reads none.
 _MAX_UNSENT_BYTES = 128 << 10
+# A collection of the youngest takes some two milliseconds, one of the middle ones ten.
+COLLECTOR_THRESHOLDS = (5_000, 5, 10)
 
 
 def main() -> int:
@@ -44,9 +46,11 @@ def main() -> int:
         proxy_headers=False,
         timeout_graceful_shutdown=10,
     )
-    # What is there now stays: the collector need not look at it again and again.
+    # What is there now stays: the collector need not look at it again and again. Nor at requests
+    # that run, whose objects go by themselves: by default it takes a thirteenth of all CPU time.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
     server = _Server(config)
     server.run()
     return os.EX_OK if server.started else os.EX_UNAVAILABLE

@@ -36,8 +36,6 @@ from gateway.text import TextCodec
 
 logger = logging.getLogger(__name__)
 
-# Says that what came before may go out now.
-NOTHING_NEW = Delta("", [], [], None)
 # What is told of a request with several answers is the first of these that one of them came to.
 WORST_FIRST: Sequence[FinishReason] = ("content_filter", "length", "stop")
 
@@ -106,6 +104,7 @@ class Generation:
         # Held until the first token.
         self._place = place
         self._deadline_s = deadline_s(admission)
+        self._is_waiting = True
         # Whether an answer may end before the last token that the engine made for it.
         self._is_searched = is_searched
         self._is_judged = any(choice.is_judged for choice in choices)
@@ -126,41 +125,51 @@ class Generation:
         """The prompt that a choice answers."""
         return self.prompts[index * len(self.prompts) // self.num_choices]
 
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """The answers, step by step. An empty delta says that all before it may go out now.
+    async def deltas(self) -> AsyncIterator[Sequence[Delta]]:
+        """The answers as they grow: what can go out together comes together.
 
         Raises EngineFailed or Unavailable where the engine could not finish one, LimitReached where
         the first token was waited for longer than it may.
         """
-        try:
-            while self._num_open and (event := await self._next()) is not None:
-                choice = self._choices[event.sequence_id]
-                if choice.outcome is not None:
-                    # What its sequence did before it learnt that it had ended.
-                    if not self.has_next():
-                        yield NOTHING_NEW
-                    continue
-                if self._is_short_of_money(event):
-                    await self._fund(event)
-                delta = self._apply(choice, event)
-                if self._is_judged:
-                    delta = await choice.judge(delta)
-                if self._keeping is not None:
-                    choice.said.append(delta.text)
-                delta = choice.read(delta)
-                if delta.finish_reason:
-                    self._num_open -= 1
-                if self._is_news(delta) or not self.has_next():
-                    yield delta
-        except LinkError as fault:
-            self._close("error")
-            raise self._with_levels(
-                Unavailable(f"The answer was cut off; ask again: {fault}")
-            ) from fault
-        except GatewayError as error:
-            self._close("error")
-            self._with_levels(error)
-            raise
+        error: GatewayError | None = None
+        while self._num_open and error is None:
+            found: list[Delta] = []
+            try:
+                await self._gather(found)
+            except LinkError as fault:
+                error = Unavailable(f"The answer was cut off; ask again: {fault}")
+                error.__cause__ = fault
+            except GatewayError as fault:
+                error = fault
+            if error is not None:
+                self._close("error")
+            if found:
+                yield found
+        if error is not None:
+            raise self._with_levels(error)
+
+    async def _gather(self, found: list[Delta]) -> None:
+        """Wait for the next delta, and add it and all that are there by then."""
+        while self._num_open and not (found and self._must_wait()):
+            event = self._stream.pop() or await self._wait()
+            if self._is_waiting and event.token_ids:
+                self._begin()
+            choice = self._choices[event.sequence_id]
+            if choice.outcome is not None:
+                # What its sequence did before it learnt that it had ended.
+                continue
+            if self._is_short_of_money(event):
+                await self._fund(event)
+            delta = self._apply(choice, event)
+            if self._is_judged:
+                delta = await choice.judge(delta)
+            if self._keeping is not None:
+                choice.said.append(delta.text)
+            delta = choice.read(delta)
+            if delta.finish_reason:
+                self._num_open -= 1
+            if self._is_news(delta):
+                found.append(delta)
 
     @property
     def reasoning_tokens(self) -> int | None:
@@ -174,32 +183,34 @@ class Generation:
             or delta.finish_reason
             or delta.logprobs
             or (self._tells_token_ids and delta.token_ids)
+            or delta.prompt_logprobs is not None
         )
 
-    def has_next(self) -> bool:
-        """Whether the next delta is there already: asking for it waits for nothing."""
+    def _must_wait(self) -> bool:
+        """Whether the next delta takes a while, so that what is there may go out before."""
         if self._is_judged:
-            return False
+            return True
         event = self._stream.next_event
-        return event is not None and not self._is_short_of_money(event)
+        return event is None or self._is_short_of_money(event)
 
     def _with_levels(self, error: GatewayError) -> GatewayError:
         error.headers = self.levels.headers() | error.headers
         return error
 
-    async def _next(self) -> SequenceEvent | None:
+    async def _wait(self) -> SequenceEvent:
         if self._deadline_s is None:
-            event = await anext(self._stream, None)
-        else:
-            try:
-                async with asyncio.timeout_at(self._deadline_s):
-                    event = await anext(self._stream, None)
-            except TimeoutError:
-                raise waited_too_long(self._admission) from None
-        if event is not None and event.token_ids:
-            self._deadline_s = None
-            self._place.leave()
-        return event
+            return await anext(self._stream)
+        try:
+            async with asyncio.timeout_at(self._deadline_s):
+                return await anext(self._stream)
+        except TimeoutError:
+            raise waited_too_long(self._admission) from None
+
+    def _begin(self) -> None:
+        """The first token is there."""
+        self._is_waiting = False
+        self._deadline_s = None
+        self._place.leave()
 
     async def _fund(self, event: SequenceEvent) -> None:
         """Ask for more money now, where a step outran the heartbeat."""

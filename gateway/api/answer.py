@@ -89,8 +89,9 @@ async def wait_unless_gone(
 async def put_together(generation: Generation) -> list[WholeAnswer]:
     """Wait for all choices to be whole. Raises what `Generation.deltas` raises."""
     parts: list[list[Delta]] = [[] for _ in range(generation.num_choices)]
-    async for delta in generation.deltas():
-        parts[delta.index].append(delta)
+    async for deltas in generation.deltas():
+        for delta in deltas:
+            parts[delta.index].append(delta)
     return [_whole(deltas) for deltas in parts]
 
 

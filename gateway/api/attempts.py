@@ -161,9 +161,9 @@ class Begun:
         return await event_stream(
             self._request,
             self._answering.keep_stream(events, self.generation, headers=headers),
+            is_over=lambda: self.generation.is_over,
             headers=headers,
             leave=self.leave,
-            has_more=self.generation.has_next,
             failed=failed,
         )
 

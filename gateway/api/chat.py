@@ -378,7 +378,7 @@ def _choice(
 
 
 async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncIterator[bytes]:
-    """The chunks of each delta, in one piece."""
+    """The chunks of the deltas that come together, in one piece."""
     bare = ChatCompletionChunk(
         id=_id(generation),
         created=int(generation.created.timestamp()),
@@ -386,39 +386,83 @@ async def _events(generation: Generation, data: ChatCompletionRequest) -> AsyncI
         choices=[],
         service_tier=served_tier(data.service_tier) or msgspec.UNSET,
     )
-    mould = EventMould(bare)
+    scribe = _Scribe(generation, data, bare)
     opening = _opening(generation, data, bare)
-    async for delta in generation.deltas():
-        chunks, opening = opening, b""
-        token_ids = told_token_ids(delta) if data.return_token_ids else msgspec.UNSET
+    async for deltas in generation.deltas():
+        chunks, opening = [opening], b""
+        for delta in deltas:
+            scribe.write(delta, chunks)
+        if generation.is_over:
+            bill = generation.finish()
+            if data.stream_options and data.stream_options.include_usage:
+                usage = Usage.of(bill, reasoning_tokens=generation.reasoning_tokens)
+                chunks.append(event(msgspec.structs.replace(bare, usage=usage)))
+            chunks.append(DONE)
+        yield b"".join(chunks)
+
+
+class _Scribe:
+    """Spells the chunks of each delta."""
+
+    def __init__(
+        self, generation: Generation, data: ChatCompletionRequest, bare: ChatCompletionChunk
+    ) -> None:
+        self._codec = generation.codec
+        self._tells_logprobs = bool(data.logprobs)
+        self._tells_token_ids = bool(data.return_token_ids)
+        self._mould = EventMould(bare)
+        # Of each choice: almost all chunks of an answer are a text and no more.
+        self._words = [
+            self._mould.of_text(
+                ChatChunkChoice(ChatDelta(content=""), index=index), field="content"
+            )
+            for index in range(generation.num_choices)
+        ]
+
+    def write(self, delta: Delta, chunks: list[bytes]) -> None:
+        """Add its chunks to those."""
         if delta.pieces is not None:
-            chunks += _read_chunks(mould, generation, delta, token_ids=token_ids)
-        elif delta.text or delta.logprobs or token_ids:
-            logprobs = _logprobs(generation.codec, delta) if data.logprobs else None
-            chunks += mould.cast(
-                ChatChunkChoice(
-                    ChatDelta(content=delta.text),
-                    logprobs=logprobs,
-                    index=delta.index,
-                    token_ids=token_ids,
-                )
-            )
+            chunks += self._read(delta)
+        elif not (self._tells_logprobs or self._tells_token_ids):
+            if delta.text:
+                chunks.append(self._words[delta.index].cast(delta.text))
+        elif delta.text or self._tells_more(delta):
+            chunks.append(self._cast(ChatDelta(content=delta.text), delta))
         if delta.finish_reason:
-            bill = generation.finish() if generation.is_over else None
-            chunks += mould.cast(
-                ChatChunkChoice(
-                    ChatDelta(),
-                    finish_reason=delta.finish_reason,
-                    index=delta.index,
-                    stopped_by=delta.stopped_by or msgspec.UNSET,
-                )
+            end = ChatChunkChoice(
+                ChatDelta(),
+                finish_reason=delta.finish_reason,
+                index=delta.index,
+                stopped_by=delta.stopped_by or msgspec.UNSET,
             )
-            if bill is not None:
-                if data.stream_options and data.stream_options.include_usage:
-                    usage = Usage.of(bill, reasoning_tokens=generation.reasoning_tokens)
-                    chunks += event(msgspec.structs.replace(bare, usage=usage))
-                chunks += DONE
-        yield chunks
+            chunks.append(self._mould.cast(end))
+
+    def _read(self, delta: Delta) -> list[bytes]:
+        """A chunk for each piece; the first has the log-probabilities and token ids."""
+        parts = [_part(piece) for piece in delta.pieces or ()]
+        if not parts and self._tells_more(delta):
+            parts = [ChatDelta()]
+        return [
+            self._mould.cast(ChatChunkChoice(part, index=delta.index))
+            if number
+            else self._cast(part, delta)
+            for number, part in enumerate(parts)
+        ]
+
+    def _tells_more(self, delta: Delta) -> bool:
+        """Whether there is something to tell beside its text."""
+        return bool(delta.logprobs or (self._tells_token_ids and told_token_ids(delta)))
+
+    def _cast(self, part: ChatDelta, delta: Delta) -> bytes:
+        """With all that is told of its tokens."""
+        is_told = self._tells_logprobs and (delta.logprobs or delta.pieces is None)
+        choice = ChatChunkChoice(
+            part,
+            logprobs=_logprobs(self._codec, delta) if is_told else None,
+            index=delta.index,
+            token_ids=told_token_ids(delta) if self._tells_token_ids else msgspec.UNSET,
+        )
+        return self._mould.cast(choice)
 
 
 def _opening(
@@ -434,31 +478,6 @@ def _opening(
             ChatChunkChoice(ChatDelta(role="assistant", content=""), index=index)
         )
         for index in range(generation.num_choices)
-    )
-
-
-def _read_chunks(
-    mould: EventMould,
-    generation: Generation,
-    delta: Delta,
-    *,
-    token_ids: list[int] | msgspec.UnsetType,
-) -> bytes:
-    """A chunk for each piece; the first has the log-probabilities and token ids."""
-    parts = [_part(piece) for piece in delta.pieces or ()]
-    logprobs = _logprobs(generation.codec, delta) if delta.logprobs else None
-    if not parts and (logprobs or token_ids):
-        parts = [ChatDelta()]
-    return b"".join(
-        mould.cast(
-            ChatChunkChoice(
-                part,
-                logprobs=None if number else logprobs,
-                index=delta.index,
-                token_ids=msgspec.UNSET if number else token_ids,
-            )
-        )
-        for number, part in enumerate(parts)
     )
 
 

@@ -212,26 +212,27 @@ async def _spell_whole(
 
 
 async def _events(generation: Generation, data: CompletionRequest) -> AsyncIterator[bytes]:
-    """The chunks of each delta, in one piece."""
+    """The chunks of the deltas that come together, in one piece."""
     bare = _completion(generation, data)
     mould = EventMould(bare)
     spellers = [_Speller(generation, data, index) for index in range(generation.num_choices)]
-    async for delta in generation.deltas():
-        has_ids = data.return_token_ids and delta.token_ids
-        if not (delta.text or delta.finish_reason or delta.logprobs or has_ids):
-            yield b""
-            continue
-        choice = await spelled(
-            partial(spellers[delta.index].spell, delta, told=delta.prompt_logprobs),
-            delta.prompt_logprobs,
-        )
-        bill = generation.finish() if generation.is_over else None
-        chunks = mould.cast(choice)
-        if bill is not None:
+    async for deltas in generation.deltas():
+        chunks = []
+        for delta in deltas:
+            has_ids = data.return_token_ids and delta.token_ids
+            if not (delta.text or delta.finish_reason or delta.logprobs or has_ids):
+                continue
+            choice = await spelled(
+                partial(spellers[delta.index].spell, delta, told=delta.prompt_logprobs),
+                delta.prompt_logprobs,
+            )
+            chunks.append(mould.cast(choice))
+        if generation.is_over:
+            bill = generation.finish()
             if data.stream_options and data.stream_options.include_usage:
-                chunks += event(msgspec.structs.replace(bare, usage=Usage.of(bill)))
-            chunks += DONE
-        yield chunks
+                chunks.append(event(msgspec.structs.replace(bare, usage=Usage.of(bill))))
+            chunks.append(DONE)
+        yield b"".join(chunks)
 
 
 class _Speller:

@@ -20,6 +20,7 @@ from gateway.errors import GatewayError
 
 logger = logging.getLogger(__name__)
 
+_encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting for the first token\n\n"
 # Proxies cut connections that are silent for longer, often after 30 or 60 seconds.
@@ -65,17 +66,37 @@ class EventMould:
     def cast(self, choice: msgspec.Struct) -> bytes:
         return self._before + msgspec.json.encode(choice) + self._after
 
+    def of_text(self, choice: msgspec.Struct, *, field: str) -> "TextMould":
+        """A mould for choices that are like this one, but for the text that is empty in it."""
+        return TextMould(self.cast(choice), field=field)
+
+
+class TextMould:
+    """Events that are alike but for one text."""
+
+    def __init__(self, event: bytes, *, field: str) -> None:
+        """In `event` the field is an empty string."""
+        named = f'"{field}":'.encode()
+        # As above, no other string holds it.
+        before, found, after = event.partition(named + b'""')
+        assert found, f"the mould has an empty {field}"
+        self._before = before + named
+        self._after = after
+
+    def cast(self, text: str) -> bytes:
+        return self._before + _encode(text) + self._after
+
 
 class EventStream(Stream):
-    """An answer of events, each sent as soon as no other is there to go with it."""
+    """An answer of events, sent as they come."""
 
     def __init__(
         self,
         first: "asyncio.Future[bytes | None]",
         rest: AsyncIterator[bytes],
         *,
-        has_more: Callable[[], bool],
         gone: "asyncio.Future[None]",
+        is_over: Callable[[], bool],
         headers: dict[str, str],
         leave: Callable[[], None],
         failed: Callable[[GatewayError], bytes],
@@ -83,8 +104,8 @@ class EventStream(Stream):
         super().__init__(rest, headers={**HEADERS, **headers}, status_code=200)
         self._first = first
         self._rest = rest
-        self._has_more = has_more
         self._gone = gone
+        self._is_over = is_over
         self._leave = leave
         self._failed = failed
 
@@ -122,33 +143,24 @@ class EventStream(Stream):
                 raise
 
     async def _send_all(self, send: Send) -> None:
-        pieces: list[bytes] = []
         try:
             while not self._first.done():
                 await send(_body(KEEP_ALIVE))
                 await asyncio.wait({self._first}, timeout=KEEP_ALIVE_INTERVAL_S)
-            if (piece := self._first.result()) is not None:
-                pieces.append(piece)
-                if not self._has_more():
-                    await _flush(pieces, send)
-                async for piece in self._rest:
-                    pieces.append(piece)
-                    if not self._has_more():
-                        await _flush(pieces, send)
+            piece = self._first.result()
+            while piece is not None and not self._is_over():
+                if piece:
+                    await send(_body(piece))
+                piece = await anext(self._rest, None)
+            # Nothing waits behind the last piece, and one way through all layers less is worth it.
+            await anext(self._rest, None)
+            last = piece or b""
         except GatewayError as error:
-            pieces.append(self._failed(error))
+            last = self._failed(error)
         except Exception:
             logger.exception("stream_failed")
-            pieces.append(self._failed(GatewayError("Something went wrong on our side.")))
-        await _flush(pieces, send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _flush(pieces: list[bytes], send: Send) -> None:
-    body = b"".join(pieces)
-    pieces.clear()
-    if body:
-        await send(_body(body))
+            last = self._failed(GatewayError("Something went wrong on our side."))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 def _body(content: bytes) -> Any:
@@ -159,15 +171,15 @@ async def event_stream(
     request: Request[Any, Any, Any],
     events: AsyncIterator[bytes],
     *,
+    is_over: Callable[[], bool],
     headers: dict[str, str],
     leave: Callable[[], None],
-    has_more: Callable[[], bool],
     failed: Callable[[GatewayError], bytes] = error_event,
 ) -> Stream:
     """Answer with events as they come; `leave` is called at the end, however that comes about.
 
-    `has_more` says whether the next event is there already: those that are go out in one piece.
-    `failed` spells what goes wrong once the answer has begun.
+    `is_over` says whether the event that came last is the last; `failed` spells what goes wrong
+    once the answer has begun.
     The answer begins with its first event, so that what fails at once is told by the status; where
     that takes long, it begins without. Raises what the first event raises, and ClientGone.
     """
@@ -190,8 +202,8 @@ async def event_stream(
     return EventStream(
         first,
         events,
-        has_more=has_more,
         gone=gone,
+        is_over=is_over,
         headers=headers,
         leave=leave,
         failed=failed,

@@ -77,12 +77,14 @@ async def compose(
 
 
 async def _events(generation: Generation, writer: Writer) -> AsyncIterator[bytes]:
-    """The events of each delta, in one piece."""
-    async for delta in generation.deltas():
-        events = writer.take(delta)
-        if delta.finish_reason:
-            _, rest = writer.end(delta, generation.finish())
-            events += rest
+    """The events of the deltas that come together, in one piece."""
+    async for deltas in generation.deltas():
+        events: list[AnyEvent] = []
+        for delta in deltas:
+            events += writer.take(delta)
+            if delta.finish_reason:
+                _, rest = writer.end(delta, generation.finish())
+                events += rest
         yield _together(events)
 
 
