@@ -17,12 +17,14 @@ from openai.types.chat.completion_create_params import (
     CompletionCreateParamsStreaming as ChatParams,
 )
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as Params
+from openai.types.embedding_create_params import EmbeddingCreateParams as EmbeddingParams
 from openai.types.responses.response_create_params import (
     ResponseCreateParamsStreaming as ResponseParams,
 )
 
 from gateway.api.chat import ChatCompletionRequest
 from gateway.api.completions import CompletionRequest
+from gateway.api.embeddings import EmbeddingsRequest
 from gateway.api.responses.request import ResponseRequest
 from gateway.database import Database
 from tests.conftest import Home
@@ -192,8 +194,22 @@ RESPONSES = (
     Row("truncation", (), ("disabled",), ("auto",)),
     Row("user", ("ada",), ("",), (7,)),
 )
+EMBEDDINGS = (
+    Row("model", (MODEL,), (), (None,), is_required=True),
+    Row(
+        "input",
+        ("w1 w2", ["w1", "w2"], [1, 2], [[1], [2, 3]]),
+        (),
+        (None, "", [], ["w1", 2]),
+        is_required=True,
+    ),
+    Row("dimensions", (), (), (2,)),
+    Row("encoding_format", ("base64",), ("float",), ("hex",)),
+    Row("user", ("ada",), ("",), (7,)),
+)
+BEYOND_EMBEDDINGS = (Row("pooling", ("last", "mean"), (), ("max",)),)
 CHAT_PATH, PROMPT_PATH = "/v1/chat/completions", "/v1/completions"
-RESPONSE_PATH = "/v1/responses"
+RESPONSE_PATH, EMBEDDING_PATH = "/v1/responses", "/v1/embeddings"
 # Answers are echoes: w999 ends them.
 PROMPT = "w1 w2 w3 w999"
 BEGUN = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w999"}]
@@ -258,6 +274,7 @@ TABLES = {
     ),
     PROMPT_PATH: (COMPLETIONS, Params, {"model": MODEL, "prompt": PROMPT}),
     RESPONSE_PATH: (RESPONSES, ResponseParams, {"model": MODEL, "input": PROMPT}),
+    EMBEDDING_PATH: (EMBEDDINGS, EmbeddingParams, {"model": MODEL, "input": PROMPT}),
 }
 
 
@@ -286,6 +303,7 @@ def test_the_table_has_every_field_of_the_sdks_requests_and_no_other(path: str) 
         (CHAT_PATH, ChatCompletionRequest),
         (PROMPT_PATH, CompletionRequest),
         (RESPONSE_PATH, ResponseRequest),
+        (EMBEDDING_PATH, EmbeddingsRequest),
     ],
 )
 def test_no_field_that_is_taken_is_in_no_table(path: str, body: type[msgspec.Struct]) -> None:
@@ -332,13 +350,16 @@ def test_the_readme_has_the_table(request: pytest.FixtureRequest) -> None:
 def _said(answer: httpx.Response) -> Any:
     """What was answered, without what no answer shares with another."""
     made = answer.json()
-    return made["choices"] if "choices" in made else [{**each, "id": ""} for each in made["output"]]
+    [things] = (made[name] for name in ("choices", "output", "data") if name in made)
+    return [{**each, "id": ""} for each in things]
 
 
 def _rows(path: str) -> list[Row]:
     """All that a request may have."""
     if path == RESPONSE_PATH:
         return [*RESPONSES, *BEYOND_RESPONSES]
+    if path == EMBEDDING_PATH:
+        return [*EMBEDDINGS, *BEYOND_EMBEDDINGS]
     return [*TABLES[path][0], *(row for row in BEYOND if row.only in ("", path))]
 
 
@@ -350,6 +371,8 @@ def _spelled() -> str:
         "both, beyond OpenAI": BEYOND,
         f"`{RESPONSE_PATH}`": RESPONSES,
         f"`{RESPONSE_PATH}`, beyond OpenAI": BEYOND_RESPONSES,
+        f"`{EMBEDDING_PATH}`": EMBEDDINGS,
+        f"`{EMBEDDING_PATH}`, beyond OpenAI": BEYOND_EMBEDDINGS,
     }
     for title, rows in titles.items():
         lines += [
