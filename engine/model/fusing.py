@@ -288,16 +288,16 @@ def _in_loops(kernels: LayerKernels, layer: Any, by_parts: _Layer) -> Iterator[F
 def _linears_of(layer: Any) -> dict[str, nn.Module] | None:
     """By name. None where there is one too many, or too few."""
     attention, mlp = dict(layer.self_attn.named_children()), dict(layer.mlp.named_children())
+    if attention.keys() != set(_ATTENTION_PARTS) or not mlp.keys() >= set(_MLP_PARTS):
+        return None
     others = [part for name, part in mlp.items() if name not in _MLP_PARTS]
     others += [part for name, part in layer.named_children() if name not in _LAYER_PARTS]
     has_others = any(True for part in others for _ in part.parameters())
-    names = (*_ATTENTION_PARTS, *_MLP_PARTS)
-    linears = {name: (attention | mlp).get(name) for name in names}
-    is_known = attention.keys() == set(_ATTENTION_PARTS) and not has_others
-    return linears if is_known and all(map(_is_linear, linears.values())) else None
+    linears = {name: (attention | mlp)[name] for name in (*_ATTENTION_PARTS, *_MLP_PARTS)}
+    return linears if not has_others and all(map(_is_linear, linears.values())) else None
 
 
-def _is_linear(linear: nn.Module | None) -> bool:
+def _is_linear(linear: nn.Module) -> bool:
     own = _base_of(linear)
     return type(own) is nn.Linear or (isinstance(own, QuantisedLinear) and not own.is_transposed)
 
