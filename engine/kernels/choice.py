@@ -15,6 +15,7 @@ from engine.batch import Batch
 from engine.errors import ConfigurationError
 from engine.kernels import quantised, threads
 from engine.kernels.dense import DenseAttention, DenseLora
+from engine.kernels.layer_parts import LayerParts
 from engine.kernels.quantised import Format
 from engine.kernels.slot_weights import SlotWeights
 
@@ -102,6 +103,37 @@ class RowKernels(Protocol):
         """`reference.silu_mul`."""
 
 
+class WholeLayer(Protocol):
+    """A layer around its attention; the adapters are those of the step."""
+
+    def enter(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, *, adapters: LoraPlan | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, [num_rows, heads, head_dim] each.
+
+        hidden: [num_rows, width]; cos, sin: [num_rows, dims].
+        """
+
+    def leave(self, attended: Tensor, hidden: Tensor, *, adapters: LoraPlan | None) -> Tensor:
+        """The layer's output, [num_rows, width].
+
+        attended: [num_rows, heads, head_dim]; hidden: the layer's input, [num_rows, width].
+        """
+
+
+class LayerKernels(Protocol):
+    """What a model does from one attention to the next, products included."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`torch.nn.functional.linear`."""
+
+    def layer(self, parts: LayerParts) -> WholeLayer:
+        """Raises AssertionError for parts that it has no loops for."""
+
+    def serves(self, adapters: LoraPlan | None) -> bool:
+        """Whether its layers do all that these adapters do."""
+
+
 def _is_warm(weights: SlotWeights, dtype: torch.dtype) -> None:
     """Nothing is compiled ahead."""
 
@@ -115,6 +147,8 @@ class Kernels:
     warm_up_lora: Callable[[SlotWeights, torch.dtype], None] = _is_warm
     # None where the model's own code does as well.
     rows: RowKernels | None = None
+    # None where there are no such loops.
+    layers: LayerKernels | None = None
     # None where nothing is gained by launching the same in each step.
     fixed: FixedKernels | None = None
 
@@ -141,9 +175,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
         return DENSE
     # Not at the top: a GPU's machine needs no compiler for CPUs.
-    from engine.kernels import cpu
+    from engine.kernels import cpu, cpu_layers, cpu_rows
 
-    return Kernels(cpu.CompiledAttention, cpu.CompiledLora)
+    return Kernels(
+        cpu.CompiledAttention, cpu.CompiledLora, rows=cpu_rows, layers=cpu_layers.CompiledLayers()
+    )
 
 
 def on_gpu(device: torch.device) -> Kernels:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.kernels.cpu_rows import exp
 from engine.kernels.dense import DenseAttention, DenseLora
 from engine.kernels.loops import (
     LINE,
     barrier,
+    fetch_rows,
     floats,
     inlined,
     ints,
@@ -26,6 +28,7 @@ from engine.kernels.loops import (
     thread_count,
     thread_index,
 )
+from engine.kernels.products import WIDTH, dots
 from engine.kernels.slot_weights import SlotWeights
 
 # Records of int64: addresses of float32 or int64, sizes in elements.
@@ -147,13 +150,14 @@ def _shrink(x: Any, width: Any, lora_A: Any, first: Any, end: Any, out: Any, ld:
 
 
 @inlined
-def _expand(
+def expand(
     out: Any, width: Any, num: Any, lora_B: Any, rank: Any, first: Any, end: Any, s: Any, ld: Any
 ) -> None:
     """Add to the first `num` columns of rows first..end of `out`."""
     r = 0
     while r + 4 <= rank:
         panel = floats(lora_B + 4 * r * width)
+        fetch_rows(lora_B + 4 * (r + 4) * width, width, min(4, rank - r - 4), num)
         for row in range(first, end):
             factors = floats(s + 4 * (row * ld + r))
             _add_four_scaled(floats(out + 4 * row * width), factors, panel, width, num)
@@ -193,7 +197,7 @@ def _lora(pointer: Any) -> None:
     column_end = min(num_lines * (thread + 1) // num_threads * LINE, call.out_features)
     for g in range(call.num_groups):
         entry = 3 * groups[3 * g + 2]
-        _expand(
+        expand(
             call.out + 4 * column,
             call.out_features,
             column_end - column,
@@ -248,7 +252,7 @@ def _softmax(scores: Any, num: Any) -> Any:
         largest = max(largest, scores[i])
     total = np.float32(0)
     for i in range(num):
-        scores[i] = math.exp(scores[i] - largest)
+        scores[i] = exp(scores[i] - largest)
         total += scores[i]
     return total
 
@@ -315,15 +319,27 @@ def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
         end = min((block + 1) * call.block_size, context)
         place = (start % call.block_size) * call.num_kv_heads + kv_head
         keys = call.keys + 4 * (table[block] * call.block_stride + place * call.key_dim)
-        for member in range(call.group):
-            _score(
-                floats(query + 4 * member * call.query_head),
+        values = call.values + 4 * (table[block] * call.block_stride + place * call.value_dim)
+        own_scores = scores + 4 * (start - first)
+        stride = call.num_kv_heads * call.key_dim
+        if call.key_dim % WIDTH == 0:
+            dots(
+                query,
+                call.query_head,
+                call.group,
                 keys,
-                call.num_kv_heads * call.key_dim,
+                stride,
                 end - start,
                 call.key_dim,
-                scores + 4 * (member * call.max_context + start - first),
+                own_scores,
+                call.max_context,
+                values,
             )
+        else:
+            for member in range(call.group):
+                q = floats(query + 4 * member * call.query_head)
+                out_scores = own_scores + 4 * member * call.max_context
+                _score(q, keys, stride, end - start, call.key_dim, out_scores)
         start = end
     for member in range(call.group):
         own = floats(scores + 4 * member * call.max_context)
@@ -412,6 +428,9 @@ class CompiledLora:
         runs = batch.slot_runs
         is_long = runs[:, 1] - runs[:, 0] >= MIN_ROWS_OF_GEMM
         self._weights = weights
+        # For loops that take all runs, long or not. Read by address, as long as this plan lives.
+        self.groups = np.ascontiguousarray(runs)
+        self.max_rank = weights.max_rank(runs[:, 2])
         self._affine = CompiledAffine(batch, weights)
         self._long = DenseLora(runs[is_long], weights)
         self._call = np.zeros(1, dtype=_LORA_CALL)
@@ -422,6 +441,11 @@ class CompiledLora:
         call["groups"], call["num_groups"] = self._groups.ctypes.data, len(self._groups)
         call["shrunk"], call["max_rank"] = self._shrunk.data_ptr(), self._shrunk.shape[1]
         self._record, self._address = call, self._call.ctypes.data
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether any of its adapters scales or shifts anything."""
+        return bool(self._affine.modules)
 
     def apply(self, out: Tensor, x: Tensor, *, module: int) -> None:
         """As `LoraPlan.apply`; both are contiguous."""

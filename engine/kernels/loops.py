@@ -16,6 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from engine.kernels import threads
+from engine.kernels.vectors import LONG, Builder
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -53,15 +54,16 @@ def inlined(function: Function) -> Function:
     return compiled
 
 
-def loop(
-    function: Callable[[Any], None], call: np.dtype[np.void], *, is_exact: bool = False
-) -> Any:
-    """`function` as threads call it, all with the address of the same `call`.
+def exact(function: Function) -> Function:
+    """As `inlined`, but what is written is computed just so, in that order."""
+    compiled: Function = _compile(numba.njit, function, is_exact=True)
+    return compiled
 
-    `is_exact`: sums are taken in the order that is written, where nothing else is said.
-    """
+
+def loop(function: Callable[[Any], None], call: np.dtype[np.void]) -> Any:
+    """`function` as threads call it, all with the address of the same `call`."""
     signature = types.void(types.CPointer(numba.from_dtype(call)))
-    return _compile(functools.partial(numba.cfunc, signature), function, is_exact=is_exact)
+    return _compile(functools.partial(numba.cfunc, signature), function)
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
@@ -82,6 +84,25 @@ def ints(_: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(_INT))
 
     return _INT(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _fetch(_: Any, address: Any) -> Any:
+    """Have the line at an address brought into the cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        Builder(builder).prefetch(arguments[0], LONG(0))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@inlined
+def fetch_rows(address: Any, stride: Any, num_rows: Any, width: Any) -> None:
+    """Bring rows of `width` floats into the cache, each `stride` floats behind the one before."""
+    for row in range(num_rows):
+        for i in range(0, width, LINE):
+            _fetch(address + 4 * (row * stride + i))
 
 
 def run(loop: Any, address: int) -> None:

@@ -1,10 +1,10 @@
 """Compiled loops for products with weights in few bits: x in float32, on a CPU.
 
 A decode step reads every weight once and does little with it. Here that is the codes as they are:
-they become floats in registers, 16 at a time, and meet up to four rows of x there. Many rows are
-worth a GEMM, for which the codes are written out a tile at a time; where x is rounded to int8 too
-there are integers all the way, whatever the number of rows. `quantised` defines what is computed.
-Knows addresses and sizes. Knows nothing of modules.
+they become floats in registers, 16 at a time, and meet a row of x there. For more rows they are
+written out, four rows of the weight at a time, which stay in the core's nearest cache; where x is
+rounded to int8 too there are integers all the way, whatever the number of rows. `quantised` defines
+what is computed. Knows addresses and sizes. Knows nothing of modules.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 from torch import Tensor
 
 from engine.kernels.loops import (
     barrier,
+    exact,
     floats,
     inlined,
     loop,
@@ -29,15 +29,9 @@ from engine.kernels.loops import (
     thread_count,
     thread_index,
 )
+from engine.kernels.products import COLUMNS, WIDTH, block, share
 from engine.kernels.quantised import GROUP_SIZE, INT8, INT8_DYNAMIC, INT8_MAX
-
-# Rows of x that are worth a GEMM.
-MIN_ROWS_OF_GEMM = 16
-# Rows of a weight that are written out at once: they stay in a core's cache.
-TILE_SIZE = 512
-# Rows of a weight that a thread takes at once.
-COLUMNS = 4
-LANES = 16
+from engine.kernels.vectors import FEATURES, FLOATS, LANES, LONG, WORD, WORDS, Builder
 
 # Records of int64: addresses, sizes in elements.
 _CALL = np.dtype(
@@ -46,8 +40,8 @@ _CALL = np.dtype(
         for name in (
             *("x", "codes", "scales", "out"),
             *("num_rows", "in_features", "out_features"),
-            # From one row of `out` to the next
-            "out_stride",
+            # Room for COLUMNS rows of the weight for each thread
+            "tile",
             # int8-dynamic: [num_rows, in_features] in the form that integers are multiplied in, and
             # [num_rows] float32
             *("own_codes", "own_scales"),
@@ -55,157 +49,52 @@ _CALL = np.dtype(
     ]
 )
 
-_FEATURES = binding.get_host_cpu_features()
-# Rows of a weight, and of x, whose sums registers hold at once: there are 32 of 16 floats, or 16 of
-# half as many.
-_TILE, _ROWS, _INTEGER_ROWS = (4, 4, 4) if _FEATURES.get("avx512f") else (2, 2, 4)
+# Rows of a weight, and of x, whose integer sums registers hold at once: there are 32, or 16.
+_TILE, _INTEGER_ROWS = (4, 4) if FEATURES.get("avx512f") else (2, 4)
 # Multiplies int8 by uint8, four products to a sum. Else int16 by int16, two to a sum: both exact.
-HAS_VNNI = bool(_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
-CAN_MULTIPLY_INTEGERS = HAS_VNNI or bool(_FEATURES.get("avx2"))
+HAS_VNNI = bool(FEATURES.get("avx512vnni") and FEATURES.get("avx512vl"))
+CAN_MULTIPLY_INTEGERS = HAS_VNNI or bool(FEATURES.get("avx2"))
 # Of x where it is rounded to int8; what is added to its codes so that they fit; how many of them
 # are multiplied at once.
-_OWN_DTYPE, _OFFSET, _STEP = (torch.uint8, 128, 32) if HAS_VNNI else (torch.int16, 0, 16)
+OWN_DTYPE, _OFFSET, _STEP = (torch.uint8, 128, 32) if HAS_VNNI else (torch.int16, 0, 16)
 # Of a row's codes, whichever way they are multiplied.
 INTEGER_MULTIPLE = 32
 
-_OWN_BYTES = _OWN_DTYPE.itemsize
+_OWN_BYTES = OWN_DTYPE.itemsize
 Calls = np.ndarray[tuple[int], np.dtype[np.void]]
 
-_SUM_FLAGS = ("reassoc", "contract", "nsz")
-_LONG, _WORD = ir.IntType(64), ir.IntType(32)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
-_WORDS = ir.VectorType(_WORD, LANES)
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _HALVES = ir.VectorType(ir.HalfType(), 2)
-_OWN = ir.VectorType(ir.IntType(8 * _OWN_DTYPE.itemsize), LANES)
-_TOTALS = ir.VectorType(_WORD, 8)
+_OWN = ir.VectorType(ir.IntType(8 * OWN_DTYPE.itemsize), LANES)
+_TOTALS = ir.VectorType(WORD, 8)
 
 
-# Loops over vectors, in LLVM's own words
-
-
-@dataclass(frozen=True, slots=True)
-class _Builder:
-    """The few words that the loops below are made of."""
-
-    ir: Any
-
-    def load(self, address: Any, offset: Any, kind: Any) -> Any:
-        place = self.ir.inttoptr(self.ir.add(address, offset), kind.as_pointer())
-        # Of any alignment.
-        return self.ir.load(place, align=1, typ=kind)
-
-    def times(self, number: Any, factor: int) -> Any:
-        return self.ir.mul(number, _LONG(factor))
-
-    def starts(self, address: Any, stride: Any, num: int) -> list[Any]:
-        return [self.ir.add(address, self.times(stride, i)) for i in range(num)]
-
-    def floats(self, codes: Any) -> Any:
-        return self.ir.sitofp(codes, _FLOATS)
-
-    def added(self, total: Any, a: Any, b: Any) -> Any:
-        return self.ir.fadd(total, self.ir.fmul(a, b, flags=_SUM_FLAGS), flags=_SUM_FLAGS)
-
-    def spread(self, number: Any) -> Any:
-        one = self.ir.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, _WORD(0))
-        mask = ir.Constant(_WORDS, [0] * LANES)
-        return self.ir.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), mask)
-
-    def joined(self, vector: Any, join: Callable[[Any, Any], Any]) -> Any:
-        """One number of all that the vector has, by halves."""
-        size = vector.type.count
-        while size > 1:
-            size //= 2
-            parts = [
-                self.ir.shuffle_vector(
-                    vector,
-                    ir.Constant(vector.type, ir.Undefined),
-                    ir.Constant(ir.VectorType(_WORD, size), list(range(first, first + size))),
-                )
-                for first in (0, size)
-            ]
-            vector = join(*parts)
-        return self.ir.extract_element(vector, _WORD(0))
-
-    def sum_of(self, vector: Any) -> Any:
-        return self.joined(vector, lambda a, b: self.ir.fadd(a, b, flags=_SUM_FLAGS))
-
-    def larger(self, a: Any, b: Any) -> Any:
-        return self.ir.select(self.ir.fcmp_ordered(">", a, b), a, b)
-
-    def call(self, name: str, result: Any, *arguments: Any) -> Any:
-        """One of LLVM's own functions."""
-        kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        function = get_or_insert_function(self.ir.module, kind, name)
-        return self.ir.call(function, arguments)
-
-    def store(self, number: Any, address: Any) -> None:
-        place = self.ir.inttoptr(address, number.type.as_pointer())
-        self.ir.store(number, place, align=1)
-
-    def sums(
-        self,
-        num: int,
-        count: Any,
-        add: Callable[[Any, list[Any]], list[Any]],
-        *,
-        kind: Any = _FLOATS,
-    ) -> list[Any]:
-        """What `add(i, sums)` ends with, for i below `count`, which is at least 1."""
-        zero = ir.Constant(kind, [kind.element(0)] * kind.count)
-        before = self.ir.block
-        body = self.ir.append_basic_block("sums")
-        after = self.ir.append_basic_block("sums.end")
-        self.ir.branch(body)
-        self.ir.position_at_end(body)
-        index = self.ir.phi(_LONG)
-        sums = [self.ir.phi(kind) for _ in range(num)]
-        results = add(index, sums)
-        following = self.ir.add(index, _LONG(1))
-        firsts = [_LONG(0), *[zero] * num]
-        for phi, first, result in zip([index, *sums], firsts, [following, *results], strict=True):
-            phi.add_incoming(first, before)
-            phi.add_incoming(result, body)
-        self.ir.cbranch(self.ir.icmp_signed("<", following, count), body, after)
-        self.ir.position_at_end(after)
-        return results
-
-
-def _dots(num_columns: int, num_rows: int, kind: "_Grouped") -> Any:
-    """out[r, c] = W[c] · x[r] for so many rows of W and of x, whose groups are read once."""
+def _dots(num_columns: int, kind: "_Grouped") -> Any:
+    """out[c] = W[c] · x for so many rows of W: as `products`, in the same order."""
 
     @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-    def dots(
-        _: Any, codes: Any, scales: Any, x: Any, out: Any, out_stride: Any, num_groups: Any
-    ) -> Any:
+    def dots(_: Any, codes: Any, scales: Any, x: Any, out: Any, num_groups: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            codes, scales, x, out, out_stride, num_groups = arguments
-            b = _Builder(builder)
+            codes, scales, x, out, num_groups = arguments
+            b = Builder(builder)
             columns = b.starts(codes, b.times(num_groups, kind.code_bytes), num_columns)
             scale_rows = b.starts(scales, b.times(num_groups, kind.scale_bytes), num_columns)
-            rows = b.starts(x, b.times(num_groups, 4 * GROUP_SIZE), num_rows)
 
             def add(group: Any, sums: list[Any]) -> list[Any]:
                 place = b.times(group, 4 * GROUP_SIZE)
-                upper = builder.add(place, _LONG(4 * LANES))
-                parts = [(b.load(r, place, _FLOATS), b.load(r, upper, _FLOATS)) for r in rows]
+                parts = [b.load(x, b.ir.add(place, LONG(at)), FLOATS) for at in (0, 4 * LANES)]
                 results: list[Any] = []
-                for column, own_scales in zip(columns, scale_rows, strict=True):
+                for column, own_scales, total in zip(columns, scale_rows, sums, strict=True):
                     low, high = kind.weights(b, column, own_scales, group)
-                    for part in parts:
-                        total = b.added(sums[len(results)], low, part[0])
-                        results.append(b.added(total, high, part[1]))
+                    results.append(b.added(b.added(total, low, parts[0]), high, parts[1]))
                 return results
 
-            totals = b.sums(num_columns * num_rows, num_groups, add)
-            for column in range(num_columns):
-                starts = b.starts(builder.add(out, _LONG(4 * column)), out_stride, num_rows)
-                for row, start in enumerate(starts):
-                    b.store(b.sum_of(totals[column * num_rows + row]), start)
+            totals = b.sums(num_columns, num_groups, add)
+            for column, total in enumerate(totals):
+                b.store(b.sum_of(total), builder.add(out, LONG(4 * column)))
             return context.get_dummy_value()
 
-        return types.void(*6 * (types.int64,)), generate
+        return types.void(*5 * (types.int64,)), generate
 
     return dots
 
@@ -217,22 +106,22 @@ class _Grouped:
     code_bytes: int
     scale_bytes: int
     # A group's weights as two vectors, from addresses of its row's codes and scales.
-    weights: Callable[[_Builder, Any, Any, Any], tuple[Any, Any]]
+    weights: Callable[[Builder, Any, Any, Any], tuple[Any, Any]]
 
 
-def _int8_weights(b: _Builder, column: Any, scales: Any, group: Any) -> tuple[Any, Any]:
+def _int8_weights(b: Builder, column: Any, scales: Any, group: Any) -> tuple[Any, Any]:
     """scale · code"""
     place = b.times(group, GROUP_SIZE)
     scale = b.load(scales, b.times(group, 2), ir.HalfType())
     factor = b.spread(b.ir.fpext(scale, ir.FloatType()))
     low, high = (
-        b.ir.fmul(factor, b.floats(b.ir.sext(b.load(column, at, _BYTES), _WORDS)))
-        for at in (place, b.ir.add(place, _LONG(LANES)))
+        b.ir.fmul(factor, b.floats(b.ir.sext(b.load(column, at, _BYTES), WORDS)))
+        for at in (place, b.ir.add(place, LONG(LANES)))
     )
     return low, high
 
 
-def _int4_weights(b: _Builder, column: Any, scales: Any, group: Any) -> tuple[Any, Any]:
+def _int4_weights(b: Builder, column: Any, scales: Any, group: Any) -> tuple[Any, Any]:
     """step · code + floor"""
     packed = b.load(column, b.times(group, LANES), _BYTES)
     halves = (
@@ -241,8 +130,8 @@ def _int4_weights(b: _Builder, column: Any, scales: Any, group: Any) -> tuple[An
     )
     pair = b.load(scales, b.times(group, 4), _HALVES)
     pair = b.ir.fpext(pair, ir.VectorType(ir.FloatType(), 2))
-    step, floor = (b.spread(b.ir.extract_element(pair, _WORD(i))) for i in range(2))
-    low, high = (b.added(floor, step, b.floats(b.ir.zext(half, _WORDS))) for half in halves)
+    step, floor = (b.spread(b.ir.extract_element(pair, WORD(i))) for i in range(2))
+    low, high = (b.added(floor, step, b.floats(b.ir.zext(half, WORDS))) for half in halves)
     return low, high
 
 
@@ -266,13 +155,13 @@ def _integer_dots(num_columns: int, num_rows: int) -> Any:
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             codes, scales, own_codes, own_scales, out, out_stride, in_features = arguments
-            b = _Builder(builder)
+            b = Builder(builder)
             columns = b.starts(codes, in_features, num_columns)
-            rows = b.starts(own_codes, b.times(in_features, _OWN_DTYPE.itemsize), num_rows)
+            rows = b.starts(own_codes, b.times(in_features, OWN_DTYPE.itemsize), num_rows)
 
             def add(index: Any, sums: list[Any]) -> list[Any]:
                 place = b.times(index, _STEP)
-                own_place = b.times(place, _OWN_DTYPE.itemsize)
+                own_place = b.times(place, OWN_DTYPE.itemsize)
                 parts = [_integers(b, row, own_place) for row in rows]
                 results: list[Any] = []
                 for column in columns:
@@ -283,16 +172,16 @@ def _integer_dots(num_columns: int, num_rows: int) -> Any:
 
             # With an offset, the sum of a column's codes comes after those of the rows.
             width = num_rows + len(_offsets(b))
-            count = builder.sdiv(in_features, _LONG(_STEP))
+            count = builder.sdiv(in_features, LONG(_STEP))
             totals = b.sums(num_columns * width, count, add, kind=_TOTALS)
             totals = [b.joined(total, builder.add) for total in totals]
             for column in range(num_columns):
-                scale = b.load(scales, _LONG(4 * column), ir.FloatType())
-                starts = b.starts(builder.add(out, _LONG(4 * column)), out_stride, num_rows)
+                scale = b.load(scales, LONG(4 * column), ir.FloatType())
+                starts = b.starts(builder.add(out, LONG(4 * column)), out_stride, num_rows)
                 own = totals[column * width : (column + 1) * width]
                 for row, start in enumerate(starts):
                     total = builder.sub(own[row], own[-1]) if _OFFSET else own[row]
-                    own_scale = b.load(own_scales, _LONG(4 * row), ir.FloatType())
+                    own_scale = b.load(own_scales, LONG(4 * row), ir.FloatType())
                     scaled = builder.fmul(builder.sitofp(total, ir.FloatType()), own_scale)
                     b.store(builder.fmul(scaled, scale), start)
             return context.get_dummy_value()
@@ -302,24 +191,24 @@ def _integer_dots(num_columns: int, num_rows: int) -> Any:
     return dots
 
 
-def _integers(b: _Builder, row: Any, place: Any) -> Any:
+def _integers(b: Builder, row: Any, place: Any) -> Any:
     """`_STEP` codes of x."""
     return b.load(row, place, _TOTALS if HAS_VNNI else _OWN)
 
 
-def _integer_weights(b: _Builder, column: Any, place: Any) -> Any:
+def _integer_weights(b: Builder, column: Any, place: Any) -> Any:
     """`_STEP` codes of the weight."""
     if HAS_VNNI:
         return b.load(column, place, _TOTALS)
     return b.ir.sext(b.load(column, place, _BYTES), _OWN)
 
 
-def _offsets(b: _Builder) -> list[Any]:
+def _offsets(b: Builder) -> list[Any]:
     """What is in every code of x and must be taken off again, as `_integers` has it."""
     return [ir.Constant(_TOTALS, [_OFFSET * 0x01010101 - 2**32] * 8)] if _OFFSET else []
 
 
-def _added_integers(b: _Builder, total: Any, part: Any, weight: Any) -> Any:
+def _added_integers(b: Builder, total: Any, part: Any, weight: Any) -> Any:
     if HAS_VNNI:
         return b.call("llvm.x86.avx512.vpdpbusd.256", _TOTALS, total, part, weight)
     return b.ir.add(total, b.call("llvm.x86.avx2.pmadd.wd", _TOTALS, part, weight))
@@ -334,13 +223,13 @@ def _round_row(_: Any, x: Any, own_codes: Any, own_scale: Any, in_features: Any)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, own_codes, own_scale, in_features = arguments
-        b = _Builder(builder)
-        count = builder.sdiv(in_features, _LONG(LANES))
-        zero = ir.Constant(_FLOATS, [ir.FloatType()(0)] * LANES)
+        b = Builder(builder)
+        count = builder.sdiv(in_features, LONG(LANES))
+        zero = ir.Constant(FLOATS, [ir.FloatType()(0)] * LANES)
 
         def look(index: Any, found: list[Any]) -> list[Any]:
-            part = b.load(x, b.times(index, 4 * LANES), _FLOATS)
-            size = b.call("llvm.fabs.v16f32", _FLOATS, part)
+            part = b.load(x, b.times(index, 4 * LANES), FLOATS)
+            size = b.call("llvm.fabs.v16f32", FLOATS, part)
             return [b.larger(size, found[0]), builder.fadd(found[1], builder.fmul(part, zero))]
 
         largest, nothing = b.sums(2, count, look)
@@ -352,10 +241,10 @@ def _round_row(_: Any, x: Any, own_codes: Any, own_scale: Any, in_features: Any)
         divisor = b.spread(scale)
 
         def put(index: Any, _: list[Any]) -> list[Any]:
-            part = builder.fdiv(b.load(x, b.times(index, 4 * LANES), _FLOATS), divisor)
-            codes = builder.fptosi(b.call("llvm.rint.v16f32", _FLOATS, part), _WORDS)
-            codes = builder.trunc(builder.add(codes, ir.Constant(_WORDS, [_OFFSET] * LANES)), _OWN)
-            place = b.times(index, LANES * _OWN_DTYPE.itemsize)
+            part = builder.fdiv(b.load(x, b.times(index, 4 * LANES), FLOATS), divisor)
+            codes = builder.fptosi(b.call("llvm.rint.v16f32", FLOATS, part), WORDS)
+            codes = builder.trunc(builder.add(codes, ir.Constant(WORDS, [_OFFSET] * LANES)), _OWN)
+            place = b.times(index, LANES * OWN_DTYPE.itemsize)
             b.store(codes, builder.add(own_codes, place))
             return []
 
@@ -370,7 +259,7 @@ def _half(_: Any, address: Any) -> Any:
     """The float16 at an address, as float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half = _Builder(builder).load(arguments[0], _LONG(0), ir.HalfType())
+        half = Builder(builder).load(arguments[0], LONG(0), ir.HalfType())
         return builder.fpext(half, ir.FloatType())
 
     return types.float32(types.int64), generate
@@ -391,16 +280,8 @@ def _pointer(kind: Any) -> Any:
 
 
 _int8s, _uint8s = _pointer(types.int8), _pointer(types.uint8)
-_int8_tile, _int8_row, _int8_one = (
-    _dots(_TILE, _ROWS, _INT8),
-    _dots(COLUMNS, 1, _INT8),
-    _dots(1, 1, _INT8),
-)
-_int4_tile, _int4_row, _int4_one = (
-    _dots(_TILE, _ROWS, _INT4),
-    _dots(COLUMNS, 1, _INT4),
-    _dots(1, 1, _INT4),
-)
+_int8_row, _int8_one = _dots(COLUMNS, _INT8), _dots(1, _INT8)
+_int4_row, _int4_one = _dots(COLUMNS, _INT4), _dots(1, _INT4)
 _integer_tile, _integer_row, _integer_one = (
     _integer_dots(_TILE, _INTEGER_ROWS),
     _integer_dots(COLUMNS, 1),
@@ -408,152 +289,218 @@ _integer_tile, _integer_row, _integer_one = (
 )
 
 
-# Products: out[t] = W · x[t]. The threads share the rows of W.
+# Writing out: out[n] = W[n]
+
+
+@exact
+def _write_int8(out: Any, codes: Any, scales: Any, num_groups: Any) -> None:
+    for group in range(num_groups):
+        own, scale = _int8s(codes + GROUP_SIZE * group), _half(scales + 2 * group)
+        part = floats(out + 4 * GROUP_SIZE * group)
+        for i in range(GROUP_SIZE):
+            part[i] = scale * np.float32(own[i])
 
 
 @inlined
-def _share(num: Any, thread: Any, num_threads: Any) -> Any:
-    """First and end of a thread's, in blocks of `COLUMNS`."""
-    num_blocks = (num + COLUMNS - 1) // COLUMNS
-    first = num_blocks * thread // num_threads * COLUMNS
-    return first, min(num_blocks * (thread + 1) // num_threads * COLUMNS, num)
+def _write_int4(out: Any, codes: Any, scales: Any, num_groups: Any) -> None:
+    for group in range(num_groups):
+        own, part = _uint8s(codes + LANES * group), floats(out + 4 * GROUP_SIZE * group)
+        step, floor = _half(scales + 4 * group), _half(scales + 4 * group + 2)
+        for i in range(LANES):
+            part[i] = step * np.float32(own[i] & 15) + floor
+            part[LANES + i] = step * np.float32(own[i] >> 4) + floor
+
+
+# Products: out[t] = W · x[t]. The threads share the rows of W.
+
+
+@exact
+def int8_columns(
+    x: Any,
+    num_rows: Any,
+    codes: Any,
+    scales: Any,
+    width: Any,
+    first: Any,
+    end: Any,
+    out: Any,
+    out_stride: Any,
+    tile: Any,
+) -> None:
+    """As `products.product`; `tile`: room for COLUMNS rows of the weight."""
+    num_groups = width // GROUP_SIZE
+    for column in range(first, end, COLUMNS):
+        own, own_scales = codes + column * width, scales + 2 * column * num_groups
+        place = out + 4 * column
+        if column + COLUMNS > end:
+            for i in range(end - column):
+                one, one_scales = own + i * width, own_scales + 2 * i * num_groups
+                for row in range(num_rows):
+                    at = place + 4 * (row * out_stride + i)
+                    _int8_one(one, one_scales, x + 4 * row * width, at, num_groups)
+        elif num_rows == 1:
+            _int8_row(own, own_scales, x, place, num_groups)
+        else:
+            _write_int8(tile, own, own_scales, COLUMNS * num_groups)
+            ahead = own + COLUMNS * width
+            block(x, num_rows, tile, width, place, out_stride, ahead, COLUMNS * WIDTH)
+
+
+@exact
+def int4_columns(
+    x: Any,
+    num_rows: Any,
+    codes: Any,
+    scales: Any,
+    width: Any,
+    first: Any,
+    end: Any,
+    out: Any,
+    out_stride: Any,
+    tile: Any,
+) -> None:
+    """As `int8_columns`."""
+    num_groups = width // GROUP_SIZE
+    for column in range(first, end, COLUMNS):
+        own, own_scales = codes + column * width // 2, scales + 4 * column * num_groups
+        place = out + 4 * column
+        if column + COLUMNS > end:
+            for i in range(end - column):
+                one, one_scales = own + i * width // 2, own_scales + 4 * i * num_groups
+                for row in range(num_rows):
+                    at = place + 4 * (row * out_stride + i)
+                    _int4_one(one, one_scales, x + 4 * row * width, at, num_groups)
+        elif num_rows == 1:
+            _int4_row(own, own_scales, x, place, num_groups)
+        else:
+            _write_int4(tile, own, own_scales, COLUMNS * num_groups)
+            ahead = own + COLUMNS * width // 2
+            block(x, num_rows, tile, width, place, out_stride, ahead, COLUMNS * WIDTH // 2)
 
 
 def _int8_product(pointer: Any) -> None:
     call = numba.carray(pointer, 1)[0]
-    num_groups, stride = call.in_features // GROUP_SIZE, 4 * call.out_stride
-    # Bytes from one row to the next, of codes and of x; scales take 2 for each group.
-    code_width, width = num_groups * GROUP_SIZE, 4 * call.in_features
-    first, end = _share(call.out_features, thread_index(), thread_count())
-    whole_end = end - (end - first) % COLUMNS
-    num_tiled = call.num_rows // _ROWS * _ROWS
-    for column in range(first, whole_end, COLUMNS):
-        for row in range(0, num_tiled, _ROWS):
-            for own in range(column, column + COLUMNS, _TILE):
-                codes, scales = call.codes + own * code_width, call.scales + 2 * own * num_groups
-                out = call.out + 4 * own + row * stride
-                _int8_tile(codes, scales, call.x + row * width, out, stride, num_groups)
-        codes, scales = call.codes + column * code_width, call.scales + 2 * column * num_groups
-        for row in range(num_tiled, call.num_rows):
-            out = call.out + 4 * column + row * stride
-            _int8_row(codes, scales, call.x + row * width, out, stride, num_groups)
-    for column in range(whole_end, end):
-        codes, scales = call.codes + column * code_width, call.scales + 2 * column * num_groups
-        for row in range(call.num_rows):
-            out = call.out + 4 * column + row * stride
-            _int8_one(codes, scales, call.x + row * width, out, stride, num_groups)
+    thread, width = thread_index(), call.in_features
+    first, end = share(call.out_features, thread, thread_count())
+    tile = call.tile + 4 * COLUMNS * width * thread
+    int8_columns(
+        call.x,
+        call.num_rows,
+        call.codes,
+        call.scales,
+        width,
+        first,
+        end,
+        call.out,
+        call.out_features,
+        tile,
+    )
 
 
 def _int4_product(pointer: Any) -> None:
     call = numba.carray(pointer, 1)[0]
-    num_groups, stride = call.in_features // GROUP_SIZE, 4 * call.out_stride
-    # Bytes from one row to the next, of codes and of x; scales take 4 for each group.
-    code_width, width = num_groups * LANES, 4 * call.in_features
-    first, end = _share(call.out_features, thread_index(), thread_count())
+    thread, width = thread_index(), call.in_features
+    first, end = share(call.out_features, thread, thread_count())
+    tile = call.tile + 4 * COLUMNS * width * thread
+    int4_columns(
+        call.x,
+        call.num_rows,
+        call.codes,
+        call.scales,
+        width,
+        first,
+        end,
+        call.out,
+        call.out_features,
+        tile,
+    )
+
+
+# What is rounded must not depend on how a compiler orders things.
+@exact
+def round_rows(x: Any, own_codes: Any, own_scales: Any, width: Any, first: Any, end: Any) -> None:
+    """Rows of x as integers and scales."""
+    for row in range(first, end):
+        codes = own_codes + row * width * _OWN_BYTES
+        _round_row(x + 4 * row * width, codes, own_scales + 4 * row, width)
+
+
+@exact
+def integer_columns(
+    own_codes: Any,
+    own_scales: Any,
+    num_rows: Any,
+    codes: Any,
+    scales: Any,
+    width: Any,
+    first: Any,
+    end: Any,
+    out: Any,
+    out_stride: Any,
+) -> None:
+    """As `products.product`, of rounded rows."""
+    own_width, stride = width * _OWN_BYTES, 4 * out_stride
     whole_end = end - (end - first) % COLUMNS
-    num_tiled = call.num_rows // _ROWS * _ROWS
+    num_tiled = num_rows // _INTEGER_ROWS * _INTEGER_ROWS
     for column in range(first, whole_end, COLUMNS):
-        for row in range(0, num_tiled, _ROWS):
+        for row in range(0, num_tiled, _INTEGER_ROWS):
+            x, x_scales = own_codes + row * own_width, own_scales + 4 * row
             for own in range(column, column + COLUMNS, _TILE):
-                codes, scales = call.codes + own * code_width, call.scales + 4 * own * num_groups
-                out = call.out + 4 * own + row * stride
-                _int4_tile(codes, scales, call.x + row * width, out, stride, num_groups)
-        codes, scales = call.codes + column * code_width, call.scales + 4 * column * num_groups
-        for row in range(num_tiled, call.num_rows):
-            out = call.out + 4 * column + row * stride
-            _int4_row(codes, scales, call.x + row * width, out, stride, num_groups)
+                place = out + 4 * own + row * stride
+                weight, weight_scales = codes + own * width, scales + 4 * own
+                _integer_tile(weight, weight_scales, x, x_scales, place, stride, width)
+        weight, weight_scales = codes + column * width, scales + 4 * column
+        for row in range(num_tiled, num_rows):
+            x, x_scales = own_codes + row * own_width, own_scales + 4 * row
+            place = out + 4 * column + row * stride
+            _integer_row(weight, weight_scales, x, x_scales, place, stride, width)
     for column in range(whole_end, end):
-        codes, scales = call.codes + column * code_width, call.scales + 4 * column * num_groups
-        for row in range(call.num_rows):
-            out = call.out + 4 * column + row * stride
-            _int4_one(codes, scales, call.x + row * width, out, stride, num_groups)
+        weight, weight_scales = codes + column * width, scales + 4 * column
+        for row in range(num_rows):
+            x, x_scales = own_codes + row * own_width, own_scales + 4 * row
+            place = out + 4 * column + row * stride
+            _integer_one(weight, weight_scales, x, x_scales, place, stride, width)
 
 
 def _integer_product(pointer: Any) -> None:
     """The threads share the rows of x first, to round them."""
     call = numba.carray(pointer, 1)[0]
-    thread, num_threads = thread_index(), thread_count()
-    width, stride = call.in_features, 4 * call.out_stride
-    own_width = width * _OWN_BYTES
-    row_end = call.num_rows * (thread + 1) // num_threads
-    for row in range(call.num_rows * thread // num_threads, row_end):
-        own, own_scale = call.own_codes + row * own_width, call.own_scales + 4 * row
-        _round_row(call.x + 4 * row * width, own, own_scale, width)
+    thread, num_threads, width = thread_index(), thread_count(), call.in_features
+    row, row_end = (
+        call.num_rows * thread // num_threads,
+        call.num_rows * (thread + 1) // num_threads,
+    )
+    round_rows(call.x, call.own_codes, call.own_scales, width, row, row_end)
     barrier()
-    first, end = _share(call.out_features, thread, num_threads)
-    whole_end = end - (end - first) % COLUMNS
-    num_tiled = call.num_rows // _INTEGER_ROWS * _INTEGER_ROWS
-    for column in range(first, whole_end, COLUMNS):
-        for row in range(0, num_tiled, _INTEGER_ROWS):
-            x, x_scales = call.own_codes + row * own_width, call.own_scales + 4 * row
-            for own in range(column, column + COLUMNS, _TILE):
-                codes, scales = call.codes + own * width, call.scales + 4 * own
-                out = call.out + 4 * own + row * stride
-                _integer_tile(codes, scales, x, x_scales, out, stride, width)
-        codes, scales = call.codes + column * width, call.scales + 4 * column
-        for row in range(num_tiled, call.num_rows):
-            x, x_scales = call.own_codes + row * own_width, call.own_scales + 4 * row
-            out = call.out + 4 * column + row * stride
-            _integer_row(codes, scales, x, x_scales, out, stride, width)
-    for column in range(whole_end, end):
-        codes, scales = call.codes + column * width, call.scales + 4 * column
-        for row in range(call.num_rows):
-            x, x_scales = call.own_codes + row * own_width, call.own_scales + 4 * row
-            out = call.out + 4 * column + row * stride
-            _integer_one(codes, scales, x, x_scales, out, stride, width)
-
-
-# Writing out: out[n] = W[n]
-
-
-@inlined
-def _write_int8(out: Any, codes: Any, scale: Any) -> None:
-    for i in range(GROUP_SIZE):
-        out[i] = scale * np.float32(codes[i])
-
-
-@inlined
-def _write_int4(out: Any, codes: Any, step: Any, floor: Any) -> None:
-    for i in range(LANES):
-        out[i] = step * np.float32(codes[i] & 15) + floor
-        out[LANES + i] = step * np.float32(codes[i] >> 4) + floor
-
-
-def _int8_rows(pointer: Any) -> None:
-    call = numba.carray(pointer, 1)[0]
-    num_groups = call.in_features // GROUP_SIZE
-    first, end = _share(call.out_features, thread_index(), thread_count())
-    for group in range(first * num_groups, end * num_groups):
-        codes = _int8s(call.codes + GROUP_SIZE * group)
-        _write_int8(floats(call.out + 128 * group), codes, _half(call.scales + 2 * group))
-
-
-def _int4_rows(pointer: Any) -> None:
-    call = numba.carray(pointer, 1)[0]
-    num_groups = call.in_features // GROUP_SIZE
-    first, end = _share(call.out_features, thread_index(), thread_count())
-    for group in range(first * num_groups, end * num_groups):
-        scales = call.scales + 4 * group
-        codes = _uint8s(call.codes + LANES * group)
-        _write_int4(floats(call.out + 128 * group), codes, _half(scales), _half(scales + 2))
+    first, end = share(call.out_features, thread, num_threads)
+    integer_columns(
+        call.own_codes,
+        call.own_scales,
+        call.num_rows,
+        call.codes,
+        call.scales,
+        width,
+        first,
+        end,
+        call.out,
+        call.out_features,
+    )
 
 
 _INT8_PRODUCT, _INT4_PRODUCT = loop(_int8_product, _CALL), loop(_int4_product, _CALL)
-_INT8_ROWS, _INT4_ROWS = loop(_int8_rows, _CALL), loop(_int4_rows, _CALL)
-# What is rounded must not depend on how a compiler orders things.
-_INTEGER_PRODUCT = loop(_integer_product, _CALL, is_exact=True) if CAN_MULTIPLY_INTEGERS else None
+_INTEGER_PRODUCT = loop(_integer_product, _CALL) if CAN_MULTIPLY_INTEGERS else None
 
 
 def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """As `Format.product` of int8."""
     if x.shape[1] % GROUP_SIZE:
         return INT8.product(x, codes, scales)
-    return _product(x, codes, scales, few=_INT8_PRODUCT, rows=_INT8_ROWS)
+    return _product(x, codes, scales, _INT8_PRODUCT)
 
 
 def int4_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """As `Format.product` of int4."""
-    return _product(x, codes, scales, few=_INT4_PRODUCT, rows=_INT4_ROWS)
+    return _product(x, codes, scales, _INT4_PRODUCT)
 
 
 def int8_dynamic_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -562,30 +509,21 @@ def int8_dynamic_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         return INT8_DYNAMIC.product(x, codes, scales)
     x = x.contiguous()
     out = torch.empty(x.shape[0], codes.shape[0])
-    own_codes, own_scales = torch.empty(x.shape, dtype=_OWN_DTYPE), torch.empty(x.shape[0])
+    own_codes, own_scales = torch.empty(x.shape, dtype=OWN_DTYPE), torch.empty(x.shape[0])
     call = _call(x, codes, scales, out=out)
     call[0]["own_codes"], call[0]["own_scales"] = own_codes.data_ptr(), own_scales.data_ptr()
     run(_INTEGER_PRODUCT, call.ctypes.data)
     return out
 
 
-def _product(x: Tensor, codes: Tensor, scales: Tensor, *, few: Any, rows: Any) -> Tensor:
+def _product(x: Tensor, codes: Tensor, scales: Tensor, loop: Any) -> Tensor:
     x = x.contiguous()
     out = torch.empty(x.shape[0], codes.shape[0])
-    if x.shape[0] < MIN_ROWS_OF_GEMM:
-        _run(few, x, codes, scales, out=out)
-        return out
-    tile = torch.empty(min(TILE_SIZE, codes.shape[0]), x.shape[1])
-    for first in range(0, codes.shape[0], TILE_SIZE):
-        own = codes[first : first + TILE_SIZE]
-        weight = tile[: len(own)]
-        _run(rows, x, own, scales[first : first + TILE_SIZE], out=weight)
-        torch.mm(x, weight.T, out=out[:, first : first + len(own)])
+    call = _call(x, codes, scales, out=out)
+    tile = torch.empty(torch.get_num_threads() * COLUMNS * x.shape[1])
+    call[0]["tile"] = tile.data_ptr()
+    run(loop, call.ctypes.data)
     return out
-
-
-def _run(loop: Any, x: Tensor, codes: Tensor, scales: Tensor, *, out: Tensor) -> None:
-    run(loop, _call(x, codes, scales, out=out).ctypes.data)
 
 
 def _call(x: Tensor, codes: Tensor, scales: Tensor, *, out: Tensor) -> Calls:
@@ -594,7 +532,7 @@ def _call(x: Tensor, codes: Tensor, scales: Tensor, *, out: Tensor) -> Calls:
     call = record[0]
     call["x"], call["num_rows"], call["in_features"] = x.data_ptr(), x.shape[0], x.shape[1]
     call["codes"], call["scales"], call["out"] = (t.data_ptr() for t in (codes, scales, out))
-    call["out_features"], call["out_stride"] = codes.shape[0], out.stride(0)
+    call["out_features"] = codes.shape[0]
     return record
 
 

@@ -101,8 +101,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
+        self._calls: dict[int, LayerCall] = {}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, call: LayerCall) -> Tensor:
+        # Windows and caps change nothing here: who calls in another's place must call alike.
+        assert self._calls.setdefault(call.layer, call) == call
         self.layers[call.layer] = LayerShape(
             num_kv_heads=key.shape[1],
             key_dim=key.shape[2],

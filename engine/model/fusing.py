@@ -1,12 +1,12 @@
 """Let kernels do what a model's own code does to rows between its GEMMs, where they do the same.
 
-Nothing is believed of a module's name. Whatever looks like a norm, a gate, a layer or an attention
-with RoPE is tried on what it is really called with, in one run of the model, and what gives the
-module's own results is put in place of its `forward`. Anything else goes on as it was. Knows
-modules. Knows nothing of sequences.
+Nothing is believed of a module's name. Whatever looks like a norm, a gate, a layer, a linear layer
+or an attention with RoPE is tried on what it is really called with, in one run of the model, and
+what gives the module's own results is put in place of its `forward`. Anything else goes on as it
+was. Knows modules. Knows nothing of sequences.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType
@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.choice import RowKernels
+from engine.kernels.choice import LayerKernels, RowKernels, WholeLayer
+from engine.kernels.layer_parts import LayerParts, Norm, Product
+from engine.model.attention import LayerCall
+from engine.model.lora import LoraBank, LoraLinear
+from engine.model.quantised import QuantisedLinear
 
 # ‖fused - own‖ / ‖own‖. The model's own code rounds after each of its operations, ours once.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# The same where inputs of layers are rounded: what differs by float32's last bit may fall on either
+# side of a step, of which a row has 127.
+ROUNDED_BOUND = 5e-3
 # What modules may come to that only look like what they are tried as.
 MISFITS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # What models call RoPE's function.
@@ -30,19 +37,37 @@ NORM_OFFSETS = (0.0, 1.0)
 Forward = Callable[..., Any]
 
 
-def fuse(model: nn.Module, kernels: RowKernels, run: Callable[[], object]) -> list[str]:
-    """The paths of the modules whose `forward` was replaced. `run` runs the model a few tokens."""
-    fused = _replace_fitting(model, partial(_parts, kernels), run)
+def fuse(
+    model: nn.Module,
+    kernels: RowKernels,
+    run: Callable[[], object],
+    *,
+    whole: LayerKernels | None = None,
+    is_rounded: bool = False,
+) -> list[str]:
+    """The paths of the modules whose `forward` was replaced. `run` runs the model a few tokens.
+
+    `whole`: for linear layers, and for layers that can be had in fewer pieces than their parts.
+    `is_rounded`: whether the inputs of its linear layers are.
+    """
+    bound = ROUNDED_BOUND if is_rounded else 0.0
+    if whole is not None:
+        _replace_fitting(model, partial(_linears, whole), run, bound=bound)
+    fused = _replace_fitting(model, partial(_parts, kernels), run, bound=bound)
     # A layer is known by its parts.
-    return fused + _replace_fitting(model, _layers, run)
+    return fused + _replace_fitting(model, partial(_layers, whole), run, bound=bound)
 
 
 def _replace_fitting(
     model: nn.Module,
     candidates_for: Callable[[nn.Module], Iterable[Forward]],
     run: Callable[[], object],
+    *,
+    bound: float,
 ) -> list[str]:
-    trials = {name: _Trial(list(candidates_for(module))) for name, module in model.named_modules()}
+    trials = {
+        name: _Trial(list(candidates_for(module)), bound) for name, module in model.named_modules()
+    }
     trials = {name: trial for name, trial in trials.items() if trial.candidates}
     handles = [
         model.get_submodule(name).register_forward_hook(trial, with_kwargs=True)
@@ -66,6 +91,8 @@ class _Trial:
     """Of these are left those that give what the module gives."""
 
     candidates: list[Forward]
+    # Where it is above that of the dtype
+    bound: float
     was_called: bool = False
 
     @property
@@ -77,26 +104,47 @@ class _Trial:
     ) -> None:
         self.was_called = True
         self.candidates = [
-            forward for forward in self.candidates if _gives(forward, module, args, kwargs, output)
+            forward
+            for forward in self.candidates
+            if self._gives(forward, module, args, kwargs, output)
         ]
 
+    def _gives(
+        self,
+        forward: Forward,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        expected: Any,
+    ) -> bool:
+        try:
+            found = forward(module, *args, **kwargs)
+        except MISFITS:
+            return False
+        found, expected = (
+            each[0] if isinstance(each, tuple) else each for each in (found, expected)
+        )
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            return False
+        bound = max(self.bound, BOUNDS[expected.dtype])
+        error = torch.linalg.vector_norm(found.float() - expected.float())
+        return bool(error <= bound * torch.linalg.vector_norm(expected.float()))
 
-def _gives(
-    forward: Forward,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    expected: Any,
-) -> bool:
-    try:
-        found = forward(module, *args, **kwargs)
-    except MISFITS:
-        return False
-    found, expected = (each[0] if isinstance(each, tuple) else each for each in (found, expected))
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    error = torch.linalg.vector_norm(found.float() - expected.float())
-    return bool(error <= BOUNDS[expected.dtype] * torch.linalg.vector_norm(expected.float()))
+
+# Linear layers
+
+
+def _linears(kernels: LayerKernels, module: nn.Module) -> Iterator[Forward]:
+    if type(module) is nn.Linear:
+        yield _Linear(kernels)
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    kernels: LayerKernels
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        return self.kernels.linear(x, module.weight, module.bias)
 
 
 # Norms, gates and RoPE
@@ -177,12 +225,14 @@ def _rotated(
 # Layers
 
 
-def _layers(module: nn.Module) -> Iterator[Forward]:
+def _layers(whole: LayerKernels | None, module: nn.Module) -> Iterator[Forward]:
     """Those with one norm before each of their two parts, and nothing else on the way."""
     parts = dict(module.named_children())
     if {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"} <= parts.keys():
         norm, mlp = _fused(parts["post_attention_layernorm"]), _fused(parts["mlp"])
         if isinstance(norm, _Norm) and isinstance(mlp, _Gated | _GatedAtOnce):
+            if whole is not None:
+                yield from _in_loops(whole, module, _Layer(norm))
             yield _Layer(norm)
 
 
@@ -206,3 +256,127 @@ class _Layer:
         else:
             total, normed = self.norm.of_sum(attended, hidden_states, norm.weight)
         return total + layer.mlp(normed)
+
+
+# Layers in fewer pieces than their parts
+
+_LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def _in_loops(kernels: LayerKernels, layer: Any, by_parts: _Layer) -> Iterator[Forward]:
+    """Such as have a part of their own for each product, and nothing else with parameters."""
+    linears = _linears_of(layer)
+    is_rotated = isinstance(_fused(layer.self_attn), FunctionType)
+    norms = [_fused(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    if linears is None or not is_rotated or not all(isinstance(norm, _Norm) for norm in norms):
+        return
+    try:
+        made = kernels.layer(_parts_of(layer, linears, norms))
+    except MISFITS:
+        return
+    watchers = [
+        hooks
+        for module in layer.modules()
+        if module is not layer
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    ]
+    yield _LayerInLoops(kernels, made, by_parts, _bank_of(linears), watchers)
+
+
+def _linears_of(layer: Any) -> dict[str, nn.Module] | None:
+    """By name. None where there is one too many, or too few."""
+    attention, mlp = dict(layer.self_attn.named_children()), dict(layer.mlp.named_children())
+    if attention.keys() != set(_ATTENTION_PARTS) or not mlp.keys() >= set(_MLP_PARTS):
+        return None
+    others = [part for name, part in mlp.items() if name not in _MLP_PARTS]
+    others += [part for name, part in layer.named_children() if name not in _LAYER_PARTS]
+    has_others = any(True for part in others for _ in part.parameters())
+    linears = {name: (attention | mlp)[name] for name in (*_ATTENTION_PARTS, *_MLP_PARTS)}
+    return linears if not has_others and all(map(_is_linear, linears.values())) else None
+
+
+def _is_linear(linear: nn.Module) -> bool:
+    own = _base_of(linear)
+    return type(own) is nn.Linear or (isinstance(own, QuantisedLinear) and not own.is_transposed)
+
+
+def _base_of(linear: Any) -> Any:
+    return linear.base if isinstance(linear, LoraLinear) else linear
+
+
+def _bank_of(linears: Mapping[str, nn.Module]) -> LoraBank | None:
+    (bank,) = {each.bank if isinstance(each, LoraLinear) else None for each in linears.values()}
+    return bank
+
+
+def _parts_of(layer: Any, linears: Mapping[str, Any], norms: list[Any]) -> LayerParts:
+    own = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+    first, second = (
+        Norm(weight, norm.eps, norm.offset) for weight, norm in zip(own, norms, strict=True)
+    )
+    products = [_product_of(each) for each in linears.values()]
+    bank = _bank_of(linears)
+    return LayerParts(
+        (first, second),
+        *products,
+        head_dim=layer.self_attn.head_dim,
+        weights=None if bank is None else bank.weights,
+    )
+
+
+def _product_of(linear: Any) -> Product:
+    base, module = _base_of(linear), linear.index if isinstance(linear, LoraLinear) else None
+    if isinstance(base, QuantisedLinear):
+        return Product(
+            base.codes,
+            base.bias,
+            module,
+            in_features=base.in_features,
+            format=base.format_name,
+            scales=base.scales,
+        )
+    return Product(base.weight, base.bias, module, in_features=base.in_features)
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerInLoops:
+    kernels: LayerKernels
+    made: WholeLayer
+    # For steps in which anybody listens to a part, or adapters do more than the loops do.
+    by_parts: _Layer
+    bank: LoraBank | None
+    # The hooks of all parts
+    watchers: list[Mapping[int, Any]]
+
+    def __call__(
+        self,
+        layer: Any,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        paged: Any = None,
+        **others: Any,
+    ) -> Any:
+        adapters = None if self.bank is None else self.bank.plan
+        if any(self.watchers) or not self.kernels.serves(adapters):
+            return self.by_parts(
+                layer,
+                hidden_states,
+                position_embeddings=position_embeddings,
+                paged=paged,
+                **others,
+            )
+        assert position_embeddings is not None, "there is no RoPE"
+        cos, sin = position_embeddings
+        hidden, attention = hidden_states[0], layer.self_attn
+        states = self.made.enter(hidden, cos[0], sin[0], adapters=adapters)
+        call = LayerCall(
+            layer=attention.layer_idx,
+            scaling=attention.scaling,
+            sliding_window=getattr(attention, "sliding_window", None),
+            softcap=None,
+        )
+        attended = paged.attend(*states, call=call)
+        return self.made.leave(attended, hidden, adapters=adapters)[None]

@@ -20,7 +20,7 @@ from adapters.validate import BaseShape
 from engine import batch as batches
 from engine.config import DtypeName, EngineConfig, QuantizationName
 from engine.errors import ConfigurationError, UnsupportedModel
-from engine.kernels.choice import Formats, Kernels, RowKernels, choose, choose_formats
+from engine.kernels.choice import Formats, Kernels, choose, choose_formats
 from engine.model import attention, families, fusing, quantising
 from engine.model.attention import Recorder
 from engine.model.lora import LoraBank
@@ -91,7 +91,7 @@ def load(config: EngineConfig) -> LoadedModel:
         with _narrow_windows(model):
             _check_windows(layers, _record_layers(model, prompts[0], text_config), text_config)
             if kernels.rows is not None:
-                _fuse(model, prompts[1], kernels.rows)
+                _fuse(model, prompts[1], kernels, is_rounded=_is_rounded(formats))
             found = _run_paged(model, layers, prompts, kernels)
     _compare(found, expected, bound=_logit_bound(formats, model.dtype))
     if config.max_loras:
@@ -299,8 +299,15 @@ def _run_recorded(model: PreTrainedModel, prompt: list[int]) -> Recorder:
 
 
 @torch.inference_mode()
-def _fuse(model: PreTrainedModel, prompt: list[int], kernels: RowKernels) -> None:
-    fused = fusing.fuse(model, kernels, lambda: _run_recorded(model, prompt))
+def _fuse(model: PreTrainedModel, prompt: list[int], kernels: Kernels, *, is_rounded: bool) -> None:
+    assert kernels.rows is not None
+    fused = fusing.fuse(
+        model,
+        kernels.rows,
+        lambda: _run_recorded(model, prompt),
+        whole=kernels.layers,
+        is_rounded=is_rounded,
+    )
     logger.info("modules_fused", extra={"num_modules": len(fused)})
 
 
@@ -357,9 +364,13 @@ def _run_paged(
     return [logits[1], logits[0]]
 
 
+def _is_rounded(formats: Formats | None) -> bool:
+    """Whether inputs of layers are."""
+    return formats is not None and formats.linears.rounded is not None
+
+
 def _logit_bound(formats: Formats | None, dtype: torch.dtype) -> float:
-    is_rounded = formats is not None and formats.linears.rounded is not None
-    return max(LOGIT_BOUNDS[dtype], ROUNDED_LOGIT_BOUND if is_rounded else 0.0)
+    return max(LOGIT_BOUNDS[dtype], ROUNDED_LOGIT_BOUND if _is_rounded(formats) else 0.0)
 
 
 def _compare(found: list[Tensor], expected: list[Tensor], *, bound: float) -> None:

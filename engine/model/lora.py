@@ -23,8 +23,8 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, bank: "LoraBank", *, index: int) -> None:
         super().__init__()
         self.base = base
-        self._bank = bank
-        self._index = index
+        self.bank = bank
+        self.index = index
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base(x)
@@ -33,13 +33,13 @@ class LoraLinear(nn.Module):
             plan.apply(
                 out.view(-1, out.shape[-1]),
                 x.reshape(-1, x.shape[-1]),
-                module=self._index,
+                module=self.index,
             )
         return out
 
     @property
     def plan(self) -> LoraPlan | None:
-        return self._bank.plan
+        return self.bank.plan
 
 
 class OutputLinear(LoraLinear):
@@ -47,7 +47,7 @@ class OutputLinear(LoraLinear):
 
     @property
     def plan(self) -> LoraPlan | None:
-        return self._bank.output_plan
+        return self.bank.output_plan
 
 
 class LoraBank:

@@ -35,6 +35,10 @@ class QuantisedLinear(nn.Module):
         self.bias = layer.bias
 
     @property
+    def format_name(self) -> str:
+        return self._form.name
+
+    @property
     def weight(self) -> Tensor:
         """float32, in the order of the layer that stood here; made anew each time."""
         rows = self.rows(0, self.out_features)

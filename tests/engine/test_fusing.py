@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from engine.kernels.choice import RowKernels, on_gpu
+from engine.kernels.choice import Kernels, RowKernels, choose, on_gpu
 from engine.model import attention
 from engine.model.attention import Recorder
 from engine.model.fusing import fuse
@@ -75,13 +75,20 @@ def kernels() -> RowKernels:
     return rows
 
 
+@pytest.fixture(params=["Triton", "loops"])
+def either(request: pytest.FixtureRequest) -> Kernels:
+    device = torch.device("cpu")
+    return on_gpu(device) if request.param == "Triton" else choose(device, torch.float32)
+
+
 def test_a_family_is_fused_where_the_kernels_do_the_same_and_nowhere_else(
-    family: str, kernels: RowKernels
+    family: str, either: Kernels
 ) -> None:
     config, expected = FAMILIES[family]
     model = random_model(config)
     before = run(model)
-    fused = fuse(model, kernels, partial(run, model))
+    assert either.rows is not None
+    fused = fuse(model, either.rows, partial(run, model), whole=either.layers)
     assert Counter(path.rpartition(".")[2] for path in fused) == expected
     torch.testing.assert_close(run(model), before, atol=2e-5, rtol=1e-4)
 
@@ -99,7 +106,7 @@ def test_a_norm_with_a_weight_of_its_own_in_a_copy_reads_that_weight(kernels: Ro
     torch.testing.assert_close(own(x), expected / 2)
 
 
-def test_who_changes_what_a_norm_gives_is_heard(kernels: RowKernels) -> None:
+def test_who_changes_what_a_norm_gives_is_heard(either: Kernels) -> None:
     """As adapters do for a step of theirs, and none for the next."""
     model = random_model(tiny_llama_config())
     norm = model.model.layers[0].post_attention_layernorm
@@ -116,7 +123,8 @@ def test_who_changes_what_a_norm_gives_is_heard(kernels: RowKernels) -> None:
         return logits
 
     plain, expected = run(model), changed()
-    fuse(model, kernels, partial(run, model))
+    assert either.rows is not None
+    fuse(model, either.rows, partial(run, model), whole=either.layers)
     torch.testing.assert_close(changed(), expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(inputs[1], inputs[0], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(run(model), plain, atol=2e-5, rtol=1e-4)
@@ -135,3 +143,16 @@ def test_kernels_that_are_wrong_replace_nothing(kernels: RowKernels) -> None:
 
     model = random_model(tiny_llama_config())
     assert fuse(model, Wrong(), partial(run, model)) == []  # type: ignore[arg-type]  # made of kernels
+
+
+def test_a_layer_whose_attention_is_called_otherwise_than_it_seems_keeps_its_own_code(
+    kernels: RowKernels,
+) -> None:
+    """A window that its code takes from elsewhere would be lost without a trace."""
+    whole = choose(torch.device("cpu"), torch.float32).layers
+    sizes = SIZES | {"head_dim": 16}
+    for window, is_whole in ((None, True), (3, False)):
+        model = random_model(transformers.MistralConfig(**sizes, sliding_window=window))
+        fuse(model, kernels, partial(run, model), whole=whole)
+        forwards = [type(vars(layer)["forward"].__func__) for layer in model.model.layers]
+        assert {forward.__name__ == "_LayerInLoops" for forward in forwards} == {is_whole}

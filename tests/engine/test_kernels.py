@@ -43,9 +43,9 @@ def batch_of(shape: list[tuple[int, int]], *, slots: list[int] | None = None) ->
     return build(scheduled, block_size=BLOCK_SIZE, device=torch.device("cpu"))
 
 
-def memory_for(batch: Batch) -> DeviceMemory:
+def memory_for(batch: Batch, *, head_dim: int = HEAD_DIM) -> DeviceMemory:
     """Two layers of which the tests use the second; all finite but the null block zero."""
-    layer = LayerShape(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, torch.float32, None)
+    layer = LayerShape(NUM_KV_HEADS, head_dim, head_dim, torch.float32, None)
     memory = DeviceMemory(
         [layer, layer],
         num_blocks=int(batch.block_tables.max()),
@@ -57,10 +57,10 @@ def memory_for(batch: Batch) -> DeviceMemory:
     return memory
 
 
-def new_states(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def new_states(batch: Batch, *, head_dim: int = HEAD_DIM) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value as models give them: heads before rows in memory."""
     return tuple(  # type: ignore[return-value] # three
-        torch.randn(heads, batch.num_tokens, HEAD_DIM).transpose(0, 1)
+        torch.randn(heads, batch.num_tokens, head_dim).transpose(0, 1)
         for heads in (NUM_KV_HEADS * GROUP, NUM_KV_HEADS, NUM_KV_HEADS)
     )
 
@@ -75,7 +75,7 @@ def attend(
     softcap: float | None = None,
 ) -> Tensor:
     query, key, value = states
-    out = torch.full((batch.num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM), float("nan"))
+    out = torch.full_like(query, float("nan"), memory_format=torch.contiguous_format)
     kernels.plan_attention(batch).attend(
         query,
         key,
@@ -91,9 +91,14 @@ def attend(
 
 
 def assert_attention_is_right(
-    kernels: Kernels, batch: Batch, *, sliding_window: int | None, softcap: float | None
+    kernels: Kernels,
+    batch: Batch,
+    *,
+    sliding_window: int | None,
+    softcap: float | None,
+    head_dim: int = HEAD_DIM,
 ) -> None:
-    memory, states = memory_for(batch), new_states(batch)
+    memory, states = memory_for(batch, head_dim=head_dim), new_states(batch, head_dim=head_dim)
     keys, values = memory.keys[1].clone(), memory.values[1].clone()
     found = attend(kernels, batch, memory, states, sliding_window=sliding_window, softcap=softcap)
     reference.write_kv(keys, states[1], batch.cache_rows)
@@ -118,15 +123,22 @@ def assert_attention_is_right(
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sliding_window", [None, 1, 5, 1000])
 @pytest.mark.parametrize("shape", [MIXED, [(0, 1)], [(0, 5)], [(7, 1), (7, 1)]])
+@pytest.mark.parametrize("head_dim", [HEAD_DIM, 48])
 def test_attention(
     kernels: Kernels,
+    head_dim: int,
     shape: list[tuple[int, int]],
     sliding_window: int | None,
     softcap: float | None,
 ) -> None:
+    """Rows of 48 are whole vectors, those of 8 are not."""
     torch.manual_seed(0)
     assert_attention_is_right(
-        kernels, batch_of(shape), sliding_window=sliding_window, softcap=softcap
+        kernels,
+        batch_of(shape),
+        sliding_window=sliding_window,
+        softcap=softcap,
+        head_dim=head_dim,
     )
 
 

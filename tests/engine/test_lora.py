@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from adapters.weights import AdapterWeights, TrainedTokens
 from engine import batch as batches
+from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.errors import AdapterMissing
 from engine.kernels.cpu import CompiledLora
+from engine.kernels.slot_weights import SlotWeights
 from engine.model import prepared
 from engine.model.loader import LoadedModel, load
 from engine.model.memory import DeviceMemory
@@ -135,19 +137,20 @@ def test_a_step_without_an_adapter_runs_exactly_the_operations_of_an_engine_with
 ) -> None:
     without_lora = load(EngineConfig(model=model, served_name="base", max_loras=0))
     install(loaded, 0, adapters.root / "all-linear")
-    compiled_calls: list[int] = []
-    apply = CompiledLora.apply
+    plans: list[Batch] = []
+    plan = CompiledLora.__init__
 
-    def count(*arguments: Any, module: int) -> None:
-        compiled_calls.append(module)
-        apply(*arguments, module=module)
+    def count(made: CompiledLora, batch: Batch, weights: SlotWeights) -> None:
+        plans.append(batch)
+        plan(made, batch, weights)
 
-    monkeypatch.setattr(CompiledLora, "apply", count)
+    # Nothing computes LoRA without a plan.
+    monkeypatch.setattr(CompiledLora, "__init__", count)
     base_rows = [NO_ADAPTER, NO_ADAPTER]
     assert operations(loaded, base_rows) == operations(without_lora, base_rows)
-    assert compiled_calls == []
+    assert plans == []
     assert operations(loaded, [NO_ADAPTER, 0]) != operations(without_lora, base_rows)
-    assert compiled_calls
+    assert plans
 
 
 def test_what_others_change_beside_lora_costs_a_plain_step_nothing(

@@ -1,0 +1,440 @@
+"""A layer of the usual form in two compiled loops: what comes before attention, and what after.
+
+Before: a norm, the products that give query, key and value, RoPE. After: the product of what was
+attended, and on its sum with the layer's input a norm, a gated MLP and another sum. Adapters take
+part wherever there is a product. Alone each of these would wake all threads and be asked for
+through torch, some forty times a layer. Knows addresses and sizes. Knows nothing of modules.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu import CompiledLora, expand
+from engine.kernels.cpu_rows import add_row, gate_row, norm_row, rows_of, turn
+from engine.kernels.layer_parts import LayerParts, Norm, Product
+from engine.kernels.loops import (
+    LINE,
+    barrier,
+    fetch_rows,
+    floats,
+    inlined,
+    ints,
+    loop,
+    run,
+    thread_count,
+    thread_index,
+)
+from engine.kernels.products import COLUMNS, MULTIPLE, add_to_rows, linear, product, share
+from engine.kernels.quantised import GROUP_SIZE
+from engine.kernels.quantised_cpu import (
+    CAN_MULTIPLY_INTEGERS,
+    int4_columns,
+    int8_columns,
+    integer_columns,
+    round_rows,
+)
+from engine.kernels.slot_weights import Ints, SlotWeights
+
+# A product as int64: addresses of weight, its scales and bias, 0 for none, sizes, the address of
+# the adapters' table, 0 where they can't change it, and what kind of weight it is.
+_WEIGHT, _SCALES, _PRODUCT_BIAS, _IN, _OUT, _TABLE, _KIND = range(7)
+_FIELDS = 7
+_WHOLE, _INT8, _INT4, _DYNAMIC = range(4)
+_KINDS = {None: _WHOLE, "int8": _INT8, "int4": _INT4, "int8-dynamic": _DYNAMIC}
+# Most products of the same rows, each of which has a place of its own for what adapters shrink.
+_MOST_AT_ONCE = 3
+
+_ADAPTER_FIELDS = (
+    # [num_groups, 3]: first row, end, slot
+    *("groups", "num_groups"),
+    # [_MOST_AT_ONCE, num_rows, max_rank]
+    *("shrunk", "max_rank"),
+)
+_QUANTISED_FIELDS = (
+    # Of each thread room for COLUMNS rows of a weight, and how many floats that is
+    *("tile", "tile_size"),
+    # Rows as int8-dynamic multiplies them
+    *("own_codes", "own_scales"),
+)
+_ENTER_CALL = np.dtype(
+    [
+        *((name, np.int64) for name in ("x", "norm", "normed", "num_rows", "width")),
+        # Of query, key and value, one behind the other
+        *((name, np.int64) for name in ("products", "query", "key", "value")),
+        *((name, np.int64) for name in ("cos", "cos_row", "sin", "sin_row", "dims", "head_dim")),
+        *((name, np.int64) for name in (*_ADAPTER_FIELDS, *_QUANTISED_FIELDS)),
+        ("eps", np.float32),
+        ("offset", np.float32),
+    ],
+    align=True,
+)
+_LEAVE_CALL = np.dtype(
+    [
+        *((name, np.int64) for name in ("attended", "residual", "total", "norm", "normed")),
+        *((name, np.int64) for name in ("num_rows", "width", "inner_width", "gate", "up", "out")),
+        # Of what was attended, of gate and up, and down: one behind the other
+        ("products", np.int64),
+        *((name, np.int64) for name in (*_ADAPTER_FIELDS, *_QUANTISED_FIELDS)),
+        ("eps", np.float32),
+        ("offset", np.float32),
+    ],
+    align=True,
+)
+
+
+# Products and their adapters
+
+
+@inlined
+def _round(x: Any, one: Any, call: Any, first: Any, end: Any) -> None:
+    """Make some rows ready for `_multiply`, whoever of the threads multiplies them."""
+    if one[_KIND] == _DYNAMIC:
+        round_rows(x, call.own_codes, call.own_scales, one[_IN], first, end)
+
+
+@inlined
+def _multiply(x: Any, one: Any, call: Any, out: Any, thread: Any, num_threads: Any) -> None:
+    """This thread's columns of x Wᵀ + bias, with what `_round` has made of all rows."""
+    kind, num_rows, width, out_features = one[_KIND], call.num_rows, one[_IN], one[_OUT]
+    weight, scales = one[_WEIGHT], one[_SCALES]
+    first, end = share(out_features, thread, num_threads)
+    tile = call.tile + 4 * thread * call.tile_size
+    if kind == _WHOLE:
+        product(x, num_rows, weight, width, first, end, out, out_features)
+    elif kind == _INT8:
+        int8_columns(x, num_rows, weight, scales, width, first, end, out, out_features, tile)
+    elif kind == _INT4:
+        int4_columns(x, num_rows, weight, scales, width, first, end, out, out_features, tile)
+    else:
+        own, own_scales = call.own_codes, call.own_scales
+        integer_columns(
+            own, own_scales, num_rows, weight, scales, width, first, end, out, out_features
+        )
+    if one[_PRODUCT_BIAS]:
+        add_to_rows(out, out_features, num_rows, one[_PRODUCT_BIAS], first, end)
+
+
+@inlined
+def _num_blocks(table: Any, groups: Any, num_groups: Any) -> Any:
+    """Of all groups' lora_A, in blocks of COLUMNS rows."""
+    total = 0
+    for g in range(num_groups):
+        total += (table[3 * groups[3 * g + 2] + 2] + COLUMNS - 1) // COLUMNS
+    return total
+
+
+@inlined
+def _shrink(x: Any, one: Any, call: Any, place: Any, thread: Any, num_threads: Any) -> None:
+    """This thread's share of all groups' lora_A, with the rows of each group."""
+    if one[_TABLE] == 0:
+        return
+    table, groups = ints(one[_TABLE]), ints(call.groups)
+    first, end = rows_of(_num_blocks(table, groups, call.num_groups), thread, num_threads)
+    shrunk = call.shrunk + 4 * place * call.num_rows * call.max_rank
+    before = 0
+    for g in range(call.num_groups):
+        row, row_end, entry = groups[3 * g], groups[3 * g + 1], 3 * groups[3 * g + 2]
+        rank = table[entry + 2]
+        num = (rank + COLUMNS - 1) // COLUMNS
+        block, block_end = max(first - before, 0), min(end - before, num)
+        if block < block_end:
+            own, out = x + 4 * row * one[_IN], shrunk + 4 * row * call.max_rank
+            column, column_end = COLUMNS * block, min(COLUMNS * block_end, rank)
+            num_rows, lora_A = row_end - row, table[entry]
+            product(own, num_rows, lora_A, one[_IN], column, column_end, out, call.max_rank)
+        before += num
+
+
+@inlined
+def _expand(out: Any, one: Any, call: Any, place: Any, thread: Any, num_threads: Any) -> None:
+    """Add to this thread's columns what the adapters have shrunk."""
+    if one[_TABLE] == 0:
+        return
+    table, groups = ints(one[_TABLE]), ints(call.groups)
+    first, end = share(one[_OUT], thread, num_threads)
+    shrunk = call.shrunk + 4 * place * call.num_rows * call.max_rank
+    for g in range(call.num_groups):
+        entry = 3 * groups[3 * g + 2]
+        if g + 1 < call.num_groups:
+            behind = 3 * groups[3 * g + 5]
+            start, rank = table[behind + 1] + 4 * first, min(table[behind + 2], COLUMNS)
+            fetch_rows(start, one[_OUT], rank, end - first)
+        expand(
+            out + 4 * first,
+            one[_OUT],
+            end - first,
+            table[entry + 1] + 4 * first,
+            table[entry + 2],
+            groups[3 * g],
+            groups[3 * g + 1],
+            shrunk,
+            call.max_rank,
+        )
+
+
+# Before attention
+
+
+def _enter(pointer: Any) -> None:
+    call = numba.carray(pointer, 1)[0]
+    thread, num_threads = thread_index(), thread_count()
+    row, row_end = rows_of(call.num_rows, thread, num_threads)
+    for r in range(row, row_end):
+        place = 4 * r * call.width
+        x, normed = floats(call.x + place), floats(call.normed + place)
+        norm_row(x, floats(call.norm), normed, call.width, call.eps, call.offset)
+    _round(call.normed, ints(call.products), call, row, row_end)
+    barrier()
+    for i in range(3):
+        one = ints(call.products + 8 * _FIELDS * i)
+        out = call.query if i == 0 else (call.key if i == 1 else call.value)
+        _multiply(call.normed, one, call, out, thread, num_threads)
+        _shrink(call.normed, one, call, i, thread, num_threads)
+    barrier()
+    if call.num_groups:
+        for i in range(3):
+            one = ints(call.products + 8 * _FIELDS * i)
+            out = call.query if i == 0 else (call.key if i == 1 else call.value)
+            _expand(out, one, call, i, thread, num_threads)
+        barrier()
+    for r in range(row, row_end):
+        cos, sin = floats(call.cos + 4 * r * call.cos_row), floats(call.sin + 4 * r * call.sin_row)
+        for i in range(2):
+            out = call.query if i == 0 else call.key
+            width = ints(call.products + 8 * _FIELDS * i)[_OUT]
+            for start in range(0, width, call.head_dim):
+                head = floats(out + 4 * (r * width + start))
+                turn(head, head, cos, sin, call.dims // 2)
+
+
+# After attention
+
+
+def _leave(pointer: Any) -> None:
+    call = numba.carray(pointer, 1)[0]
+    thread, num_threads = thread_index(), thread_count()
+    after, gate = ints(call.products), ints(call.products + 8 * _FIELDS)
+    up, down = ints(call.products + 16 * _FIELDS), ints(call.products + 24 * _FIELDS)
+    row, row_end = rows_of(call.num_rows, thread, num_threads)
+    if after[_KIND] == _DYNAMIC:
+        _round(call.attended, after, call, row, row_end)
+        barrier()
+    _multiply(call.attended, after, call, call.total, thread, num_threads)
+    _shrink(call.attended, after, call, 0, thread, num_threads)
+    barrier()
+    if call.num_groups:
+        _expand(call.total, after, call, 0, thread, num_threads)
+        barrier()
+    for r in range(row, row_end):
+        place = 4 * r * call.width
+        total, normed = floats(call.total + place), floats(call.normed + place)
+        add_row(total, total, floats(call.residual + place), call.width)
+        norm_row(total, floats(call.norm), normed, call.width, call.eps, call.offset)
+    _round(call.normed, gate, call, row, row_end)
+    barrier()
+    _multiply(call.normed, gate, call, call.gate, thread, num_threads)
+    _multiply(call.normed, up, call, call.up, thread, num_threads)
+    if call.num_groups:
+        _shrink(call.normed, gate, call, 1, thread, num_threads)
+        _shrink(call.normed, up, call, 2, thread, num_threads)
+        barrier()
+        _expand(call.gate, gate, call, 1, thread, num_threads)
+        _expand(call.up, up, call, 2, thread, num_threads)
+    first, end = share(call.inner_width, thread, num_threads)
+    for r in range(call.num_rows):
+        place = 4 * (r * call.inner_width + first)
+        own = floats(call.gate + place)
+        gate_row(own, floats(call.up + place), own, end - first)
+    barrier()
+    if down[_KIND] == _DYNAMIC:
+        _round(call.gate, down, call, row, row_end)
+        barrier()
+    _multiply(call.gate, down, call, call.out, thread, num_threads)
+    if call.num_groups:
+        _shrink(call.gate, down, call, 0, thread, num_threads)
+        barrier()
+        _expand(call.out, down, call, 0, thread, num_threads)
+    first, end = share(call.width, thread, num_threads)
+    for r in range(call.num_rows):
+        place = 4 * (r * call.width + first)
+        own = floats(call.out + place)
+        add_row(own, own, floats(call.total + place), end - first)
+
+
+_ENTER, _LEAVE = loop(_enter, _ENTER_CALL), loop(_leave, _LEAVE_CALL)
+
+
+# Layers
+
+
+class Workspace:
+    """Rows that live as long as one loop does; all layers share them. Mutable; one thread."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+
+    def take(self, name: str, size: int) -> int:
+        """The address of so many floats, which hold anything; a line of the cache begins there."""
+        own = self._kept.get(name)
+        if own is None or len(own) < size + LINE:
+            own = self._kept[name] = np.empty(size + LINE, dtype=np.float32)
+        address: int = own.ctypes.data
+        return -(-address // (4 * LINE)) * 4 * LINE
+
+
+class CompiledLayer:
+    """Its parts are read by address, where they lie now."""
+
+    def __init__(self, parts: LayerParts, workspace: Workspace) -> None:
+        before = (parts.query, parts.key, parts.value)
+        behind = (parts.after, parts.gate, parts.up, parts.down)
+        _check(parts, [*before, *behind])
+        self._parts, self._workspace = parts, workspace
+        # Read by address.
+        self._before, self._behind = (_table_of(p, parts.weights) for p in (before, behind))
+        self._enter, self._leave = np.zeros(1, dtype=_ENTER_CALL), np.zeros(1, dtype=_LEAVE_CALL)
+        self._width = parts.query.in_features
+        self._inner_width = parts.gate.out_features
+        self._widest = max(one.in_features for one in (*before, *behind))
+        _fill(self._enter, _norm_fields(parts.norms[0], self._width))
+        _fill(self._leave, _norm_fields(parts.norms[1], self._width))
+        _fill(self._enter, {"products": self._before.ctypes.data, "head_dim": parts.head_dim})
+        inner = {"products": self._behind.ctypes.data, "inner_width": self._inner_width}
+        _fill(self._leave, inner)
+
+    def enter(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, *, adapters: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, [num_rows, heads, head_dim] each.
+
+        hidden: [num_rows, width]; cos, sin: [num_rows, dims].
+        """
+        assert hidden.is_contiguous()
+        assert cos.stride(1) == sin.stride(1) == 1
+        assert cos.shape == sin.shape
+        assert len(cos) == len(hidden)
+        parts, call, num_rows = self._parts, self._enter[0], hidden.shape[0]
+        query, key, value = (
+            hidden.new_empty(num_rows, one.out_features // parts.head_dim, parts.head_dim)
+            for one in (parts.query, parts.key, parts.value)
+        )
+        call["x"], call["num_rows"] = hidden.data_ptr(), num_rows
+        call["normed"] = self._workspace.take("normed", hidden.numel())
+        call["query"], call["key"], call["value"] = (
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+        )
+        call["cos"], call["cos_row"], call["dims"] = cos.data_ptr(), cos.stride(0), cos.shape[1]
+        call["sin"], call["sin_row"] = sin.data_ptr(), sin.stride(0)
+        self._bring(call, adapters, num_rows)
+        run(_ENTER, self._enter.ctypes.data)
+        return query, key, value
+
+    def leave(self, attended: Tensor, hidden: Tensor, *, adapters: object) -> Tensor:
+        """The layer's output, [num_rows, width].
+
+        attended: [num_rows, heads, head_dim]; hidden: the layer's input, [num_rows, width].
+        """
+        assert attended.is_contiguous()
+        call, workspace, num_rows = self._leave[0], self._workspace, hidden.shape[0]
+        out = torch.empty_like(hidden)
+        call["attended"], call["residual"] = attended.data_ptr(), hidden.data_ptr()
+        call["out"], call["num_rows"] = out.data_ptr(), num_rows
+        for name in ("total", "normed"):
+            call[name] = workspace.take(name, hidden.numel())
+        for name in ("gate", "up"):
+            call[name] = workspace.take(name, num_rows * self._inner_width)
+        self._bring(call, adapters, num_rows)
+        run(_LEAVE, self._leave.ctypes.data)
+        return out
+
+    def _bring(self, call: Any, adapters: object, num_rows: int) -> None:
+        call["tile_size"] = COLUMNS * self._widest
+        call["tile"] = self._workspace.take(
+            "tile", torch.get_num_threads() * COLUMNS * self._widest
+        )
+        # No code is wider than a float.
+        call["own_codes"] = self._workspace.take("own codes", num_rows * self._widest)
+        call["own_scales"] = self._workspace.take("own scales", num_rows)
+        if adapters is None:
+            call["num_groups"] = 0
+            return
+        assert isinstance(adapters, CompiledLora)
+        size = _MOST_AT_ONCE * num_rows * adapters.max_rank
+        call["groups"], call["num_groups"] = adapters.groups.ctypes.data, len(adapters.groups)
+        call["shrunk"] = self._workspace.take("shrunk", size)
+        call["max_rank"] = adapters.max_rank
+
+
+class CompiledLayers:
+    """Makes the layers of one model."""
+
+    def __init__(self) -> None:
+        self._workspace = Workspace()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As `torch.nn.functional.linear`."""
+        return linear(x, weight, bias)
+
+    def layer(self, parts: LayerParts) -> CompiledLayer:
+        """Raises AssertionError for parts that the loops cannot read."""
+        return CompiledLayer(parts, self._workspace)
+
+    def serves(self, adapters: object) -> bool:
+        """Whether the loops do all that these adapters do."""
+        return adapters is None or (isinstance(adapters, CompiledLora) and not adapters.is_affine)
+
+
+def _check(parts: LayerParts, products: list[Product]) -> None:
+    """Raises AssertionError for what the loops cannot read."""
+    for one in products:
+        assert one.weight.is_contiguous()
+        assert one.format in _KINDS
+        assert one.format is not None or one.weight.dtype is torch.float32
+        assert one.format != "int8-dynamic" or CAN_MULTIPLY_INTEGERS
+        multiple = MULTIPLE if one.format is None else GROUP_SIZE
+        assert one.in_features % multiple == 0, "loops take whole vectors"
+    width, inner_width = parts.query.in_features, parts.gate.out_features
+    for norm in parts.norms:
+        assert norm.weight.dtype is torch.float32
+        assert norm.weight.shape == (width,)
+    for one in (parts.query, parts.key, parts.value):
+        assert one.out_features % parts.head_dim == 0
+    # Rows that several products share are rounded once.
+    for group in ((parts.query, parts.key, parts.value), (parts.gate, parts.up)):
+        assert {(one.in_features, one.format) for one in group} == {(width, group[0].format)}
+    assert parts.up.out_features == inner_width
+    assert (parts.down.out_features, parts.down.in_features) == (width, inner_width)
+    assert parts.after.out_features == width
+
+
+def _table_of(products: tuple[Product, ...], weights: SlotWeights | None) -> Ints:
+    table = np.zeros((len(products), _FIELDS), dtype=np.int64)
+    for row, one in zip(table, products, strict=True):
+        row[_WEIGHT], row[_KIND] = one.weight.data_ptr(), _KINDS[one.format]
+        row[_SCALES] = 0 if one.scales is None else one.scales.data_ptr()
+        row[_PRODUCT_BIAS] = 0 if one.bias is None else one.bias.data_ptr()
+        row[_OUT], row[_IN] = one.out_features, one.in_features
+        if weights is not None and one.module is not None:
+            row[_TABLE] = weights.address_of(one.module)
+    return table
+
+
+def _norm_fields(norm: Norm, width: int) -> dict[str, Any]:
+    return {
+        "norm": norm.weight.data_ptr(),
+        "eps": norm.eps,
+        "offset": norm.offset,
+        "width": width,
+    }
+
+
+def _fill(record: np.ndarray[Any, Any], fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        record[0][name] = value

@@ -1,0 +1,298 @@
+"""Compiled loops for products with whole weights: x · Wᵀ in float32, on a CPU, as torch keeps W.
+
+A step has few rows and many weights. Here four rows of W meet up to six of x in registers, so that
+W comes out of memory once, in order, and is nowhere kept a second time in another one. Each sum is
+taken in one order, whatever the number of rows: what a row gives never depends on the rows beside
+it. Knows addresses and sizes. Knows nothing of modules.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from engine.kernels.loops import LINE, exact, floats, inlined, loop, run, thread_count, thread_index
+from engine.kernels.vectors import FEATURES, LONG, WORD, Builder
+
+# Rows of W, and of x, whose sums registers hold at once: there are 32 of 16 floats, or 16 of 8.
+COLUMNS = 4
+MAX_ROWS, WIDTH = (6, 16) if FEATURES.get("avx512f") else (3, 8)
+# What `in_features` must be a multiple of.
+MULTIPLE = 16
+
+_VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
+
+
+def _tile(num_columns: int, num_rows: int) -> Any:
+    """out[r, c] = x[r] · W[c] for so many rows of both. Strides are in bytes.
+
+    Meanwhile `pace` bytes behind `ahead` are fetched for each vector of a row.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+    def tile(
+        _: Any,
+        x: Any,
+        x_stride: Any,
+        weight: Any,
+        stride: Any,
+        width: Any,
+        out: Any,
+        out_stride: Any,
+        ahead: Any,
+        pace: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, x_stride, weight, stride, width, out, out_stride, ahead, pace = arguments
+            b = Builder(builder)
+            columns = b.starts(weight, stride, num_columns)
+            rows = b.starts(x, x_stride, num_rows)
+
+            def add(index: Any, sums: list[Any]) -> list[Any]:
+                place = b.times(index, 4 * WIDTH)
+                weights = [b.load(column, place, _VECTOR) for column in columns]
+                # In the order in which they lie, as the machine's own fetching expects.
+                next_line = builder.mul(index, pace)
+                for line in range(num_columns * WIDTH // LINE):
+                    b.prefetch(ahead, builder.add(next_line, LONG(4 * LINE * line)))
+                results: list[Any] = []
+                for row in rows:
+                    part = b.load(row, place, _VECTOR)
+                    for own in weights:
+                        total = sums[len(results)]
+                        name = f"llvm.fma.v{WIDTH}f32"
+                        results.append(b.call(name, _VECTOR, part, own, total))
+                return results
+
+            count = builder.sdiv(width, LONG(WIDTH))
+            totals = b.sums(num_columns * num_rows, count, add, kind=_VECTOR)
+            for row, start in enumerate(b.starts(out, out_stride, num_rows)):
+                own = totals[row * num_columns : (row + 1) * num_columns]
+                b.store(_sums_of(b, own), start)
+            return context.get_dummy_value()
+
+        return types.void(*9 * (types.int64,)), generate
+
+    return tile
+
+
+def _sums_of(b: Builder, vectors: list[Any]) -> Any:
+    """Of each of the vectors, which are a power of two, the sum: as one vector.
+
+    Two vectors become one of their halves' sums, until one vector has a part of each; then the
+    parts are halved.
+    """
+    size = WIDTH
+    while len(vectors) > 1:
+        vectors = [
+            _halved(b, first, second, size)
+            for first, second in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        size //= 2
+    (whole,) = vectors
+    while size > 1:
+        whole = _halved(b, whole, None, size)
+        size //= 2
+    return whole
+
+
+def _halved(b: Builder, first: Any, second: Any, size: int) -> Any:
+    """Each part of `size` becomes one of half the size, those of `first` before `second`'s."""
+    width = first.type.count
+    end = width if second is None else 2 * width
+    starts = range(0, end, size)
+    low = [start + i for start in starts for i in range(size // 2)]
+    high = [place + size // 2 for place in low]
+    other = ir.Constant(first.type, ir.Undefined) if second is None else second
+    parts = [
+        b.ir.shuffle_vector(first, other, ir.Constant(ir.VectorType(WORD, len(places)), places))
+        for places in (low, high)
+    ]
+    return b.ir.fadd(*parts)
+
+
+_one, _two, _three, _four, _five, _six = (_tile(COLUMNS, num_rows) for num_rows in range(1, 7))
+_single = _tile(1, 1)
+
+
+@exact
+def _rows_of_four(
+    num: Any,
+    x: Any,
+    x_stride: Any,
+    weight: Any,
+    stride: Any,
+    width: Any,
+    out: Any,
+    out_stride: Any,
+    ahead: Any,
+    pace: Any,
+) -> None:
+    if num == 6:
+        _six(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
+    elif num == 5:
+        _five(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
+    elif num == 4:
+        _four(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
+    elif num == 3:
+        _three(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
+    elif num == 2:
+        _two(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
+    else:
+        _one(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
+
+
+@exact
+def block(
+    x: Any, num_rows: Any, weight: Any, width: Any, out: Any, out_stride: Any, ahead: Any, num: Any
+) -> None:
+    """out[r, c] = x[r] · weight[c] for the first COLUMNS of c.
+
+    x and weight: addresses of rows of `width` floats, one behind the other; `out_stride` in floats.
+    Meanwhile what is needed next is fetched: from `ahead` on, `num` bytes for each vector of a row.
+    """
+    num_tiles = (num_rows + MAX_ROWS - 1) // MAX_ROWS
+    # Each tile of x brings its part, so that memory has no idle time.
+    pace = (num + num_tiles - 1) // num_tiles
+    for tile in range(num_tiles):
+        row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
+        _rows_of_four(
+            row_end - row,
+            x + 4 * row * width,
+            4 * width,
+            weight,
+            4 * width,
+            width,
+            out + 4 * row * out_stride,
+            4 * out_stride,
+            ahead + tile * pace * (width // WIDTH),
+            pace,
+        )
+
+
+@exact
+def product(
+    x: Any, num_rows: Any, weight: Any, width: Any, first: Any, end: Any, out: Any, out_stride: Any
+) -> None:
+    """out[r, c] = x[r] · weight[c] for c from `first`, a multiple of COLUMNS, to `end`.
+
+    x and weight: addresses of rows of `width` floats, one behind the other; `out_stride` in floats.
+    """
+    column = first
+    while column + COLUMNS <= end:
+        own = weight + 4 * column * width
+        ahead = own + 4 * COLUMNS * width
+        block(x, num_rows, own, width, out + 4 * column, out_stride, ahead, 4 * COLUMNS * WIDTH)
+        column += COLUMNS
+    while column < end:
+        own = weight + 4 * column * width
+        for row in range(num_rows):
+            place = out + 4 * (row * out_stride + column)
+            _single(x + 4 * row * width, 0, own, 0, width, place, 0, own, 0)
+        column += 1
+
+
+@exact
+def dots(
+    x: Any,
+    x_stride: Any,
+    num_rows: Any,
+    keys: Any,
+    stride: Any,
+    num: Any,
+    width: Any,
+    out: Any,
+    out_stride: Any,
+    values: Any,
+) -> None:
+    """out[r, i] = x[r] · keys[i]; all strides in floats, `width` a multiple of WIDTH.
+
+    The `values`, which lie as the keys do, are brought into the cache meanwhile.
+    """
+    num_tiles = (num_rows + MAX_ROWS - 1) // MAX_ROWS
+    i = 0
+    while i + COLUMNS <= num:
+        for tile in range(num_tiles):
+            row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
+            _rows_of_four(
+                row_end - row,
+                x + 4 * row * x_stride,
+                4 * x_stride,
+                keys + 4 * i * stride,
+                4 * stride,
+                width,
+                out + 4 * (row * out_stride + i),
+                4 * out_stride,
+                values + 4 * i * stride,
+                4 * stride,
+            )
+        i += COLUMNS
+    while i < num:
+        own = keys + 4 * i * stride
+        for row in range(num_rows):
+            place = out + 4 * (row * out_stride + i)
+            _single(x + 4 * row * x_stride, 0, own, 0, width, place, 0, own, 0)
+        i += 1
+
+
+@inlined
+def add_to_rows(out: Any, out_stride: Any, num_rows: Any, shift: Any, first: Any, end: Any) -> None:
+    """out[r, c] += shift[c] for c from `first` to `end`."""
+    for row in range(num_rows):
+        own, what = floats(out + 4 * (row * out_stride + first)), floats(shift + 4 * first)
+        for i in range(end - first):
+            own[i] += what[i]
+
+
+@inlined
+def share(num: Any, thread: Any, num_threads: Any) -> Any:
+    """First and end of a thread's columns, in whole lines of the cache."""
+    num_lines = (num + LINE - 1) // LINE
+    first = num_lines * thread // num_threads * LINE
+    return first, min(num_lines * (thread + 1) // num_threads * LINE, num)
+
+
+_CALL = np.dtype(
+    [
+        (name, np.int64)
+        for name in ("x", "weight", "bias", "out", "num_rows", "in_features", "out_features")
+    ]
+)
+
+
+def _linear(pointer: Any) -> None:
+    call = numba.carray(pointer, 1)[0]
+    first, end = share(call.out_features, thread_index(), thread_count())
+    width = call.out_features
+    product(call.x, call.num_rows, call.weight, call.in_features, first, end, call.out, width)
+    if call.bias:
+        add_to_rows(call.out, width, call.num_rows, call.bias, first, end)
+
+
+_LINEAR = loop(_linear, _CALL)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias: float32, with `in_features` a multiple of MULTIPLE.
+
+    x: [..., in_features]; weight: [out_features, in_features], row by row.
+    """
+    out_features, in_features = weight.shape
+    assert weight.is_contiguous()
+    assert in_features % MULTIPLE == 0, "loops take whole vectors"
+    assert x.dtype is weight.dtype is torch.float32
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], out_features)
+    record = np.zeros(1, dtype=_CALL)
+    call = record[0]
+    call["x"], call["weight"], call["out"] = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    call["bias"] = 0 if bias is None else bias.data_ptr()
+    call["num_rows"] = x.numel() // in_features
+    call["in_features"], call["out_features"] = in_features, out_features
+    run(_LINEAR, record.ctypes.data)
+    return out

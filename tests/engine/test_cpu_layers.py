@@ -1,0 +1,246 @@
+"""What CPUs compute of a layer in loops of ours equals its definition, and keeps rows apart."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.batch import Batch, build
+from engine.kernels import cpu_rows, reference
+from engine.kernels.cpu import CompiledLora
+from engine.kernels.cpu_layers import CompiledLayers
+from engine.kernels.layer_parts import LayerParts, Norm, Product
+from engine.kernels.products import linear
+from engine.kernels.quantised import INT4, INT8, INT8_DYNAMIC, Format
+from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
+from engine.scheduler import ScheduledSequence
+from engine.sequence import NO_ADAPTER, Sequence
+
+WIDTH, INNER_WIDTH, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS = 64, 96, 16, 4, 1
+SHAPES = {
+    "query": (NUM_HEADS * HEAD_DIM, WIDTH),
+    "key": (NUM_KV_HEADS * HEAD_DIM, WIDTH),
+    "value": (NUM_KV_HEADS * HEAD_DIM, WIDTH),
+    "after": (WIDTH, NUM_HEADS * HEAD_DIM),
+    "gate": (INNER_WIDTH, WIDTH),
+    "up": (INNER_WIDTH, WIDTH),
+    "down": (WIDTH, INNER_WIDTH),
+}
+FORMATS = {form.name: form for form in (INT8, INT4, INT8_DYNAMIC)}
+# Slot 2 leaves every other module as it is.
+RANKS = {0: 3, 1: 16, 2: 9}
+
+
+# Products and rows
+
+
+@given(
+    num_rows=st.integers(1, 15),
+    in_features=st.integers(1, 9).map(lambda n: 16 * n),
+    out_features=st.integers(1, 70),
+    has_bias=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_a_product_is_what_torch_says_and_a_row_gives_the_same_whoever_is_beside_it(
+    num_rows: int, in_features: int, out_features: int, has_bias: bool
+) -> None:
+    x, weight = torch.randn(num_rows, in_features), torch.randn(out_features, in_features)
+    bias = torch.randn(out_features) if has_bias else None
+    found = linear(x, weight, bias)
+    torch.testing.assert_close(
+        found, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-5
+    )
+    alone = [linear(row[None], weight, bias)[0] for row in x]
+    assert torch.equal(found, torch.stack(alone))
+
+
+def test_a_product_that_the_loops_cannot_take_is_refused() -> None:
+    with pytest.raises(AssertionError, match="whole vectors"):
+        linear(torch.randn(2, 20), torch.randn(4, 20), None)
+
+
+def test_rows_are_normed_turned_and_gated_as_defined() -> None:
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(5, 33), torch.randn(5, 33), torch.randn(33)
+    settings = {"eps": 1e-5, "offset": 1.0}
+    expected = reference.rms_norm(x + residual, weight, **settings)
+    total, normed = cpu_rows.add_rms_norm(x, residual, weight, **settings)
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(normed, expected)
+    torch.testing.assert_close(cpu_rows.rms_norm(total, weight, **settings), expected)
+    # Heads before rows in memory, and a part that is not turned.
+    query, key = (torch.randn(heads, 5, 24).transpose(0, 1) for heads in (4, 2))
+    cos, sin = torch.randn(5, 16), torch.randn(5, 16)
+    for found, states in zip(cpu_rows.rotate(query, key, cos, sin), (query, key), strict=True):
+        torch.testing.assert_close(found, reference.rotate(states, cos, sin))
+    gate, up = torch.randn(5, 80).chunk(2, dim=1)
+    torch.testing.assert_close(cpu_rows.silu_mul(gate, up), reference.silu_mul(gate, up))
+
+
+def test_a_gate_is_right_as_far_as_floats_reach_and_nan_stays_nan() -> None:
+    gate = torch.tensor([[-1e30, -100.0, -87.5, -20.0, -1e-6, 0.0, 1e-6, 20.0, 89.0, 1e30]])
+    up = torch.full_like(gate, 2.0)
+    torch.testing.assert_close(cpu_rows.silu_mul(gate, up), reference.silu_mul(gate, up))
+    gate = torch.tensor([[1.0, torch.nan, 2.0] * 9])
+    assert torch.equal(cpu_rows.silu_mul(gate, gate).isnan(), gate.isnan())
+
+
+# Layers
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    parts: LayerParts
+    weights: SlotWeights
+    # By slot, then by product: lora_A and lora_B [out_features, rank]
+    adapters: dict[int, dict[str, tuple[Tensor, Tensor]]]
+
+
+def random_layer(form: Format | None = None) -> Layer:
+    torch.manual_seed(0)
+    weights = SlotWeights([shape[::-1] for shape in SHAPES.values()], num_slots=4)
+    adapters = {slot: put_adapter(weights, slot, rank) for slot, rank in RANKS.items()}
+    products = {
+        name: random_product(shape, module, form)
+        for module, (name, shape) in enumerate(SHAPES.items())
+    }
+    norms = Norm(torch.randn(WIDTH), 1e-5, 0.0), Norm(torch.randn(WIDTH), 1e-5, 1.0)
+    return Layer(
+        LayerParts(norms, **products, head_dim=HEAD_DIM, weights=weights), weights, adapters
+    )
+
+
+def random_product(shape: tuple[int, int], module: int, form: Format | None) -> Product:
+    weight, bias = torch.randn(shape) / 8, torch.randn(shape[0])
+    if form is None:
+        return Product(weight, bias, module, in_features=shape[1])
+    codes, scales = form.codes_of(weight)
+    return Product(codes, bias, module, in_features=shape[1], format=form.name, scales=scales)
+
+
+def put_adapter(weights: SlotWeights, slot: int, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    every = 2 if slot == 2 else 1
+    modules = {name: index for index, name in enumerate(SHAPES) if index % every == 0}
+    pairs = {
+        name: (torch.randn(rank, SHAPES[name][1]) / 8, torch.randn(SHAPES[name][0], rank) / 8)
+        for name in modules
+    }
+    flat = [part.flatten() for lora_A, lora_B in pairs.values() for part in (lora_A, lora_B.T)]
+    starts = np.cumsum([0, *(len(part) for part in flat)])
+    nowhere = np.full(len(modules), NOWHERE)
+    layout = AdapterLayout(
+        modules=np.array(list(modules.values())),
+        ranks=np.full(len(modules), rank),
+        out_features=np.array([SHAPES[name][0] for name in modules]),
+        starts_of_A=starts[:-1:2],
+        starts_of_B=starts[1::2],
+        starts_of_gain=nowhere,
+        starts_of_shift=nowhere,
+    )
+    weights.put(slot, torch.cat(flat), layout)
+    return pairs
+
+
+def batch_of(slots: list[tuple[int, int]]) -> Batch:
+    """`slots`: slot and number of rows of each sequence, single rows first."""
+    scheduled = []
+    for slot, num_rows in slots:
+        sequence = Sequence.unowned(list(range(num_rows)), block_table=[1] * num_rows)
+        sequence.slot = slot
+        scheduled.append(ScheduledSequence(sequence, num_rows, is_sampled=True))
+    return build(scheduled, block_size=1, device=torch.device("cpu"))
+
+
+def computed(layer: Layer, x: Tensor, angles: Tensor, slots: list[tuple[int, int]]) -> Tensor:
+    """With the query in place of what attention gives."""
+    made = CompiledLayers().layer(layer.parts)
+    batch = batch_of(slots)
+    adapters = CompiledLora(batch, layer.weights) if len(batch.slot_runs) else None
+    query, key, value = made.enter(x, angles.cos(), angles.sin(), adapters=adapters)
+    attended = query + key + value
+    return made.leave(attended, x, adapters=adapters)
+
+
+def defined(layer: Layer, x: Tensor, angles: Tensor, slots: list[tuple[int, int]]) -> Tensor:
+    parts, token_slots = layer.parts, torch.tensor([s for s, n in slots for _ in range(n)])
+
+    def product(name: str, rows: Tensor) -> Tensor:
+        one: Product = getattr(parts, name)
+        pairs = {slot: own[name] for slot, own in layer.adapters.items() if name in own}
+        if one.format is None:
+            out = rows @ one.weight.T
+        else:
+            assert one.scales is not None
+            out = FORMATS[one.format].product(rows, one.weight, one.scales)
+        return out + one.bias + reference.lora(rows, pairs, token_slots)
+
+    def normed(rows: Tensor, norm: Norm) -> Tensor:
+        return reference.rms_norm(rows, norm.weight, eps=norm.eps, offset=norm.offset)
+
+    rows = normed(x, parts.norms[0])
+    states = [product(name, rows).view(len(x), -1, HEAD_DIM) for name in ("query", "key", "value")]
+    query, key = (reference.rotate(each, angles.cos(), angles.sin()) for each in states[:2])
+    total = x + product("after", (query + key + states[2]).flatten(1))
+    rows = normed(total, parts.norms[1])
+    gated = reference.silu_mul(product("gate", rows), product("up", rows))
+    return total + product("down", gated)
+
+
+BATCHES = [
+    [(NO_ADAPTER, 1)],
+    [(1, 1)],
+    [(0, 1), (1, 1), (NO_ADAPTER, 1), (2, 1), (0, 1), (3, 1)],
+    [(1, 1)] * 9 + [(0, 40), (NO_ADAPTER, 7), (2, 13)],
+]
+
+
+@pytest.mark.parametrize("slots", BATCHES)
+def test_a_layer_in_loops_is_what_its_parts_say_adapters_included(
+    slots: list[tuple[int, int]],
+) -> None:
+    """Slot 3 holds nothing."""
+    layer = random_layer()
+    num_rows = sum(n for _, n in slots)
+    x, angles = torch.randn(num_rows, WIDTH), torch.randn(num_rows, HEAD_DIM)
+    expected = defined(layer, x, angles, slots)
+    torch.testing.assert_close(computed(layer, x, angles, slots), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slots", BATCHES)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_a_layer_of_few_bits_is_what_its_parts_say(
+    form: Format, slots: list[tuple[int, int]]
+) -> None:
+    layer = random_layer(form)
+    num_rows = sum(n for _, n in slots)
+    x, angles = torch.randn(num_rows, WIDTH), torch.randn(num_rows, HEAD_DIM)
+    found, expected = (each(layer, x, angles, slots) for each in (computed, defined))
+    # Where rows are rounded, what float32's last bit decides may become another code.
+    bound = 1e-5 if form.rounded is None else 5e-3
+    error = torch.linalg.vector_norm(found - expected, dim=1)
+    assert bool((error <= bound * torch.linalg.vector_norm(expected, dim=1)).all())
+
+
+@pytest.mark.parametrize("form", [None, *FORMATS.values()], ids=["whole", *FORMATS])
+def test_a_row_of_a_layer_gives_bit_for_bit_what_it_gives_alone(form: Format | None) -> None:
+    layer = random_layer(form)
+    slots = [(slot, 1) for slot in (0, 1, NO_ADAPTER, 2, 0, 1, 1)]
+    x, angles = torch.randn(len(slots), WIDTH), torch.randn(len(slots), HEAD_DIM)
+    together = computed(layer, x, angles, slots)
+    for row, slot in enumerate(slots):
+        own = slice(row, row + 1)
+        assert torch.equal(computed(layer, x[own], angles[own], [slot]), together[own])
+
+
+def test_a_layer_whose_rows_are_no_whole_vectors_is_not_made() -> None:
+    layer = random_layer()
+    odd = Product(torch.randn(WIDTH, 20), None, None, in_features=20)
+    parts = {name: getattr(layer.parts, name) for name in SHAPES} | {"down": odd}
+    with pytest.raises(AssertionError):
+        CompiledLayers().layer(
+            LayerParts(layer.parts.norms, **parts, head_dim=HEAD_DIM, weights=None)
+        )
