@@ -38,7 +38,7 @@ from engine.kernels.quantised_cpu import (
     integer_columns,
     round_rows,
 )
-from engine.kernels.slot_weights import Ints, SlotWeights
+from engine.kernels.slot_weights import SlotWeights
 
 # A product as int64: addresses of weight, its scales and bias, 0 for none, sizes, the address of
 # the adapters' table, 0 where they can't change it, and what kind of weight it is.
@@ -414,7 +414,9 @@ def _check(parts: LayerParts, products: list[Product]) -> None:
     assert parts.after.out_features == width
 
 
-def _table_of(products: tuple[Product, ...], weights: SlotWeights | None) -> Ints:
+def _table_of(
+    products: tuple[Product, ...], weights: SlotWeights | None
+) -> np.ndarray[Any, np.dtype[np.int64]]:
     table = np.zeros((len(products), _FIELDS), dtype=np.int64)
     for row, one in zip(table, products, strict=True):
         row[_WEIGHT], row[_KIND] = one.weight.data_ptr(), _KINDS[one.format]
