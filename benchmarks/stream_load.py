@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import msgspec
@@ -129,6 +130,16 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What has come, the seed that it answers, and when since the request was due."""
+
+    raw: bytes
+    seed: int
+    first_ms: float
+    total_ms: float
+
+
 class Generator:
     """Mutable: what one load has come to so far."""
 
@@ -137,8 +148,8 @@ class Generator:
         self._random = random.Random(load.random_seed)
         self._seeds: Iterator[int] = iter(range(load.random_seed % 1000, 1 << 60))
         self._idle: list[Connection] = []
-        # What has come, and the seed that it answers.
-        self._answers: list[tuple[bytes, int]] = []
+        # Not looked into before the load is over.
+        self._answers: list[_Answer] = []
         self._faults: dict[str, int] = {}
         self._requests = self._chunks = self._prompt_tokens = self._completion_tokens = 0
         self._first_ms: list[float] = []
@@ -154,9 +165,9 @@ class Generator:
             await self._ask_at_random(self._load.rate_per_s)
         for connection in self._idle:
             connection.close()
-        for raw, seed in self._answers:
+        for answer in self._answers:
             try:
-                self._check(raw, seed)
+                self._count(answer)
             except (Wrong, msgspec.MsgspecError) as fault:
                 self._note(fault)
         return Outcome(
@@ -204,10 +215,8 @@ class Generator:
             return
         self._ended_at = connection.last_at
         self._idle.append(connection)
-        self._answers.append((raw, seed))
-        self._requests += 1
-        self._first_ms.append((connection.first_at - due) * 1e3)
-        self._total_ms.append((connection.last_at - due) * 1e3)
+        first_s, total_s = connection.first_at - due, connection.last_at - due
+        self._answers.append(_Answer(raw, seed, first_s * 1e3, total_s * 1e3))
 
     def _note(self, fault: Exception) -> None:
         self._faults[str(fault)] = self._faults.get(str(fault), 0) + 1
@@ -246,9 +255,9 @@ class Generator:
             f"Content-Length: {len(body)}\r\n\r\n"
         ).encode() + body
 
-    def _check(self, raw: bytes, seed: int) -> None:
-        """Raises Wrong."""
-        head, _, body = raw.partition(b"\r\n\r\n")
+    def _count(self, answer: _Answer) -> None:
+        """Raises Wrong, and counts nothing of it, where the answer is not what it must be."""
+        head, _, body = answer.raw.partition(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 200") or b"x-ratelimit-remaining-tokens" not in head:
             raise Wrong(f"head: {head[:500]!r}")
         *events, done = _events(b"".join(_dechunked(body)))
@@ -258,12 +267,15 @@ class Generator:
         said = "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices)
         texts = self._load.texts
         num_tokens = self._load.max_tokens
-        expected = "".join(texts[(seed + i) % len(texts)] for i in range(num_tokens))
+        expected = "".join(texts[(answer.seed + i) % len(texts)] for i in range(num_tokens))
         if said != expected:
             raise Wrong(f"the answer is {said[:100]!r}, not {expected[:100]!r}")
         usage = chunks[-1].usage
         if usage is None or usage.completion_tokens != num_tokens:
             raise Wrong(f"the usage is {usage}")
+        self._requests += 1
+        self._first_ms.append(answer.first_ms)
+        self._total_ms.append(answer.total_ms)
         self._chunks += len(chunks)
         self._prompt_tokens += usage.prompt_tokens
         self._completion_tokens += usage.completion_tokens
