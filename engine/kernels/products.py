@@ -22,6 +22,9 @@ from engine.kernels.vectors import FEATURES, LONG, WORD, Builder
 # Rows of W, and of x, whose sums registers hold at once: there are 32 of 16 floats, or 16 of 8.
 COLUMNS = 4
 MAX_ROWS, WIDTH = (6, 16) if FEATURES.get("avx512f") else (3, 8)
+# Of a row whose products one sum waits for, each for the one before, while the next rows begin. One
+# row of x with 3,072 of 576 took 329 µs like this, 561 four at a time; rows of 1,536 are slower.
+MAX_WIDTH_OF_CHAINS = 1024
 # What `in_features` must be a multiple of.
 MULTIPLE = 16
 
@@ -184,6 +187,13 @@ def product(
     x and weight: addresses of rows of `width` floats, one behind the other; `out_stride` in floats.
     """
     column = first
+    if num_rows == 1 and width <= MAX_WIDTH_OF_CHAINS:
+        # One after the other, as they lie: memory is read faster than in four places at once.
+        while column < end:
+            own = weight + 4 * column * width
+            ahead = own + 4 * COLUMNS * width
+            _single(x, 0, own, 0, width, out + 4 * column, 0, ahead, 4 * WIDTH)
+            column += 1
     while column + COLUMNS <= end:
         own = weight + 4 * column * width
         ahead = own + 4 * COLUMNS * width

@@ -22,8 +22,6 @@ from torch import Tensor
 from engine.kernels.loops import (
     barrier,
     exact,
-    floats,
-    inlined,
     loop,
     run,
     thread_count,
@@ -254,32 +252,6 @@ def _round_row(_: Any, x: Any, own_codes: Any, own_scale: Any, in_features: Any)
     return types.void(*4 * (types.int64,)), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _half(_: Any, address: Any) -> Any:
-    """The float16 at an address, as float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half = Builder(builder).load(arguments[0], LONG(0), ir.HalfType())
-        return builder.fpext(half, ir.FloatType())
-
-    return types.float32(types.int64), generate
-
-
-def _pointer(kind: Any) -> Any:
-    """An intrinsic: a pointer to what lies at an address."""
-    pointer = types.CPointer(kind)
-
-    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-    def at(_: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(pointer))
-
-        return pointer(types.int64), generate
-
-    return at
-
-
-_int8s, _uint8s = _pointer(types.int8), _pointer(types.uint8)
 _int8_row, _int8_one = _dots(COLUMNS, _INT8), _dots(1, _INT8)
 _int4_row, _int4_one = _dots(COLUMNS, _INT4), _dots(1, _INT4)
 _integer_tile, _integer_row, _integer_one = (
@@ -292,23 +264,30 @@ _integer_tile, _integer_row, _integer_one = (
 # Writing out: out[n] = W[n]
 
 
-@exact
-def _write_int8(out: Any, codes: Any, scales: Any, num_groups: Any) -> None:
-    for group in range(num_groups):
-        own, scale = _int8s(codes + GROUP_SIZE * group), _half(scales + 2 * group)
-        part = floats(out + 4 * GROUP_SIZE * group)
-        for i in range(GROUP_SIZE):
-            part[i] = scale * np.float32(own[i])
+def _writing(kind: _Grouped) -> Any:
+    """out = so many groups of weights, one behind the other."""
+
+    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+    def write(_: Any, out: Any, codes: Any, scales: Any, num_groups: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            out, codes, scales, num_groups = arguments
+            b = Builder(builder)
+
+            def put(group: Any, _: list[Any]) -> list[Any]:
+                start = builder.add(out, b.times(group, 4 * GROUP_SIZE))
+                for part, weights in enumerate(kind.weights(b, codes, scales, group)):
+                    b.store(weights, builder.add(start, LONG(4 * LANES * part)))
+                return []
+
+            b.sums(0, num_groups, put)
+            return context.get_dummy_value()
+
+        return types.void(*4 * (types.int64,)), generate
+
+    return write
 
 
-@inlined
-def _write_int4(out: Any, codes: Any, scales: Any, num_groups: Any) -> None:
-    for group in range(num_groups):
-        own, part = _uint8s(codes + LANES * group), floats(out + 4 * GROUP_SIZE * group)
-        step, floor = _half(scales + 4 * group), _half(scales + 4 * group + 2)
-        for i in range(LANES):
-            part[i] = step * np.float32(own[i] & 15) + floor
-            part[LANES + i] = step * np.float32(own[i] >> 4) + floor
+_write_int8, _write_int4 = _writing(_INT8), _writing(_INT4)
 
 
 # Products: out[t] = W · x[t]. The threads share the rows of W.

@@ -316,17 +316,17 @@ def _parts_of(layer: Any, linears: Mapping[str, Any], norms: list[Any]) -> Layer
     first, second = (
         Norm(weight, norm.eps, norm.offset) for weight, norm in zip(own, norms, strict=True)
     )
-    query, key, value, after, gate, up, down = (_product_of(each) for each in linears.values())
+    query, key, value, after, gate, up, down = map(_product_of, linears.values())
     bank = _bank_of(linears)
     return LayerParts(
         (first, second),
-        query=query,
-        key=key,
-        value=value,
-        after=after,
-        gate=gate,
-        up=up,
-        down=down,
+        query,
+        key,
+        value,
+        after,
+        gate,
+        up,
+        down,
         head_dim=layer.self_attn.head_dim,
         weights=None if bank is None else bank.weights,
     )
