@@ -42,5 +42,5 @@ class OpenVino:
             half.rename(exported)
         command = [str(HOME.python), str(FOREIGN / "openvino_batches.py")]
         command += [str(exported), str(MAX_SEQUENCES), *map(str, scene.adapters)]
-        with program(command, log=HOME.folder / "batches.log") as running:
+        with program(command, scene.model, log=HOME.folder / "batches.log") as running:
             yield running

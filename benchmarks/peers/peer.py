@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
+from tokenizers import Tokenizer
 
 from benchmarks.peers import load
 from benchmarks.peers.scene import Ask, Scene, cache_folder
@@ -177,6 +178,9 @@ class Child:
         # Children that outlived their parent.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +202,7 @@ class PipeRunning:
     """A program that answers lists of asks, a JSON line for a JSON line."""
 
     child: Child
+    tokenizer: Tokenizer
 
     def answer(self, asks: Sequence[Ask], *, concurrency: int, new_tokens: int) -> list[Answer]:
         question = {
@@ -211,8 +216,8 @@ class PipeRunning:
                 arrivals_s=each["arrivals_s"],
                 total_s=each["arrivals_s"][-1],
                 prompt_tokens=len(ask.prompt.token_ids),
-                completion_tokens=each["num_tokens"],
-                text=each["text"],
+                completion_tokens=len(each["token_ids"]),
+                text=self.tokenizer.decode(each["token_ids"], skip_special_tokens=True),
             )
             for ask, each in zip(asks, self.say(question)["answers"], strict=True)
         ]
@@ -250,10 +255,9 @@ def http_server(
 
 
 @contextlib.contextmanager
-def program(
-    command: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[PipeRunning]:
-    child = Child(command, log=log, environment=environment, is_asked_by_pipe=True)
+def program(command: Sequence[str], model: Path, *, log: Path) -> Iterator[PipeRunning]:
+    """`model` is where the tokenizer is."""
+    child = Child(command, log=log, is_asked_by_pipe=True)
     spoken = child.process.stdout
     assert spoken is not None
     try:
@@ -261,7 +265,7 @@ def program(
         child.wait_until(lambda: bool(select.select([spoken], [], [], 0)[0]))
         if not spoken.readline():
             raise PeerFailed(f"did not start:\n{child.tail()}")
-        yield PipeRunning(child)
+        yield PipeRunning(child, Tokenizer.from_file(str(model / "tokenizer.json")))
     finally:
         child.end()
 

@@ -193,19 +193,15 @@ class Runner:
 @contextlib.contextmanager
 def held(command: str) -> Iterator[None]:
     """While `command` runs a child that says when it began, and ends when it is told to."""
-    child = subprocess.Popen(
-        [*shlex.split(command), "sh", "-c", "echo; read end"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert child.stdin is not None
-    assert child.stdout is not None
-    child.stdout.readline()
-    try:
-        yield
-    finally:
-        child.stdin.close()
-        child.wait()
+    whole = [*shlex.split(command), "sh", "-c", "echo; read end"]
+    with subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+        try:
+            yield
+        finally:
+            child.stdin.close()
 
 
 def say(line: str) -> None:

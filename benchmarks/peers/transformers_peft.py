@@ -29,5 +29,5 @@ class Generate:
     def start(self, scene: Scene) -> Iterator[PipeRunning]:
         command = [str(HOME.python), str(FOREIGN / "generate.py"), str(scene.model)]
         command += map(str, scene.adapters)
-        with program(command, log=HOME.folder / "generate.log") as running:
+        with program(command, scene.model, log=HOME.folder / "generate.log") as running:
             yield running

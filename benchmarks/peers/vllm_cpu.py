@@ -1,7 +1,6 @@
 """vLLM's build for CPUs, in fp32, with tcmalloc and Intel's OpenMP as its log advises."""
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -96,10 +95,7 @@ def _libraries(name: str) -> Iterator[Path]:
 def _lora_options(scene: Scene) -> list[str]:
     if not scene.adapters:
         return []
-    modules = [
-        json.dumps({"name": f"a{number}", "path": str(path), "base_model_name": "base"})
-        for number, path in enumerate(scene.adapters)
-    ]
+    modules = [f"a{number}={path}" for number, path in enumerate(scene.adapters)]
     number = str(len(scene.adapters))
     sizes = ["--max-loras", number, "--max-cpu-loras", number, "--max-lora-rank", str(RANK)]
     return ["--enable-lora", *sizes, "--lora-modules", *modules]

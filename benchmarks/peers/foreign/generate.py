@@ -12,7 +12,7 @@ import sys
 import time
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 BASE = "__base__"
@@ -49,7 +49,7 @@ def load(folder, adapters):
     return model.eval()
 
 
-def answer(model, tokenizer, asks, new_tokens):
+def answer(model, asks, new_tokens):
     prompts = torch.tensor([ask["prompt"] for ask in asks])
     names = [BASE if ask["adapter"] is None else str(ask["adapter"]) for ask in asks]
     who = {"adapter_names": names} if hasattr(model, "peft_config") else {}
@@ -64,18 +64,14 @@ def answer(model, tokenizer, asks, new_tokens):
             **who,
         )
     return [
-        {
-            "arrivals_s": arrivals.arrivals_s,
-            "num_tokens": len(row) - prompts.shape[1],
-            "text": tokenizer.decode(row[prompts.shape[1] :], skip_special_tokens=True),
-        }
+        {"arrivals_s": arrivals.arrivals_s, "token_ids": row[prompts.shape[1] :].tolist()}
         for row in made
     ]
 
 
 def main():
     folder, *adapters = sys.argv[1:]
-    model, tokenizer = load(folder, adapters), AutoTokenizer.from_pretrained(folder)
+    model = load(folder, adapters)
     # What libraries print goes to the log.
     answers, sys.stdout = sys.stdout, sys.stderr
     print("{}", file=answers, flush=True)
@@ -84,7 +80,7 @@ def main():
         asks, at_once = question["asks"], question["concurrency"]
         found = []
         for start in range(0, len(asks), at_once):
-            found += answer(model, tokenizer, asks[start : start + at_once], question["new_tokens"])
+            found += answer(model, asks[start : start + at_once], question["new_tokens"])
         print(json.dumps({"answers": found}), file=answers, flush=True)
 
 
