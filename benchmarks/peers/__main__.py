@@ -20,6 +20,7 @@ from benchmarks.peers.llama_cpp import LlamaCpp
 from benchmarks.peers.manylora import Manylora
 from benchmarks.peers.openvino import OpenVino
 from benchmarks.peers.peer import Peer
+from benchmarks.peers.quiet import Quiet
 from benchmarks.peers.results import Results
 from benchmarks.peers.runner import Plan, Runner
 from benchmarks.peers.scene import PROMPT_TOKENS, RANK
@@ -55,7 +56,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=128)
     add("--pairs", type=int, default=6, help="six are the fewest for an interval of 95 %%")
     add("--model", type=Path, default=default_folder(), help="folder of SmolLM2-135M-Instruct")
-    add("--hold", metavar="COMMAND", help="runs `COMMAND sh -c …` beside each start and each run")
+    add("--hold", metavar="COMMAND", help="keeps others off while what it is given to run runs")
+    add("--hold-s", type=float, default=60, help="after which a next run lets others in between")
     add("--output", type=Path, required=True)
     return parser.parse_args(arguments)
 
@@ -70,7 +72,6 @@ def plan_of(options: argparse.Namespace) -> Plan:
         requests_per_client=options.requests_per_client,
         new_tokens=options.new_tokens,
         num_pairs=options.pairs,
-        hold=options.hold,
     )
 
 
@@ -99,7 +100,8 @@ def facts_of(options: argparse.Namespace) -> dict[str, object]:
 
 def main() -> int:
     options = parse()
-    Runner(plan_of(options), Results(options.output, facts_of(options))).run()
+    quiet = Quiet(options.hold, most_s=options.hold_s)
+    Runner(plan_of(options), Results(options.output, facts_of(options)), quiet=quiet).run()
     return 0
 
 

@@ -5,16 +5,15 @@ Knows nothing of any one peer, of tables or of plots.
 
 import contextlib
 import os
-import shlex
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.load import expect_lengths
 from benchmarks.peers.peer import Peer, PeerFailed, Running
+from benchmarks.peers.quiet import Quiet
 from benchmarks.peers.results import Results
 from benchmarks.peers.scene import (
     PROMPT_TOKENS,
@@ -51,8 +50,6 @@ class Plan:
     requests_per_client: int
     new_tokens: int
     num_pairs: int
-    # A command that keeps others off the machine while what it is given to run runs.
-    hold: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +62,10 @@ class Place:
 
 
 class Runner:
-    def __init__(self, plan: Plan, results: Results) -> None:
+    def __init__(self, plan: Plan, results: Results, *, quiet: Quiet) -> None:
         self._plan = plan
         self._results = results
+        self._quiet = quiet
 
     def run(self) -> None:
         for peer in self._plan.peers:
@@ -81,6 +79,7 @@ class Runner:
     def _run_scene(self, scene: Scene) -> None:
         truth = ask_peft(scene, Prompts(scene.model, seed="truth").draw(NUM_TRUTH_PROMPTS))
         with contextlib.ExitStack() as stack:
+            stack.callback(self._quiet.end)
             right: list[tuple[Peer, Running]] = []
             for peer in self._plan.peers:
                 try:
@@ -100,8 +99,8 @@ class Runner:
         if not peer.serves(scene):
             self._add("checks", peer, scene, {"cannot": True})
             return None
-        with self._hold():
-            running = self._start(stack, peer, scene)
+        self._quiet.begin()
+        running = self._start(stack, peer, scene)
         return running if self._judge(peer, running, scene, truth) else None
 
     def _start(self, stack: contextlib.ExitStack, peer: Peer, scene: Scene) -> Running:
@@ -154,8 +153,8 @@ class Runner:
         """Until a run had the machine to itself, or often enough; every try is kept."""
         for attempt in range(NUM_TRIES):
             asks = self._asks(scene, place, attempt)
-            with self._hold():
-                row, use = self._measure_once(running, asks, place.concurrency)
+            self._quiet.begin()
+            row, use = self._measure_once(running, asks, place.concurrency)
             is_dropped = use.foreign > MAX_FOREIGN
             self._add(
                 "runs", peer, scene, {**asdict(place), **row, **asdict(use), "dropped": is_dropped}
@@ -181,27 +180,10 @@ class Runner:
         prompts = Prompts(scene.model, seed=seed).draw(number)
         return mixed(prompts, num_adapters=len(scene.adapters), mix=place.mix, seed=seed)
 
-    def _hold(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._plan.hold is None else held(self._plan.hold)
-
     def _add(self, kind: str, peer: Peer, scene: Scene, row: dict[str, Any]) -> None:
         known = {"peer": peer.name, "adapters": len(scene.adapters), **row}
         self._results.add(kind, known)
         say(" ".join(f"{name}={value}" for name, value in known.items() if value))
-
-
-@contextlib.contextmanager
-def held(command: str) -> Iterator[None]:
-    """While `command` runs a child that says when it began, and ends when it is told to."""
-    whole = [*shlex.split(command), "sh", "-c", "echo; read end"]
-    with subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        child.stdout.readline()
-        try:
-            yield
-        finally:
-            child.stdin.close()
 
 
 def say(line: str) -> None:

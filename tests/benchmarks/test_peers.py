@@ -11,9 +11,9 @@ from adapters.demo.base_model import default_folder
 from benchmarks.peers.figures import figure
 from benchmarks.peers.load import expect_lengths
 from benchmarks.peers.peer import PeerFailed, program
+from benchmarks.peers.quiet import Quiet
 from benchmarks.peers.report import Report
 from benchmarks.peers.results import Results, read
-from benchmarks.peers.runner import held
 from benchmarks.peers.scene import PROMPT_TOKENS, Ask, Prompt, Prompts, mixed
 from benchmarks.peers.truth import Reference, Truth
 from benchmarks.peers.watch import Clock, between, cpu_s, memory_bytes, tree
@@ -171,14 +171,21 @@ def test_a_program_that_ends_says_why(tmp_path: Path) -> None:
         pass
 
 
-def test_the_machine_is_held_as_long_as_the_measurement_lasts(tmp_path: Path) -> None:
-    mark = tmp_path / "held"
-    holder = tmp_path / "holder"
-    holder.write_text(f'#!/bin/sh\ntouch {mark}\n"$@"\nrm {mark}\n')
+def test_others_are_kept_off_while_it_is_quiet_and_let_in_between(tmp_path: Path) -> None:
+    mark, holder = tmp_path / "held", tmp_path / "holder"
+    holder.write_text(f'#!/bin/sh\necho >> {mark}\n"$@"\necho >> {mark}\n')
     holder.chmod(0o755)
-    with held(str(holder)):
-        assert mark.exists()
-    assert not mark.exists()
+
+    def times_taken(most_s: float) -> int:
+        mark.write_text("")
+        quiet = Quiet(str(holder), most_s=most_s)
+        quiet.begin()
+        quiet.begin()
+        assert len(mark.read_text()) % 2 == 1
+        quiet.end()
+        return len(mark.read_text()) // 2
+
+    assert (times_taken(60), times_taken(0)) == (1, 2)
 
 
 # What is told

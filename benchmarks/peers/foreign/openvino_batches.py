@@ -10,6 +10,7 @@ from each ask's turn to each of its tokens.
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import openvino
@@ -43,6 +44,13 @@ class Request:
                 )
 
 
+def read_adapter(folder):
+    """With its scaling, which the file of weights does not tell."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    adapter = genai.Adapter(folder / "adapter_model.safetensors")
+    return adapter, config["lora_alpha"] / config["r"]
+
+
 def open_pipeline(folder, max_sequences, adapters):
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = CACHE_GB
@@ -73,7 +81,7 @@ def answer(pipeline, adapters, question):
 
 def main():
     folder, max_sequences, *paths = sys.argv[1:]
-    adapters = [genai.Adapter(f"{path}/adapter_model.safetensors") for path in paths]
+    adapters = [read_adapter(Path(path)) for path in paths]
     pipeline = open_pipeline(folder, int(max_sequences), adapters)
     print("{}", flush=True)
     for line in sys.stdin:
