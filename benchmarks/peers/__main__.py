@@ -10,6 +10,7 @@ added to those that the file has.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -85,7 +86,6 @@ def facts_of(options: argparse.Namespace) -> dict[str, object]:
         "--requests-per-client": [options.requests_per_client],
         "--new-tokens": [options.new_tokens],
         "--pairs": [options.pairs],
-        "--output": [options.output],
     }
     words = [str(word) for name, values in chosen.items() for word in (name, *values)]
     return {
@@ -100,6 +100,8 @@ def facts_of(options: argparse.Namespace) -> dict[str, object]:
 
 def main() -> int:
     options = parse()
+    # So that peers are stopped then as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
     quiet = Quiet(options.hold, most_s=options.hold_s)
     Runner(plan_of(options), Results(options.output, facts_of(options)), quiet=quiet).run()
     return 0

@@ -26,7 +26,7 @@ from benchmarks.peers.scene import Ask, Scene, cache_folder
 from benchmarks.peers.watch import memory_bytes
 from benchmarks.serve import Answer
 
-PATIENCE_S = 600
+PATIENCE_S, END_PATIENCE_S = 600, 20
 LOOK_EVERY_S = 0.2
 FOREIGN = Path(__file__).parent / "foreign"
 
@@ -165,19 +165,13 @@ class Child:
         return self._log.read_text(errors="replace")[-3000:]
 
     def end(self) -> None:
-        """As Ctrl-C does; by force where that is not enough."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                if number == signal.SIGINT:
-                    self.process.send_signal(number)
-                else:
-                    os.killpg(self.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
-                break
-        # Children that outlived their parent.
+        """In order; by force where that takes too long, and with whatever it left behind."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_PATIENCE_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()

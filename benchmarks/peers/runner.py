@@ -32,7 +32,6 @@ IDLE_LOOK_S = 2.0
 # Share of all cores that others may use beside a run that counts.
 MAX_FOREIGN = 0.06
 NUM_TRIES = 3
-# A request each, long enough for every size of batch that is compiled or allocated when it is met.
 WARM_UP_TOKENS = 4
 
 
@@ -136,10 +135,10 @@ class Runner:
         return verdict.is_right and not errors
 
     def _warm_up(self, running: Running, scene: Scene) -> None:
-        for concurrency in self._plan.concurrencies:
-            prompts = Prompts(scene.model, seed=f"warm {concurrency}").draw(concurrency)
-            asks = mixed(prompts, num_adapters=len(scene.adapters), mix="even", seed="warm")
-            running.answer(asks, concurrency=concurrency, new_tokens=WARM_UP_TOKENS)
+        concurrency = max(self._plan.concurrencies)
+        prompts = Prompts(scene.model, seed="warm").draw(concurrency)
+        asks = mixed(prompts, num_adapters=len(scene.adapters), mix="even", seed="warm")
+        running.answer(asks, concurrency=concurrency, new_tokens=WARM_UP_TOKENS)
 
     # Measuring
 
