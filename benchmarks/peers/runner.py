@@ -32,7 +32,7 @@ IDLE_LOOK_S = 2.0
 # Share of all cores that others may use beside a run that counts.
 MAX_FOREIGN = 0.06
 NUM_TRIES = 3
-WARM_UP_TOKENS = 4
+WARM_UP_PROMPTS, WARM_UP_TOKENS = 8, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +135,9 @@ class Runner:
         return verdict.is_right and not errors
 
     def _warm_up(self, running: Running, scene: Scene) -> None:
-        concurrency = max(self._plan.concurrencies)
-        prompts = Prompts(scene.model, seed="warm").draw(concurrency)
+        prompts = Prompts(scene.model, seed="warm").draw(WARM_UP_PROMPTS)
         asks = mixed(prompts, num_adapters=len(scene.adapters), mix="even", seed="warm")
-        running.answer(asks, concurrency=concurrency, new_tokens=WARM_UP_TOKENS)
+        running.answer(asks, concurrency=WARM_UP_PROMPTS, new_tokens=WARM_UP_TOKENS)
 
     # Measuring
 

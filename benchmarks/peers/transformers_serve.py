@@ -9,6 +9,9 @@ from benchmarks.peers.peer import HttpRunning, free_port, http_server
 from benchmarks.peers.scene import Ask, Scene
 from benchmarks.peers.transformers_peft import HOME, RECIPE
 
+# Of all memory that is free, for its KV cache; it takes more than half of the machine's by itself.
+KV_CACHE_SHARE = 0.1
+
 
 class TransformersServe:
     name = "transformers-serve"
@@ -37,6 +40,7 @@ class TransformersServe:
 
         command = [str(HOME.folder / "bin" / "transformers"), "serve", model]
         command += ["--continuous-batching", "--device", "cpu", "--dtype", "float32"]
+        command += ["--cb-max-memory-percent", str(KV_CACHE_SHARE)]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         log = HOME.folder / "serve.log"
         with http_server(command, port, compose, log=log) as running:
