@@ -4,7 +4,9 @@ Knows nothing of what is measured, nor how others are kept off: a command does t
 what it was given to run runs.
 """
 
+import os
 import shlex
+import signal
 import subprocess
 import time
 
@@ -26,14 +28,20 @@ class Quiet:
             return
         self.end()
         # It says that it has begun, and ends when nobody can talk to it any more.
-        self._holder = subprocess.Popen(
+        holder = subprocess.Popen(
             [*self._command, "sh", "-c", "echo; read end"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,
         )
-        assert self._holder.stdout is not None
-        self._holder.stdout.readline()
-        self._since_s = time.monotonic()
+        assert holder.stdout is not None
+        try:
+            holder.stdout.readline()
+        except BaseException:
+            # While it waits it listens to nobody.
+            os.killpg(holder.pid, signal.SIGTERM)
+            raise
+        self._holder, self._since_s = holder, time.monotonic()
 
     def end(self) -> None:
         if self._holder is not None:
