@@ -68,8 +68,10 @@ class Vllm:
             model = "base" if ask.adapter is None else f"a{ask.adapter}"
             return completion(model, ask.prompt.token_ids, new_tokens, ignore_eos=True)
 
-        command = [str(HOME.folder / "bin" / "vllm"), "serve", str(scene.model)]
-        command += ["--served-model-name", "base", "--dtype", "float32"]
+        # Its command asks for the version of a package called vllm, which this one is not.
+        command = [str(HOME.python), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(scene.model), "--served-model-name", "base"]
+        command += ["--dtype", "float32"]
         command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "32"]
         command += ["--host", "127.0.0.1", "--port", str(port), *_lora_options(scene)]
         log = HOME.folder / f"serve-{self._cores}.log"
