@@ -178,6 +178,7 @@ class Report:
     def _check_table(self) -> str:
         head = ["answers of 24 tokens, adapters mixed in a batch", "adapters", "PEFT's, of all"]
         head += ["to the last token", "with a tie called otherwise", "more like another's"]
+        head += ["wrong of the base model beside them"]
         rows = []
         for peer in self.peers:
             for adapters in sorted({load.adapters for load in self.loads}):
@@ -185,6 +186,7 @@ class Report:
                     if "num_answers" in row:
                         right = row["num_equal"] + row["num_ties"]
                         cells = [row["num_equal"], row["num_ties"], row["num_of_another"]]
+                        cells += [row["num_wrong_of_base"]]
                         share = f"{right} of {row['num_answers']}"
                         rows.append([peer.title, adapters, share, *cells])
         return "### Checked against PEFT first\n\n" + _table(head, rows)

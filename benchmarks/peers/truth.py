@@ -37,18 +37,38 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """One answer beside PEFT's. At most one of the two is true."""
+
+    num_tokens_followed: int
+    # To the last token.
+    is_equal: bool
+    # It leaves it where PEFT saw a tie.
+    is_tie: bool
+    # It follows another model's answer to this prompt further.
+    is_of_another: bool
+
+    @property
+    def is_right(self) -> bool:
+        return (self.is_equal or self.is_tie) and not self.is_of_another
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of asking a peer what PEFT has answered, adapters mixed in one batch."""
+    """What came of asking a peer what PEFT has answered, everybody mixed in one batch.
+
+    Counts are of the adapters' answers, for these are what is measured then; the base model's are
+    counted where there are no adapters.
+    """
 
     is_right: bool
     num_answers: int
-    # Word for word, to the last token.
     num_equal: int
-    # With a tie called otherwise.
     num_ties: int
-    # How many answers follow another adapter's (or the base model's) further than their own.
     num_of_another: int
     mean_tokens_followed: float
+    # The base model's, asked for in the same batch as adapters.
+    num_wrong_of_base: int
     why: str
 
 
@@ -71,33 +91,36 @@ class Truth:
 
     def asks(self) -> list[Ask]:
         """Neighbours in a batch have different adapters."""
-        return [Ask(prompt, model) for prompt in self._prompts for model in self._models]
+        return [Ask(self._prompts[place], model) for model, place in self._keys()]
+
+    def _keys(self) -> list[tuple[int | None, int]]:
+        return [(model, place) for place in range(len(self._prompts)) for model in self._models]
 
     def judge(self, texts: Sequence[str], *, precision: str) -> Verdict:
         """Texts are in the order of the asks."""
         tolerance, share = TOLERANCE.get(precision, ROUNDED_TOLERANCE)
-        equal = ties = strange = 0
-        followed, departures = [], []
-        keys = [(model, place) for place in range(len(self._prompts)) for model in self._models]
-        for key, text in zip(keys, texts, strict=True):
-            length, is_tie = self._follow(text, self._references[key], tolerance)
-            followed.append(length)
-            whole = self._length(self._references[key])
-            equal += length == whole
-            ties += length < whole and is_tie
-            if length < whole and not is_tie:
-                departures.append(f"adapter {key[0]}, prompt {key[1]}, token {length}")
-            strange += length < self._best_of_others(text, key)
-        num_right = equal + ties
-        is_right = num_right >= share * len(texts) and strange == 0
+        found = {
+            key: self._compare(text, key, tolerance)
+            for key, text in zip(self._keys(), texts, strict=True)
+        }
+        asked = {key: each for key, each in found.items() if key[0] is not None} or found
+        wrong = [key for key, each in asked.items() if not each.is_right]
+        of_another = sum(each.is_of_another for each in asked.values())
+        followed = [each.num_tokens_followed for each in asked.values()]
         return Verdict(
-            is_right=is_right,
-            num_answers=len(texts),
-            num_equal=equal,
-            num_ties=ties,
-            num_of_another=strange,
+            is_right=len(wrong) <= (1 - share) * len(asked) and of_another == 0,
+            num_answers=len(asked),
+            num_equal=sum(each.is_equal for each in asked.values()),
+            num_ties=sum(each.is_tie for each in asked.values()),
+            num_of_another=of_another,
             mean_tokens_followed=round(sum(followed) / len(followed), 2),
-            why="; ".join(departures[:3]),
+            num_wrong_of_base=sum(
+                not each.is_right for key, each in found.items() if key not in asked
+            ),
+            why="; ".join(
+                f"adapter {key[0]}, prompt {key[1]}, token {found[key].num_tokens_followed}"
+                for key in wrong[:3]
+            ),
         )
 
     def check_distinct(self) -> None:
@@ -107,9 +130,16 @@ class Truth:
             if len(said) < len(self._models):
                 raise SystemExit("some adapters' answers do not differ: make them stronger")
 
-    def _best_of_others(self, text: str, key: tuple[int | None, int]) -> int:
+    def _compare(self, text: str, key: tuple[int | None, int], tolerance: float) -> Comparison:
+        own = self._references[key]
+        length, is_tie = self._follow(text, own, tolerance)
         others = (self._references[model, key[1]] for model in self._models if model != key[0])
-        return max((self._follow(text, other, 0.0)[0] for other in others), default=0)
+        return Comparison(
+            num_tokens_followed=length,
+            is_equal=length == self._length(own),
+            is_tie=is_tie,
+            is_of_another=any(self._follow(text, other, 0.0)[0] > length for other in others),
+        )
 
     def _follow(self, text: str, reference: Reference, tolerance: float) -> tuple[int, bool]:
         """How many tokens of the reference the text begins with, and whether a tie ends that."""

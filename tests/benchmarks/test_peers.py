@@ -54,14 +54,22 @@ def truth(tokenizer: Tokenizer) -> Truth:
 def test_the_answers_of_peft_are_right(truth: Truth) -> None:
     verdict = truth.judge(list(ANSWERS.values()), precision="fp32")
     assert verdict.is_right
-    assert (verdict.num_equal, verdict.num_ties, verdict.num_of_another) == (3, 0, 0)
+    assert (verdict.num_equal, verdict.num_ties, verdict.num_of_another) == (2, 0, 0)
     assert [ask.adapter for ask in truth.asks()] == [None, 0, 1]
 
 
 def test_one_adapters_answer_to_everybody_is_wrong(truth: Truth) -> None:
     verdict = truth.judge([ANSWERS[0]] * 3, precision="fp32")
     assert not verdict.is_right
-    assert verdict.num_of_another == 2
+    assert (verdict.num_of_another, verdict.num_wrong_of_base) == (1, 1)
+
+
+def test_wrong_answers_of_the_base_model_beside_adapters_are_told_of_by_themselves(
+    truth: Truth,
+) -> None:
+    verdict = truth.judge([ANSWERS[0], ANSWERS[0], ANSWERS[1]], precision="fp32")
+    assert verdict.is_right
+    assert verdict.num_wrong_of_base == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "Q4_1"])
@@ -72,17 +80,17 @@ def test_adapters_that_do_nothing_are_wrong_at_every_precision(
 
 
 def test_a_tie_may_be_called_otherwise(truth: Truth) -> None:
-    said = ["The sea is very deep.", ANSWERS[0], ANSWERS[1]]
+    said = [ANSWERS[None], "The sea is very deep.", ANSWERS[1]]
     verdict = truth.judge(said, precision="fp32")
     assert verdict.is_right
-    assert (verdict.num_equal, verdict.num_ties) == (2, 1)
+    assert (verdict.num_equal, verdict.num_ties) == (1, 1)
 
 
 def test_another_token_where_peft_saw_no_tie_is_wrong_and_told_of(truth: Truth) -> None:
-    said = ["The sea was wide.", ANSWERS[0], ANSWERS[1]]
+    said = [ANSWERS[None], "The sea was green.", ANSWERS[1]]
     verdict = truth.judge(said, precision="fp32")
     assert not verdict.is_right
-    assert verdict.why == "adapter None, prompt 0, token 2"
+    assert verdict.why == "adapter 0, prompt 0, token 2"
 
 
 def test_what_comes_behind_an_end_of_text_is_not_compared(tokenizer: Tokenizer) -> None:
@@ -211,6 +219,7 @@ def verdict(peer: str, *, is_right: bool) -> dict[str, Any]:
         "num_equal": 18 if is_right else 4,
         "num_ties": 0,
         "num_of_another": 0 if is_right else 14,
+        "num_wrong_of_base": 0,
         "errors": [],
     }
 
