@@ -5,7 +5,10 @@ Knows addresses, and the threads that share a loop. Knows nothing of what is com
 
 import ctypes
 import functools
+import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -38,6 +41,26 @@ thread_count: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
 _parallel = _runtime.GOMP_parallel
 _parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
 _parallel.restype = None
+
+
+def cache_folder(sources: Path) -> Path:
+    """Where loops are kept that were compiled from the files of a folder, as these are now.
+
+    Numba sees when a loop's own file changes, and not when one changes whose functions it inlines.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(sources.glob("*.py")):
+        digest.update(file.read_bytes())
+    if numba.config.CACHE_DIR:
+        home = Path(numba.config.CACHE_DIR)
+    elif os.access(sources, os.W_OK):
+        home = sources / "__pycache__"
+    else:
+        home = Path.home() / ".cache" / "manylora" / "loops"
+    return home / digest.hexdigest()
+
+
+numba.config.CACHE_DIR = str(cache_folder(Path(__file__).parent))
 
 
 def _compile(compiler: Any, function: Callable[..., Any], *, is_exact: bool = False) -> Any:

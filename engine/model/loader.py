@@ -4,6 +4,7 @@ After `load` every target module takes adapters, attention is paged, and a small
 compared with the model's own eager code. Knows models. Knows nothing of requests.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
@@ -150,7 +151,18 @@ def _read(
     assert isinstance(model, PreTrainedModel)
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
+    if formats is not None and device.type == "cpu":
+        _let_go_of_checkpoint(module)
     return model
+
+
+def _let_go_of_checkpoint(module: nn.Module) -> None:
+    """Copy what stays as it was read, so that no view holds the whole file in memory."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+    # What was read to be quantised, which the allocator keeps in case.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _check_dtype(formats: Formats | None, dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -48,6 +49,8 @@ def live(module: Any, life: dict[str, Any]) -> None:
         status = module.main()
     except SystemExit as end:
         status = end.code
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import engine.__main__ as shipped
 from adapters.cache import DiskCache
@@ -14,8 +15,9 @@ def main() -> int:
     trace, *flags = sys.argv[1:]
     load = shipped.load
 
-    def load_traced(config: EngineConfig, source: DiskCache) -> EngineCore:
-        return traced(load(config, source), Path(trace))  # type: ignore[no-any-return]  # the same
+    def load_traced(config: EngineConfig, source: DiskCache, **others: Any) -> EngineCore:
+        core = load(config, source, **others)
+        return traced(core, Path(trace))  # type: ignore[no-any-return]  # the same
 
     shipped.load = load_traced
     return shipped.main(flags)
