@@ -15,7 +15,7 @@ CLIENTS := .venv-clients
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
 MODEL := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/manylora/models/SmolLM2-135M-Instruct
 
-.PHONY: up test clients lint types contracts tests clean
+.PHONY: up test clients thorough lint types contracts tests clean
 
 up: $(VENV)/.installed $(MODEL)/config.json
 	@exec $(BIN)/manylora demo --model $(MODEL) --host $(HOST) --port $(PORT)
@@ -35,6 +35,12 @@ contracts: $(VENV)/.installed-dev
 # Two processes share the tests, each with one thread: small models gain nothing from more.
 tests: $(VENV)/.installed-dev $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not clients" -n 2 --dist loadfile $(PYTEST_FLAGS)
+
+# The longer forms of what takes minutes: kills, soaks, schemas, every request of the OpenAPI document.
+thorough: $(VENV)/.installed-dev $(MODEL)/config.json
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile $(PYTEST_FLAGS) tests/crash \
+	  tests/hostile/test_drains.py tests/end_to_end/test_drains.py tests/end_to_end/test_structured.py \
+	  tests/engine/test_gpu_compiler.py tests/gateway/test_contract.py
 
 clients: $(VENV)/.installed-dev $(CLIENTS)/.installed $(MODEL)/config.json
 	$(BIN)/pytest -m clients tests/clients $(PYTEST_FLAGS)
