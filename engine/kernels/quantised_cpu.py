@@ -63,6 +63,7 @@ Calls = np.ndarray[tuple[int], np.dtype[np.void]]
 
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _HALVES = ir.VectorType(ir.HalfType(), 2)
+_SUMS = ir.VectorType(ir.FloatType(), WIDTH)
 _OWN = ir.VectorType(ir.IntType(8 * OWN_DTYPE.itemsize), LANES)
 _TOTALS = ir.VectorType(WORD, 8)
 
@@ -83,11 +84,14 @@ def _dots(num_columns: int, kind: "_Grouped") -> Any:
                 parts = [b.load(x, b.ir.add(place, LONG(at)), FLOATS) for at in (0, 4 * LANES)]
                 results: list[Any] = []
                 for column, own_scales, total in zip(columns, scale_rows, sums, strict=True):
-                    low, high = kind.weights(b, column, own_scales, group)
-                    results.append(b.added(b.added(total, low, parts[0]), high, parts[1]))
+                    for own, part in zip(
+                        kind.weights(b, column, own_scales, group), parts, strict=True
+                    ):
+                        total = _added(b, total, own, part)
+                    results.append(total)
                 return results
 
-            totals = b.sums(num_columns, num_groups, add)
+            totals = b.sums(num_columns, num_groups, add, kind=_SUMS)
             for column, total in enumerate(totals):
                 b.store(b.sum_of(total), builder.add(out, LONG(4 * column)))
             return context.get_dummy_value()
@@ -95,6 +99,15 @@ def _dots(num_columns: int, kind: "_Grouped") -> Any:
         return types.void(*5 * (types.int64,)), generate
 
     return dots
+
+
+def _added(b: Builder, total: Any, own: Any, part: Any) -> Any:
+    """As many at a time as `products` adds."""
+    for first in range(0, LANES, WIDTH):
+        lanes = ir.Constant(ir.VectorType(WORD, WIDTH), list(range(first, first + WIDTH)))
+        pieces = (b.ir.shuffle_vector(each, each, lanes) for each in (part, own))
+        total = b.call(f"llvm.fma.v{WIDTH}f32", _SUMS, *pieces, total)
+    return total
 
 
 @dataclass(frozen=True, slots=True)
