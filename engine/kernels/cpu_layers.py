@@ -33,8 +33,7 @@ from engine.kernels.products import COLUMNS, MULTIPLE, add_to_rows, linear, prod
 from engine.kernels.quantised import GROUP_SIZE
 from engine.kernels.quantised_cpu import (
     CAN_MULTIPLY_INTEGERS,
-    int4_columns,
-    int8_columns,
+    grouped_columns,
     integer_columns,
     round_rows,
 )
@@ -106,14 +105,15 @@ def _multiply(x: Any, one: Any, call: Any, out: Any, thread: Any, num_threads: A
     tile = call.tile + 4 * thread * call.tile_size
     if kind == _WHOLE:
         product(x, num_rows, weight, width, first, end, out, out_features)
-    elif kind == _INT8:
-        int8_columns(x, num_rows, weight, scales, width, first, end, out, out_features, tile)
-    elif kind == _INT4:
-        int4_columns(x, num_rows, weight, scales, width, first, end, out, out_features, tile)
-    else:
+    elif kind == _DYNAMIC:
         own, own_scales = call.own_codes, call.own_scales
         integer_columns(
             own, own_scales, num_rows, weight, scales, width, first, end, out, out_features
+        )
+    else:
+        bits = 4 if kind == _INT4 else 8
+        grouped_columns(
+            bits, x, num_rows, weight, scales, width, first, end, out, out_features, tile
         )
     if one[_PRODUCT_BIAS]:
         add_to_rows(out, out_features, num_rows, one[_PRODUCT_BIAS], first, end)

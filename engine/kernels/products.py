@@ -151,6 +151,60 @@ def _rows_of_four(
 
 
 @exact
+def _tiles(
+    x: Any,
+    x_stride: Any,
+    num_rows: Any,
+    weight: Any,
+    stride: Any,
+    width: Any,
+    out: Any,
+    out_stride: Any,
+    ahead: Any,
+    pace: Any,
+    ahead_stride: Any,
+) -> None:
+    """out[r, c] = x[r] · weight[c] for the first COLUMNS of c; strides of rows in bytes.
+
+    Each tile of x fetches `ahead_stride` bytes behind the one before, as `_tile` does.
+    """
+    num_tiles = (num_rows + MAX_ROWS - 1) // MAX_ROWS
+    for tile in range(num_tiles):
+        row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
+        _rows_of_four(
+            row_end - row,
+            x + row * x_stride,
+            x_stride,
+            weight,
+            stride,
+            width,
+            out + row * out_stride,
+            out_stride,
+            ahead + tile * ahead_stride,
+            pace,
+        )
+
+
+@exact
+def _last(
+    x: Any,
+    x_stride: Any,
+    num_rows: Any,
+    weight: Any,
+    stride: Any,
+    num: Any,
+    width: Any,
+    out: Any,
+    out_stride: Any,
+) -> None:
+    """out[r, c] = x[r] · weight[c] for the few c that are left; strides in bytes."""
+    for c in range(num):
+        own = weight + c * stride
+        for row in range(num_rows):
+            _single(x + row * x_stride, 0, own, 0, width, out + row * out_stride + 4 * c, 0, own, 0)
+
+
+@exact
 def block(
     x: Any, num_rows: Any, weight: Any, width: Any, out: Any, out_stride: Any, ahead: Any, num: Any
 ) -> None:
@@ -162,49 +216,33 @@ def block(
     num_tiles = (num_rows + MAX_ROWS - 1) // MAX_ROWS
     # Each tile of x brings its part, so that memory has no idle time.
     pace = (num + num_tiles - 1) // num_tiles
-    for tile in range(num_tiles):
-        row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
-        _rows_of_four(
-            row_end - row,
-            x + 4 * row * width,
-            4 * width,
-            weight,
-            4 * width,
-            width,
-            out + 4 * row * out_stride,
-            4 * out_stride,
-            ahead + tile * pace * (width // WIDTH),
-            pace,
-        )
+    size, part = 4 * width, pace * (width // WIDTH)
+    _tiles(x, size, num_rows, weight, size, width, out, 4 * out_stride, ahead, pace, part)
 
 
 @exact
 def product(
     x: Any, num_rows: Any, weight: Any, width: Any, first: Any, end: Any, out: Any, out_stride: Any
 ) -> None:
-    """out[r, c] = x[r] · weight[c] for c from `first`, a multiple of COLUMNS, to `end`.
+    """out[r, c] = x[r] · weight[c] for c from `first` to `end`.
 
     x and weight: addresses of rows of `width` floats, one behind the other; `out_stride` in floats.
     """
-    column = first
+    size, column = 4 * width, first
     if num_rows == 1 and width <= MAX_WIDTH_OF_CHAINS:
         # One after the other, as they lie: memory is read faster than in four places at once.
         while column < end:
-            own = weight + 4 * column * width
-            ahead = own + 4 * COLUMNS * width
+            own = weight + column * size
+            ahead = own + COLUMNS * size
             _single(x, 0, own, 0, width, out + 4 * column, 0, ahead, 4 * WIDTH)
             column += 1
     while column + COLUMNS <= end:
-        own = weight + 4 * column * width
-        ahead = own + 4 * COLUMNS * width
+        own = weight + column * size
+        ahead = own + COLUMNS * size
         block(x, num_rows, own, width, out + 4 * column, out_stride, ahead, 4 * COLUMNS * WIDTH)
         column += COLUMNS
-    while column < end:
-        own = weight + 4 * column * width
-        for row in range(num_rows):
-            place = out + 4 * (row * out_stride + column)
-            _single(x + 4 * row * width, 0, own, 0, width, place, 0, own, 0)
-        column += 1
+    own, place = weight + column * size, out + 4 * column
+    _last(x, size, num_rows, own, size, end - column, width, place, 4 * out_stride)
 
 
 @exact
@@ -224,30 +262,13 @@ def dots(
 
     The `values`, which lie as the keys do, are brought into the cache meanwhile.
     """
-    num_tiles = (num_rows + MAX_ROWS - 1) // MAX_ROWS
+    size, own_size, out_size = 4 * stride, 4 * x_stride, 4 * out_stride
     i = 0
     while i + COLUMNS <= num:
-        for tile in range(num_tiles):
-            row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
-            _rows_of_four(
-                row_end - row,
-                x + 4 * row * x_stride,
-                4 * x_stride,
-                keys + 4 * i * stride,
-                4 * stride,
-                width,
-                out + 4 * (row * out_stride + i),
-                4 * out_stride,
-                values + 4 * i * stride,
-                4 * stride,
-            )
+        own, place, ahead = keys + i * size, out + 4 * i, values + i * size
+        _tiles(x, own_size, num_rows, own, size, width, place, out_size, ahead, size, 0)
         i += COLUMNS
-    while i < num:
-        own = keys + 4 * i * stride
-        for row in range(num_rows):
-            place = out + 4 * (row * out_stride + i)
-            _single(x + 4 * row * x_stride, 0, own, 0, width, place, 0, own, 0)
-        i += 1
+    _last(x, own_size, num_rows, keys + i * size, size, num - i, width, out + 4 * i, out_size)
 
 
 @inlined

@@ -38,8 +38,8 @@ _CALL = np.dtype(
         for name in (
             *("x", "codes", "scales", "out"),
             *("num_rows", "in_features", "out_features"),
-            # Room for COLUMNS rows of the weight for each thread
-            "tile",
+            # Of a code, where weights are in groups; room for COLUMNS rows of them for each thread
+            *("bits", "tile"),
             # int8-dynamic: [num_rows, in_features] in the form that integers are multiplied in, and
             # [num_rows] float32
             *("own_codes", "own_scales"),
@@ -307,39 +307,32 @@ _write_int8, _write_int4 = _writing(_INT8), _writing(_INT4)
 
 
 @exact
-def int8_columns(
-    x: Any,
-    num_rows: Any,
-    codes: Any,
-    scales: Any,
-    width: Any,
-    first: Any,
-    end: Any,
-    out: Any,
-    out_stride: Any,
-    tile: Any,
-) -> None:
-    """As `products.product`; `tile`: room for COLUMNS rows of the weight."""
-    num_groups = width // GROUP_SIZE
-    for column in range(first, end, COLUMNS):
-        own, own_scales = codes + column * width, scales + 2 * column * num_groups
-        place = out + 4 * column
-        if column + COLUMNS > end:
-            for i in range(end - column):
-                one, one_scales = own + i * width, own_scales + 2 * i * num_groups
-                for row in range(num_rows):
-                    at = place + 4 * (row * out_stride + i)
-                    _int8_one(one, one_scales, x + 4 * row * width, at, num_groups)
-        elif num_rows == 1:
-            _int8_row(own, own_scales, x, place, num_groups)
-        else:
-            _write_int8(tile, own, own_scales, COLUMNS * num_groups)
-            ahead = own + COLUMNS * width
-            block(x, num_rows, tile, width, place, out_stride, ahead, COLUMNS * WIDTH)
+def _grouped_row(bits: Any, codes: Any, scales: Any, x: Any, out: Any, num_groups: Any) -> None:
+    if bits == 4:
+        _int4_row(codes, scales, x, out, num_groups)
+    else:
+        _int8_row(codes, scales, x, out, num_groups)
 
 
 @exact
-def int4_columns(
+def _grouped_one(bits: Any, codes: Any, scales: Any, x: Any, out: Any, num_groups: Any) -> None:
+    if bits == 4:
+        _int4_one(codes, scales, x, out, num_groups)
+    else:
+        _int8_one(codes, scales, x, out, num_groups)
+
+
+@exact
+def _write_groups(bits: Any, out: Any, codes: Any, scales: Any, num_groups: Any) -> None:
+    if bits == 4:
+        _write_int4(out, codes, scales, num_groups)
+    else:
+        _write_int8(out, codes, scales, num_groups)
+
+
+@exact
+def grouped_columns(
+    bits: Any,
     x: Any,
     num_rows: Any,
     codes: Any,
@@ -351,50 +344,34 @@ def int4_columns(
     out_stride: Any,
     tile: Any,
 ) -> None:
-    """As `int8_columns`."""
+    """As `products.product`, of weights in 8 or 4 bits; `tile`: room for COLUMNS rows of them."""
     num_groups = width // GROUP_SIZE
+    code_stride, scale_stride = width * bits // 8, num_groups * (4 if bits == 4 else 2)
     for column in range(first, end, COLUMNS):
-        own, own_scales = codes + column * width // 2, scales + 4 * column * num_groups
+        own, own_scales = codes + column * code_stride, scales + column * scale_stride
         place = out + 4 * column
         if column + COLUMNS > end:
             for i in range(end - column):
-                one, one_scales = own + i * width // 2, own_scales + 4 * i * num_groups
+                one, one_scales = own + i * code_stride, own_scales + i * scale_stride
                 for row in range(num_rows):
                     at = place + 4 * (row * out_stride + i)
-                    _int4_one(one, one_scales, x + 4 * row * width, at, num_groups)
+                    _grouped_one(bits, one, one_scales, x + 4 * row * width, at, num_groups)
         elif num_rows == 1:
-            _int4_row(own, own_scales, x, place, num_groups)
+            _grouped_row(bits, own, own_scales, x, place, num_groups)
         else:
-            _write_int4(tile, own, own_scales, COLUMNS * num_groups)
-            ahead = own + COLUMNS * width // 2
-            block(x, num_rows, tile, width, place, out_stride, ahead, COLUMNS * WIDTH // 2)
+            _write_groups(bits, tile, own, own_scales, COLUMNS * num_groups)
+            ahead = own + COLUMNS * code_stride
+            # So much of the next rows' codes for each vector of floats.
+            block(x, num_rows, tile, width, place, out_stride, ahead, COLUMNS * WIDTH * bits // 8)
 
 
-def _int8_product(pointer: Any) -> None:
+def _grouped_product(pointer: Any) -> None:
     call = numba.carray(pointer, 1)[0]
     thread, width = thread_index(), call.in_features
     first, end = share(call.out_features, thread, thread_count())
     tile = call.tile + 4 * COLUMNS * width * thread
-    int8_columns(
-        call.x,
-        call.num_rows,
-        call.codes,
-        call.scales,
-        width,
-        first,
-        end,
-        call.out,
-        call.out_features,
-        tile,
-    )
-
-
-def _int4_product(pointer: Any) -> None:
-    call = numba.carray(pointer, 1)[0]
-    thread, width = thread_index(), call.in_features
-    first, end = share(call.out_features, thread, thread_count())
-    tile = call.tile + 4 * COLUMNS * width * thread
-    int4_columns(
+    grouped_columns(
+        call.bits,
         call.x,
         call.num_rows,
         call.codes,
@@ -479,7 +456,7 @@ def _integer_product(pointer: Any) -> None:
     )
 
 
-_INT8_PRODUCT, _INT4_PRODUCT = loop(_int8_product, _CALL), loop(_int4_product, _CALL)
+_GROUPED_PRODUCT = loop(_grouped_product, _CALL)
 _INTEGER_PRODUCT = loop(_integer_product, _CALL) if CAN_MULTIPLY_INTEGERS else None
 
 
@@ -487,12 +464,12 @@ def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """As `Format.product` of int8."""
     if x.shape[1] % GROUP_SIZE:
         return INT8.product(x, codes, scales)
-    return _product(x, codes, scales, _INT8_PRODUCT)
+    return _product(x, codes, scales, bits=8)
 
 
 def int4_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """As `Format.product` of int4."""
-    return _product(x, codes, scales, _INT4_PRODUCT)
+    return _product(x, codes, scales, bits=4)
 
 
 def int8_dynamic_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -508,13 +485,13 @@ def int8_dynamic_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return out
 
 
-def _product(x: Tensor, codes: Tensor, scales: Tensor, loop: Any) -> Tensor:
+def _product(x: Tensor, codes: Tensor, scales: Tensor, *, bits: int) -> Tensor:
     x = x.contiguous()
     out = torch.empty(x.shape[0], codes.shape[0])
     call = _call(x, codes, scales, out=out)
     tile = torch.empty(torch.get_num_threads() * COLUMNS * x.shape[1])
-    call[0]["tile"] = tile.data_ptr()
-    run(loop, call.ctypes.data)
+    call[0]["tile"], call[0]["bits"] = tile.data_ptr(), bits
+    run(_GROUPED_PRODUCT, call.ctypes.data)
     return out
 
 
