@@ -12,6 +12,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Hundreds of processes are started, and each would compile our modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# A shell starts what runs in the background deaf to Ctrl-C, and so would be all that we start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Groups of tests that take longest.
 LONGEST = (
     "tests/end_to_end",
