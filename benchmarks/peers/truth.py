@@ -201,17 +201,11 @@ def ask_peft(scene: Scene, prompts: Sequence[Prompt]) -> Truth:
 def _answers(question: dict[str, Any]) -> list[dict[str, Any]]:
     # Only in the process that asks PEFT.
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(question["model"], dtype=torch.float32)
+    from benchmarks.peers.foreign.generate import load
+
     # Answers go on behind an end of text, as everybody's do here.
-    model.generation_config.eos_token_id = None
-    for number, folder in enumerate(question["adapters"]):
-        if number == 0:
-            model = PeftModel.from_pretrained(model, folder, adapter_name="0")
-        else:
-            model.load_adapter(folder, adapter_name=str(number))
+    model: Any = load(question["model"], question["adapters"])
     prompts = torch.tensor(question["prompts"])
     found = []
     for each in [None, *range(len(question["adapters"]))]:

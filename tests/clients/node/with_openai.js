@@ -2,26 +2,24 @@
 
 import OpenAI from "openai";
 
-const { MODEL, EMBEDDER, VIEWERS_KEY, SLOW_KEY } = process.env;
-const client = new OpenAI();
-const messages = [{ role: "user", content: "How many open orders are there?" }];
-const texts = ["open orders", "A pirate's favourite letter"];
-const enough = { max_tokens: 120 };
+import {
+  EMBEDDER,
+  ENOUGH_TOKENS,
+  MODEL,
+  SLOW_KEY,
+  VIEWERS_KEY,
+  errorOf,
+  question,
+  review,
+  tell,
+  weather,
+} from "./asking.js";
 
-const object = (properties) => ({
-  type: "object",
-  properties,
-  required: Object.keys(properties),
-  additionalProperties: false,
-});
-const weather = object({
-  unit: { type: "string", enum: ["celsius", "fahrenheit"] },
-  days: { type: "integer", minimum: 1, maximum: 9 },
-});
-const review = object({
-  mood: { type: "string", enum: ["good", "bad"] },
-  stars: { type: "integer", minimum: 1, maximum: 5 },
-});
+const client = new OpenAI();
+const messages = [{ role: "user", content: question }];
+const texts = ["open orders", "A pirate's favourite letter"];
+const enough = { max_tokens: ENOUGH_TOKENS };
+
 const tool = { type: "function", function: { name: "get_weather", parameters: weather } };
 
 const ask = (fields = {}, by = client, options = {}) =>
@@ -99,30 +97,18 @@ async function embeddings() {
 
 async function errors() {
   const by = (apiKey) => client.withOptions({ apiKey, maxRetries: 0 });
-  const nameOf = async (call) => {
-    try {
-      await call();
-    } catch (error) {
-      return error.constructor.name;
-    }
-    return "nothing";
-  };
   const attempt = { headers: { "Idempotency-Key": "attempt-from-node" } };
   await ask({}, client, attempt);
   // Others before this client may have asked already.
-  await nameOf(() => ask({ max_tokens: 1 }, by(SLOW_KEY)));
+  await errorOf(() => ask({ max_tokens: 1 }, by(SLOW_KEY)));
   return {
-    400: await nameOf(() => ask({ max_tokens: -1 })),
-    401: await nameOf(() => ask({}, by("nobody's"))),
-    403: await nameOf(() => ask({}, by(VIEWERS_KEY))),
-    404: await nameOf(() => ask({ model: "nobody's" })),
-    422: await nameOf(() => ask({ seed: 1 }, client, attempt)),
-    429: await nameOf(() => ask({ max_tokens: 1 }, by(SLOW_KEY))),
+    400: await errorOf(() => ask({ max_tokens: -1 })),
+    401: await errorOf(() => ask({}, by("nobody's"))),
+    403: await errorOf(() => ask({}, by(VIEWERS_KEY))),
+    404: await errorOf(() => ask({ model: "nobody's" })),
+    422: await errorOf(() => ask({ seed: 1 }, client, attempt)),
+    429: await errorOf(() => ask({ max_tokens: 1 }, by(SLOW_KEY))),
   };
 }
 
-const facts = {};
-for (const notion of [chat, stream, usage, tools, tools_streamed, schema, models, embeddings, errors]) {
-  facts[notion.name] = await notion();
-}
-console.log(JSON.stringify(facts));
+await tell(chat, stream, usage, tools, tools_streamed, schema, models, embeddings, errors);

@@ -2,25 +2,21 @@
 
 import OpenAI from "openai";
 
-const { MODEL, VIEWERS_KEY, SLOW_KEY } = process.env;
-const client = new OpenAI();
-const question = "How many open orders are there?";
-const enough = { max_output_tokens: 120 };
+import {
+  ENOUGH_TOKENS,
+  MODEL,
+  SLOW_KEY,
+  VIEWERS_KEY,
+  errorOf,
+  question,
+  review,
+  tell,
+  weather,
+} from "./asking.js";
 
-const object = (properties) => ({
-  type: "object",
-  properties,
-  required: Object.keys(properties),
-  additionalProperties: false,
-});
-const weather = object({
-  unit: { type: "string", enum: ["celsius", "fahrenheit"] },
-  days: { type: "integer", minimum: 1, maximum: 9 },
-});
-const review = object({
-  mood: { type: "string", enum: ["good", "bad"] },
-  stars: { type: "integer", minimum: 1, maximum: 5 },
-});
+const client = new OpenAI();
+const enough = { max_output_tokens: ENOUGH_TOKENS };
+
 const tool = { type: "function", name: "get_weather", parameters: weather, strict: true };
 const call = { tools: [tool], tool_choice: "required", parallel_tool_calls: false, ...enough };
 
@@ -80,30 +76,18 @@ async function schema() {
 
 async function errors() {
   const by = (apiKey) => client.withOptions({ apiKey, maxRetries: 0 });
-  const nameOf = async (asking) => {
-    try {
-      await asking();
-    } catch (error) {
-      return error.constructor.name;
-    }
-    return "nothing";
-  };
   const attempt = { headers: { "Idempotency-Key": "response-to-node" } };
   await ask({}, client, attempt);
   // Others before this client may have asked already.
-  await nameOf(() => ask({ max_output_tokens: 1 }, by(SLOW_KEY)));
+  await errorOf(() => ask({ max_output_tokens: 1 }, by(SLOW_KEY)));
   return {
-    400: await nameOf(() => ask({ store: true })),
-    401: await nameOf(() => ask({}, by("nobody's"))),
-    403: await nameOf(() => ask({}, by(VIEWERS_KEY))),
-    404: await nameOf(() => ask({ model: "nobody's" })),
-    422: await nameOf(() => ask({ top_p: 0.5 }, client, attempt)),
-    429: await nameOf(() => ask({ max_output_tokens: 1 }, by(SLOW_KEY))),
+    400: await errorOf(() => ask({ store: true })),
+    401: await errorOf(() => ask({}, by("nobody's"))),
+    403: await errorOf(() => ask({}, by(VIEWERS_KEY))),
+    404: await errorOf(() => ask({ model: "nobody's" })),
+    422: await errorOf(() => ask({ top_p: 0.5 }, client, attempt)),
+    429: await errorOf(() => ask({ max_output_tokens: 1 }, by(SLOW_KEY))),
   };
 }
 
-const facts = {};
-for (const notion of [chat, stream, usage, tools, tools_streamed, schema, errors]) {
-  facts[notion.name] = await notion();
-}
-console.log(JSON.stringify(facts));
+await tell(chat, stream, usage, tools, tools_streamed, schema, errors);
