@@ -111,13 +111,13 @@ class WholeLayer(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, [num_rows, heads, head_dim] each.
 
-        hidden: [num_rows, width]; cos, sin: [num_rows, dims].
+        hidden: [..., num_rows, width]; cos, sin: [..., num_rows, dims], before them ones alone.
         """
 
     def leave(self, attended: Tensor, hidden: Tensor, *, adapters: LoraPlan | None) -> Tensor:
-        """The layer's output, [num_rows, width].
+        """The layer's output, in the shape of its input `hidden`.
 
-        attended: [num_rows, heads, head_dim]; hidden: the layer's input, [num_rows, width].
+        attended: [num_rows, heads, head_dim]; hidden: [..., num_rows, width].
         """
 
 

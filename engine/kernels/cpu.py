@@ -430,6 +430,7 @@ class CompiledLora:
         self._weights = weights
         # For loops that take all runs, long or not. Read by address, as long as this plan lives.
         self.groups = np.ascontiguousarray(runs)
+        self.groups_address: int = self.groups.ctypes.data
         self.max_rank = weights.max_rank(runs[:, 2])
         self._affine = CompiledAffine(batch, weights)
         self._long = DenseLora(runs[is_long], weights)

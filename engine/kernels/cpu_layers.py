@@ -45,6 +45,8 @@ _WEIGHT, _SCALES, _PRODUCT_BIAS, _IN, _OUT, _TABLE, _KIND = range(7)
 _FIELDS = 7
 _WHOLE, _INT8, _INT4, _DYNAMIC = range(4)
 _KINDS = {None: _WHOLE, "int8": _INT8, "int4": _INT4, "int8-dynamic": _DYNAMIC}
+# Columns after which a part of the adapters is fetched, and from how many rows on.
+_SPAN, _MIN_ROWS_OF_FETCHING = 32, 12
 # Most products of the same rows, each of which has a place of its own for what adapters shrink.
 _MOST_AT_ONCE = 3
 
@@ -97,29 +99,6 @@ def _round(x: Any, one: Any, call: Any, first: Any, end: Any) -> None:
 
 
 @inlined
-def _multiply(x: Any, one: Any, call: Any, out: Any, thread: Any, num_threads: Any) -> None:
-    """This thread's columns of x Wᵀ + bias, with what `_round` has made of all rows."""
-    kind, num_rows, width, out_features = one[_KIND], call.num_rows, one[_IN], one[_OUT]
-    weight, scales = one[_WEIGHT], one[_SCALES]
-    first, end = share(out_features, thread, num_threads)
-    tile = call.tile + 4 * thread * call.tile_size
-    if kind == _WHOLE:
-        product(x, num_rows, weight, width, first, end, out, out_features)
-    elif kind == _DYNAMIC:
-        own, own_scales = call.own_codes, call.own_scales
-        integer_columns(
-            own, own_scales, num_rows, weight, scales, width, first, end, out, out_features
-        )
-    else:
-        bits = 4 if kind == _INT4 else 8
-        grouped_columns(
-            bits, x, num_rows, weight, scales, width, first, end, out, out_features, tile
-        )
-    if one[_PRODUCT_BIAS]:
-        add_to_rows(out, out_features, num_rows, one[_PRODUCT_BIAS], first, end)
-
-
-@inlined
 def _num_blocks(table: Any, groups: Any, num_groups: Any) -> Any:
     """Of all groups' lora_A, in blocks of COLUMNS rows."""
     total = 0
@@ -151,6 +130,32 @@ def _shrink(x: Any, one: Any, call: Any, place: Any, thread: Any, num_threads: A
 
 
 @inlined
+def _fetch_adapters(
+    one: Any, call: Any, part: Any, num_parts: Any, thread: Any, num_threads: Any
+) -> None:
+    """Have a part of what this thread's `_shrink` and `_expand` read brought into the cache."""
+    table, groups = ints(one[_TABLE]), ints(call.groups)
+    first, end = rows_of(_num_blocks(table, groups, call.num_groups), thread, num_threads)
+    column, column_end = share(one[_OUT], thread, num_threads)
+    own, own_end = rows_of(end - first, part, num_parts)
+    row, row_end = rows_of(call.num_groups * call.max_rank, part, num_parts)
+    before = -first
+    for g in range(call.num_groups):
+        entry = 3 * groups[3 * g + 2]
+        rank = table[entry + 2]
+        num = (rank + COLUMNS - 1) // COLUMNS
+        start, stop = max(own - before, 0), min(COLUMNS * min(own_end - before, num), rank)
+        if COLUMNS * start < stop:
+            address = table[entry] + 4 * COLUMNS * start * one[_IN]
+            fetch_rows(address, one[_IN], stop - COLUMNS * start, one[_IN])
+        before += num
+        start, stop = max(row - g * call.max_rank, 0), min(row_end - g * call.max_rank, rank)
+        if start < stop:
+            address = table[entry + 1] + 4 * (start * one[_OUT] + column)
+            fetch_rows(address, one[_OUT], stop - start, column_end - column)
+
+
+@inlined
 def _expand(out: Any, one: Any, call: Any, place: Any, thread: Any, num_threads: Any) -> None:
     """Add to this thread's columns what the adapters have shrunk."""
     if one[_TABLE] == 0:
@@ -174,6 +179,47 @@ def _expand(out: Any, one: Any, call: Any, place: Any, thread: Any, num_threads:
             groups[3 * g + 1],
             shrunk,
             call.max_rank,
+        )
+
+
+@inlined
+def _multiply(x: Any, one: Any, call: Any, out: Any, thread: Any, num_threads: Any) -> None:
+    """This thread's columns of x Wᵀ + bias, with what `_round` has made of all rows.
+
+    Many rows keep the arithmetic busy: meanwhile what the adapters need next is fetched.
+    """
+    num_rows, out_features = call.num_rows, one[_OUT]
+    first, end = share(out_features, thread, num_threads)
+    fetches = one[_TABLE] != 0 and call.num_groups > 0 and num_rows >= _MIN_ROWS_OF_FETCHING
+    size = _SPAN if fetches else max(end - first, 1)
+    num_spans = (end - first + size - 1) // size
+    for span in range(num_spans):
+        start = first + span * size
+        _multiply_columns(x, one, call, out, start, min(start + size, end), thread)
+        if fetches:
+            _fetch_adapters(one, call, span, num_spans, thread, num_threads)
+    if one[_PRODUCT_BIAS]:
+        add_to_rows(out, out_features, num_rows, one[_PRODUCT_BIAS], first, end)
+
+
+@inlined
+def _multiply_columns(
+    x: Any, one: Any, call: Any, out: Any, first: Any, end: Any, thread: Any
+) -> None:
+    kind, num_rows, width, out_features = one[_KIND], call.num_rows, one[_IN], one[_OUT]
+    weight, scales = one[_WEIGHT], one[_SCALES]
+    tile = call.tile + 4 * thread * call.tile_size
+    if kind == _WHOLE:
+        product(x, num_rows, weight, width, first, end, out, out_features)
+    elif kind == _DYNAMIC:
+        own, own_scales = call.own_codes, call.own_scales
+        integer_columns(
+            own, own_scales, num_rows, weight, scales, width, first, end, out, out_features
+        )
+    else:
+        bits = 4 if kind == _INT4 else 8
+        grouped_columns(
+            bits, x, num_rows, weight, scales, width, first, end, out, out_features, tile
         )
 
 
@@ -276,15 +322,31 @@ class Workspace:
     """Rows that live as long as one loop does; all layers share them. Mutable; one thread."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+        # Of each name: the rows, how many floats of them may be used, and where these begin.
+        self._kept: dict[str, tuple[np.ndarray[Any, np.dtype[np.float32]], int, int]] = {}
+        # What was last asked for, and what was said.
+        self._turning: tuple[Tensor, Tensor, dict[str, int]] | None = None
 
     def take(self, name: str, size: int) -> int:
         """The address of so many floats, which hold anything; a line of the cache begins there."""
-        own = self._kept.get(name)
-        if own is None or len(own) < size + LINE:
-            own = self._kept[name] = np.empty(size + LINE, dtype=np.float32)
-        address: int = own.ctypes.data
-        return -(-address // (4 * LINE)) * 4 * LINE
+        found = self._kept.get(name)
+        if found is None or found[1] < size:
+            own = np.empty(size + LINE, dtype=np.float32)
+            address = -(-own.ctypes.data // (4 * LINE)) * 4 * LINE
+            found = self._kept[name] = own, size, address
+        return found[2]
+
+    def turning(self, cos: Tensor, sin: Tensor, *, num_rows: int) -> Mapping[str, int]:
+        """Where a step's cosines and sines are, as a call has it; all layers ask for the same."""
+        if self._turning is None or cos is not self._turning[0] or sin is not self._turning[1]:
+            assert cos.stride(-1) == sin.stride(-1) == 1
+            assert cos.shape == sin.shape
+            dims = cos.shape[-1]
+            assert cos.numel() == num_rows * dims
+            fields = {"cos": cos.data_ptr(), "cos_row": cos.stride(-2), "dims": dims}
+            fields |= {"sin": sin.data_ptr(), "sin_row": sin.stride(-2)}
+            self._turning = cos, sin, fields
+        return self._turning[2]
 
 
 class CompiledLayer:
@@ -294,64 +356,54 @@ class CompiledLayer:
         before = (parts.query, parts.key, parts.value)
         behind = (parts.after, parts.gate, parts.up, parts.down)
         _check(parts, [*before, *behind])
-        self._parts, self._workspace = parts, workspace
-        # Read by address.
+        # Read by address, as long as this layer lives.
+        self._parts = parts
         self._before, self._behind = (_table_of(p, parts.weights) for p in (before, behind))
         self._enter, self._leave = np.zeros(1, dtype=_ENTER_CALL), np.zeros(1, dtype=_LEAVE_CALL)
+        # numpy takes microseconds to say this.
+        self._enter_address, self._leave_address = self._enter.ctypes.data, self._leave.ctypes.data
         self._width = parts.query.in_features
         self._inner_width = parts.gate.out_features
+        # Of query, key and value: how many heads, and how wide they are
+        self._heads = [(one.out_features // parts.head_dim, parts.head_dim) for one in before]
         self._widest = max(one.in_features for one in (*before, *behind))
         _fill(self._enter, _norm_fields(parts.norms[0], self._width))
         _fill(self._leave, _norm_fields(parts.norms[1], self._width))
         _fill(self._enter, {"products": self._before.ctypes.data, "head_dim": parts.head_dim})
         inner = {"products": self._behind.ctypes.data, "inner_width": self._inner_width}
         _fill(self._leave, inner)
+        self._workspace = workspace
 
     def enter(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, *, adapters: object
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, [num_rows, heads, head_dim] each.
-
-        hidden: [num_rows, width]; cos, sin: [num_rows, dims].
-        """
+        """As `WholeLayer.enter`."""
         assert hidden.is_contiguous()
-        assert cos.stride(1) == sin.stride(1) == 1
-        assert cos.shape == sin.shape
-        assert len(cos) == len(hidden)
-        parts, call, num_rows = self._parts, self._enter[0], hidden.shape[0]
-        query, key, value = (
-            hidden.new_empty(num_rows, one.out_features // parts.head_dim, parts.head_dim)
-            for one in (parts.query, parts.key, parts.value)
-        )
+        call, num_rows = self._enter[0], hidden.numel() // self._width
+        query, key, value = (hidden.new_empty(num_rows, *heads) for heads in self._heads)
         call["x"], call["num_rows"] = hidden.data_ptr(), num_rows
-        call["normed"] = self._workspace.take("normed", hidden.numel())
-        call["query"], call["key"], call["value"] = (
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-        )
-        call["cos"], call["cos_row"], call["dims"] = cos.data_ptr(), cos.stride(0), cos.shape[1]
-        call["sin"], call["sin_row"] = sin.data_ptr(), sin.stride(0)
+        call["normed"] = self._workspace.take("normed", num_rows * self._width)
+        call["query"], call["key"] = query.data_ptr(), key.data_ptr()
+        call["value"] = value.data_ptr()
+        for name, field in self._workspace.turning(cos, sin, num_rows=num_rows).items():
+            call[name] = field
         self._bring(call, adapters, num_rows)
-        run(_ENTER, self._enter.ctypes.data)
+        run(_ENTER, self._enter_address)
         return query, key, value
 
     def leave(self, attended: Tensor, hidden: Tensor, *, adapters: object) -> Tensor:
-        """The layer's output, [num_rows, width].
-
-        attended: [num_rows, heads, head_dim]; hidden: the layer's input, [num_rows, width].
-        """
+        """As `WholeLayer.leave`."""
         assert attended.is_contiguous()
-        call, workspace, num_rows = self._leave[0], self._workspace, hidden.shape[0]
+        call, workspace, num_rows = self._leave[0], self._workspace, hidden.numel() // self._width
         out = torch.empty_like(hidden)
         call["attended"], call["residual"] = attended.data_ptr(), hidden.data_ptr()
         call["out"], call["num_rows"] = out.data_ptr(), num_rows
         for name in ("total", "normed"):
-            call[name] = workspace.take(name, hidden.numel())
+            call[name] = workspace.take(name, num_rows * self._width)
         for name in ("gate", "up"):
             call[name] = workspace.take(name, num_rows * self._inner_width)
         self._bring(call, adapters, num_rows)
-        run(_LEAVE, self._leave.ctypes.data)
+        run(_LEAVE, self._leave_address)
         return out
 
     def _bring(self, call: Any, adapters: object, num_rows: int) -> None:
@@ -367,7 +419,7 @@ class CompiledLayer:
             return
         assert isinstance(adapters, CompiledLora)
         size = _MOST_AT_ONCE * num_rows * adapters.max_rank
-        call["groups"], call["num_groups"] = adapters.groups.ctypes.data, len(adapters.groups)
+        call["groups"], call["num_groups"] = adapters.groups_address, len(adapters.groups)
         call["shrunk"] = self._workspace.take("shrunk", size)
         call["max_rank"] = adapters.max_rank
 

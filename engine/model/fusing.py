@@ -273,7 +273,7 @@ def _in_loops(kernels: LayerKernels, layer: Any, by_parts: _Layer) -> Iterator[F
     if linears is None or not is_rotated or not all(isinstance(norm, _Norm) for norm in norms):
         return
     try:
-        made = kernels.layer(_parts_of(layer, linears, norms))
+        made, call = kernels.layer(_parts_of(layer, linears, norms)), _call_of(layer.self_attn)
     except MISFITS:
         return
     watchers = [
@@ -282,7 +282,7 @@ def _in_loops(kernels: LayerKernels, layer: Any, by_parts: _Layer) -> Iterator[F
         if module is not layer
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
     ]
-    yield _LayerInLoops(kernels, made, by_parts, _bank_of(linears), watchers)
+    yield _LayerInLoops(kernels, made, call, by_parts, _bank_of(linears), watchers)
 
 
 def _linears_of(layer: Any) -> dict[str, nn.Module] | None:
@@ -332,6 +332,15 @@ def _parts_of(layer: Any, linears: Mapping[str, Any], norms: list[Any]) -> Layer
     )
 
 
+def _call_of(attention: Any) -> LayerCall:
+    return LayerCall(
+        layer=attention.layer_idx,
+        scaling=attention.scaling,
+        sliding_window=getattr(attention, "sliding_window", None),
+        softcap=None,
+    )
+
+
 def _product_of(linear: Any) -> Product:
     base, module = _base_of(linear), linear.index if isinstance(linear, LoraLinear) else None
     if isinstance(base, QuantisedLinear):
@@ -350,6 +359,8 @@ def _product_of(linear: Any) -> Product:
 class _LayerInLoops:
     kernels: LayerKernels
     made: WholeLayer
+    # As its attention calls
+    call: LayerCall
     # For steps in which anybody listens to a part, or adapters do more than the loops do.
     by_parts: _Layer
     bank: LoraBank | None
@@ -375,14 +386,6 @@ class _LayerInLoops:
                 **others,
             )
         assert position_embeddings is not None, "there is no RoPE"
-        cos, sin = position_embeddings
-        hidden, attention = hidden_states[0], layer.self_attn
-        states = self.made.enter(hidden, cos[0], sin[0], adapters=adapters)
-        call = LayerCall(
-            layer=attention.layer_idx,
-            scaling=attention.scaling,
-            sliding_window=getattr(attention, "sliding_window", None),
-            softcap=None,
-        )
-        attended = paged.attend(*states, call=call)
-        return self.made.leave(attended, hidden, adapters=adapters)[None]
+        states = self.made.enter(hidden_states, *position_embeddings, adapters=adapters)
+        attended = paged.attend(*states, call=self.call)
+        return self.made.leave(attended, hidden_states, adapters=adapters)
