@@ -4,7 +4,7 @@ Each computes what `reference` defines. Knows devices and dtypes. Knows nothing 
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from engine.batch import Batch
 from engine.errors import ConfigurationError
 from engine.kernels import quantised, threads
 from engine.kernels.dense import DenseAttention, DenseLora
-from engine.kernels.layer_parts import LayerParts
+from engine.kernels.layer_parts import LayerCall, LayerParts
 from engine.kernels.quantised import Format
 from engine.kernels.slot_weights import SlotWeights
 
@@ -121,6 +121,29 @@ class WholeLayer(Protocol):
         """
 
 
+class WholeStack(Protocol):
+    """Neighbouring layers with their attention, each with the output of the one before."""
+
+    def serves(self, plan: AttentionPlan) -> bool:
+        """Whether it attends as this plan does."""
+
+    def run(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        plan: AttentionPlan,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        adapters: LoraPlan | None,
+    ) -> Tensor:
+        """The last layer's output, in the shape of the first one's input `hidden`.
+
+        As `WholeLayer`; keys and values: the caches of all layers, by their places.
+        """
+
+
 class LayerKernels(Protocol):
     """What a model does from one attention to the next, products included."""
 
@@ -129,6 +152,9 @@ class LayerKernels(Protocol):
 
     def layer(self, parts: LayerParts) -> WholeLayer:
         """Raises AssertionError for parts that it has no loops for."""
+
+    def stack(self, layers: Sequence[WholeLayer], calls: Sequence[LayerCall]) -> WholeStack:
+        """Of its own layers. Raises AssertionError for such as it has no loop for."""
 
     def serves(self, adapters: LoraPlan | None) -> bool:
         """Whether its layers do all that these adapters do."""
@@ -175,10 +201,10 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
         return DENSE
     # Not at the top: a GPU's machine needs no compiler for CPUs.
-    from engine.kernels import cpu, cpu_layers, cpu_rows
+    from engine.kernels import cpu, cpu_rows, cpu_stack
 
     return Kernels(
-        cpu.CompiledAttention, cpu.CompiledLora, rows=cpu_rows, layers=cpu_layers.CompiledLayers()
+        cpu.CompiledAttention, cpu.CompiledLora, rows=cpu_rows, layers=cpu_stack.CompiledLayers()
     )
 
 

@@ -58,7 +58,7 @@ _AFFINE_CALL = np.dtype(
         )
     ]
 )
-_ATTENTION_CALL = np.dtype(
+ATTENTION_CALL = np.dtype(
     [
         *(
             (name, np.int64)
@@ -80,6 +80,9 @@ _ATTENTION_CALL = np.dtype(
     ],
     align=True,
 )
+# Of these: what is the same in all layers of a step.
+_STEP_FIELDS = ("num_rows", "block_size", "tables", "table_width", "contexts", "max_context")
+Calls = np.ndarray[tuple[int], np.dtype[np.void]]
 # Rows of one adapter that are worth a GEMM of their own.
 MIN_ROWS_OF_GEMM = 32
 
@@ -372,10 +375,10 @@ def _attend(call: Any, row: Any, kv_head: Any, scores: Any) -> None:
         start = end
 
 
-def _attention(pointer: Any) -> None:
+@inlined
+def attend_rows(call: Any) -> None:
     """Each thread takes (row, key head) pairs of about equal cost: what they see differs."""
     thread, num_threads = thread_index(), thread_count()
-    call = numba.carray(pointer, 1)[0]
     total = 0
     for row in range(call.num_rows):
         total += _reach(call, row) * call.num_kv_heads
@@ -391,9 +394,13 @@ def _attention(pointer: Any) -> None:
             before += _reach(call, row)
 
 
+def _attention(pointer: Any) -> None:
+    attend_rows(numba.carray(pointer, 1)[0])
+
+
 _LORA = loop(_lora, _LORA_CALL)
 _AFFINE = loop(_affine, _AFFINE_CALL)
-_ATTENTION = loop(_attention, _ATTENTION_CALL)
+_ATTENTION = loop(_attention, ATTENTION_CALL)
 
 
 # Plans
@@ -476,7 +483,7 @@ class CompiledAttention:
             DenseAttention(batch, first_seq=batch.num_decodes) if has_prefills else None
         )
         self._max_context = max(batch.host_context_lens[: batch.num_decodes], default=0)
-        self._call = np.zeros(1, dtype=_ATTENTION_CALL)
+        self._call = np.zeros(1, dtype=ATTENTION_CALL)
         call = self._call[0]
         call["num_rows"], call["block_size"] = batch.num_decodes, batch.block_size
         call["tables"], call["table_width"] = (
@@ -487,6 +494,16 @@ class CompiledAttention:
         self._record, self._address = call, self._call.ctypes.data
         # [num_threads, group, max_context], flat; filled by the first layer.
         self._scores = torch.empty(0)
+
+    @property
+    def only_decodes(self) -> bool:
+        return self._prefills is None
+
+    def describe(self, calls: Calls, *, group: int) -> None:
+        """Fill in what is the step's own, whatever the layer; `group`: rows of a key head."""
+        for name in _STEP_FIELDS:
+            calls[name] = self._record[name]
+        calls["scores"] = self._room_for_scores(group)
 
     def attend(
         self,
@@ -519,9 +536,6 @@ class CompiledAttention:
         assert query.stride(2) == key.stride(2) == value.stride(2) == 1
         assert out.is_contiguous()
         num_kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
-        num_scores = torch.get_num_threads() * group * self._max_context
-        if len(self._scores) < num_scores:
-            self._scores = torch.empty(num_scores)
         call = self._record
         call["query"], call["query_row"], call["query_head"] = _place(query)
         call["new_keys"], call["new_key_row"], call["new_key_head"] = _place(key)
@@ -531,9 +545,15 @@ class CompiledAttention:
         call["out"], call["num_kv_heads"], call["group"] = out.data_ptr(), num_kv_heads, group
         call["key_dim"], call["value_dim"] = key.shape[2], value.shape[2]
         call["window"] = sliding_window or 0
-        call["scores"] = self._scores.data_ptr()
+        call["scores"] = self._room_for_scores(group)
         call["scaling"], call["softcap"] = scaling, softcap or 0.0
         run(_ATTENTION, self._address)
+
+    def _room_for_scores(self, group: int) -> int:
+        num_scores = torch.get_num_threads() * group * self._max_context
+        if len(self._scores) < num_scores:
+            self._scores = torch.empty(num_scores)
+        return self._scores.data_ptr()
 
 
 def _place(states: Tensor) -> tuple[int, int, int]:

@@ -6,7 +6,8 @@ part wherever there is a product. Alone each of these would wake all threads and
 through torch, some forty times a layer. Knows addresses and sizes. Knows nothing of modules.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -29,7 +30,7 @@ from engine.kernels.loops import (
     thread_count,
     thread_index,
 )
-from engine.kernels.products import COLUMNS, MULTIPLE, add_to_rows, linear, product, share
+from engine.kernels.products import COLUMNS, MULTIPLE, add_to_rows, product, share
 from engine.kernels.quantised import GROUP_SIZE
 from engine.kernels.quantised_cpu import (
     CAN_MULTIPLY_INTEGERS,
@@ -62,7 +63,7 @@ _QUANTISED_FIELDS = (
     # Rows as int8-dynamic multiplies them
     *("own_codes", "own_scales"),
 )
-_ENTER_CALL = np.dtype(
+ENTER_CALL = np.dtype(
     [
         *((name, np.int64) for name in ("x", "norm", "normed", "num_rows", "width")),
         # Of query, key and value, one behind the other
@@ -74,7 +75,7 @@ _ENTER_CALL = np.dtype(
     ],
     align=True,
 )
-_LEAVE_CALL = np.dtype(
+LEAVE_CALL = np.dtype(
     [
         *((name, np.int64) for name in ("attended", "residual", "total", "norm", "normed")),
         *((name, np.int64) for name in ("num_rows", "width", "inner_width", "gate", "up", "out")),
@@ -226,8 +227,8 @@ def _multiply_columns(
 # Before attention
 
 
-def _enter(pointer: Any) -> None:
-    call = numba.carray(pointer, 1)[0]
+@inlined
+def enter_rows(call: Any) -> None:
     thread, num_threads = thread_index(), thread_count()
     row, row_end = rows_of(call.num_rows, thread, num_threads)
     for r in range(row, row_end):
@@ -261,8 +262,8 @@ def _enter(pointer: Any) -> None:
 # After attention
 
 
-def _leave(pointer: Any) -> None:
-    call = numba.carray(pointer, 1)[0]
+@inlined
+def leave_rows(call: Any) -> None:
     thread, num_threads = thread_index(), thread_count()
     after, gate = ints(call.products), ints(call.products + 8 * _FIELDS)
     up, down = ints(call.products + 16 * _FIELDS), ints(call.products + 24 * _FIELDS)
@@ -312,7 +313,15 @@ def _leave(pointer: Any) -> None:
         add_row(own, own, floats(call.total + place), end - first)
 
 
-_ENTER, _LEAVE = loop(_enter, _ENTER_CALL), loop(_leave, _LEAVE_CALL)
+def _enter(pointer: Any) -> None:
+    enter_rows(numba.carray(pointer, 1)[0])
+
+
+def _leave(pointer: Any) -> None:
+    leave_rows(numba.carray(pointer, 1)[0])
+
+
+_ENTER, _LEAVE = loop(_enter, ENTER_CALL), loop(_leave, LEAVE_CALL)
 
 
 # Layers
@@ -349,6 +358,14 @@ class Workspace:
         return self._turning[2]
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    num_rows: int
+    # A plan, or None
+    adapters: object
+    workspace: Workspace
+
+
 class CompiledLayer:
     """Its parts are read by address, where they lie now."""
 
@@ -359,19 +376,21 @@ class CompiledLayer:
         # Read by address, as long as this layer lives.
         self._parts = parts
         self._before, self._behind = (_table_of(p, parts.weights) for p in (before, behind))
-        self._enter, self._leave = np.zeros(1, dtype=_ENTER_CALL), np.zeros(1, dtype=_LEAVE_CALL)
+        self.enter_call = np.zeros(1, dtype=ENTER_CALL)
+        self.leave_call = np.zeros(1, dtype=LEAVE_CALL)
         # numpy takes microseconds to say this.
-        self._enter_address, self._leave_address = self._enter.ctypes.data, self._leave.ctypes.data
-        self._width = parts.query.in_features
-        self._inner_width = parts.gate.out_features
+        self._enter_address: int = self.enter_call.ctypes.data
+        self._leave_address: int = self.leave_call.ctypes.data
+        self.width = parts.query.in_features
+        self.inner_width = parts.gate.out_features
         # Of query, key and value: how many heads, and how wide they are
-        self._heads = [(one.out_features // parts.head_dim, parts.head_dim) for one in before]
+        self.heads = [(one.out_features // parts.head_dim, parts.head_dim) for one in before]
         self._widest = max(one.in_features for one in (*before, *behind))
-        _fill(self._enter, _norm_fields(parts.norms[0], self._width))
-        _fill(self._leave, _norm_fields(parts.norms[1], self._width))
-        _fill(self._enter, {"products": self._before.ctypes.data, "head_dim": parts.head_dim})
-        inner = {"products": self._behind.ctypes.data, "inner_width": self._inner_width}
-        _fill(self._leave, inner)
+        _fill(self.enter_call, _norm_fields(parts.norms[0], self.width))
+        _fill(self.leave_call, _norm_fields(parts.norms[1], self.width))
+        _fill(self.enter_call, {"products": self._before.ctypes.data, "head_dim": parts.head_dim})
+        inner = {"products": self._behind.ctypes.data, "inner_width": self.inner_width}
+        _fill(self.leave_call, inner)
         self._workspace = workspace
 
     def enter(
@@ -379,68 +398,58 @@ class CompiledLayer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `WholeLayer.enter`."""
         assert hidden.is_contiguous()
-        call, num_rows = self._enter[0], hidden.numel() // self._width
-        query, key, value = (hidden.new_empty(num_rows, *heads) for heads in self._heads)
-        call["x"], call["num_rows"] = hidden.data_ptr(), num_rows
-        call["normed"] = self._workspace.take("normed", num_rows * self._width)
-        call["query"], call["key"] = query.data_ptr(), key.data_ptr()
-        call["value"] = value.data_ptr()
-        for name, field in self._workspace.turning(cos, sin, num_rows=num_rows).items():
-            call[name] = field
-        self._bring(call, adapters, num_rows)
+        num_rows = hidden.numel() // self.width
+        query, key, value = (hidden.new_empty(num_rows, *heads) for heads in self.heads)
+        states = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        step = Step(num_rows, adapters, self._workspace)
+        self.prepare_enter(self.enter_call[0], step, hidden.data_ptr(), states, cos=cos, sin=sin)
         run(_ENTER, self._enter_address)
         return query, key, value
 
     def leave(self, attended: Tensor, hidden: Tensor, *, adapters: object) -> Tensor:
         """As `WholeLayer.leave`."""
         assert attended.is_contiguous()
-        call, workspace, num_rows = self._leave[0], self._workspace, hidden.numel() // self._width
         out = torch.empty_like(hidden)
-        call["attended"], call["residual"] = attended.data_ptr(), hidden.data_ptr()
-        call["out"], call["num_rows"] = out.data_ptr(), num_rows
-        for name in ("total", "normed"):
-            call[name] = workspace.take(name, num_rows * self._width)
-        for name in ("gate", "up"):
-            call[name] = workspace.take(name, num_rows * self._inner_width)
-        self._bring(call, adapters, num_rows)
+        step = Step(hidden.numel() // self.width, adapters, self._workspace)
+        addresses = attended.data_ptr(), hidden.data_ptr(), out.data_ptr()
+        self.prepare_leave(self.leave_call[0], step, addresses)
         run(_LEAVE, self._leave_address)
         return out
 
-    def _bring(self, call: Any, adapters: object, num_rows: int) -> None:
+    def prepare_enter(
+        self, call: Any, step: Step, x: int, states: Sequence[int], *, cos: Tensor, sin: Tensor
+    ) -> None:
+        """A call, or those of all layers of this shape. `states`: query, key and value."""
+        call["x"] = x
+        call["query"], call["key"], call["value"] = states
+        for name, field in step.workspace.turning(cos, sin, num_rows=step.num_rows).items():
+            call[name] = field
+        self._bring(call, step)
+
+    def prepare_leave(self, call: Any, step: Step, addresses: tuple[int, int, int]) -> None:
+        """As `prepare_enter`. `addresses`: what was attended, the residual, the layer's output."""
+        call["attended"], call["residual"], call["out"] = addresses
+        call["total"] = step.workspace.take("total", step.num_rows * self.width)
+        for name in ("gate", "up"):
+            call[name] = step.workspace.take(name, step.num_rows * self.inner_width)
+        self._bring(call, step)
+
+    def _bring(self, call: Any, step: Step) -> None:
+        workspace, num_rows, adapters = step.workspace, step.num_rows, step.adapters
+        call["num_rows"] = num_rows
+        call["normed"] = workspace.take("normed", num_rows * self.width)
         call["tile_size"] = COLUMNS * self._widest
-        call["tile"] = self._workspace.take(
-            "tile", torch.get_num_threads() * COLUMNS * self._widest
-        )
+        call["tile"] = workspace.take("tile", torch.get_num_threads() * COLUMNS * self._widest)
         # No code is wider than a float.
-        call["own_codes"] = self._workspace.take("own codes", num_rows * self._widest)
-        call["own_scales"] = self._workspace.take("own scales", num_rows)
+        call["own_codes"] = workspace.take("own codes", num_rows * self._widest)
+        call["own_scales"] = workspace.take("own scales", num_rows)
         if adapters is None:
             call["num_groups"] = 0
             return
         assert isinstance(adapters, CompiledLora)
-        size = _MOST_AT_ONCE * num_rows * adapters.max_rank
         call["groups"], call["num_groups"] = adapters.groups_address, len(adapters.groups)
-        call["shrunk"] = self._workspace.take("shrunk", size)
-        call["max_rank"] = adapters.max_rank
-
-
-class CompiledLayers:
-    """Makes the layers of one model."""
-
-    def __init__(self) -> None:
-        self._workspace = Workspace()
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As `torch.nn.functional.linear`."""
-        return linear(x, weight, bias)
-
-    def layer(self, parts: LayerParts) -> CompiledLayer:
-        """Raises AssertionError for parts that the loops cannot read."""
-        return CompiledLayer(parts, self._workspace)
-
-    def serves(self, adapters: object) -> bool:
-        """Whether the loops do all that these adapters do."""
-        return adapters is None or (isinstance(adapters, CompiledLora) and not adapters.is_affine)
+        size = _MOST_AT_ONCE * num_rows * adapters.max_rank
+        call["shrunk"], call["max_rank"] = workspace.take("shrunk", size), adapters.max_rank
 
 
 def _check(parts: LayerParts, products: list[Product]) -> None:

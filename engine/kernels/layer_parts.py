@@ -1,4 +1,4 @@
-"""What a layer of the usual form is made of, for kernels that compute it as a whole."""
+"""What a layer of the usual form is made of, and what it asks of attention, for kernels."""
 
 from dataclasses import dataclass
 
@@ -48,3 +48,13 @@ class LayerParts:
     head_dim: int
     # None where there are no adapters
     weights: SlotWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """How one layer calls its attention, beside the tensors."""
+
+    layer: int
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None

@@ -109,6 +109,20 @@ def ints(_: Any, address: Any) -> Any:
     return _INT(types.int64), generate
 
 
+def call_at(call: np.dtype[np.void]) -> Any:
+    """For loops: the `call` at an address, as `loop` hands it on."""
+    pointer = types.CPointer(numba.from_dtype(call))
+
+    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+    def at(_: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+        return pointer(types.int64), generate
+
+    return at
+
+
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
 def _fetch(_: Any, address: Any) -> Any:
     """Have the line at an address brought into the cache."""

@@ -13,7 +13,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from engine.batch import Batch
 from engine.errors import UnsupportedModel
-from engine.kernels.choice import AttentionPlan
+from engine.kernels.choice import AttentionPlan, LoraPlan, WholeStack
+from engine.kernels.layer_parts import LayerCall
 from engine.model.memory import DeviceMemory, LayerShape
 
 ATTENTION_NAME = "manylora_paged"
@@ -31,22 +32,21 @@ HARMLESS_ARGUMENTS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCall:
-    """How one layer calls its attention, beside the tensors."""
-
-    layer: int
-    scaling: float
-    sliding_window: int | None
-    softcap: float | None
-
-
 class LayerAttention(Protocol):
     """What `paged` must be."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, call: LayerCall) -> Tensor:
         """query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads,
         head_dim] of the new tokens. Gives [num_tokens, num_heads, value_dim]."""
+
+    def pass_through(
+        self,
+        stack: WholeStack,
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor],
+        adapters: LoraPlan | None,
+    ) -> Tensor | None:
+        """What comes out of the stack's last layer; None where it can't attend like this."""
 
 
 def paged_attention(
@@ -122,6 +122,9 @@ class Recorder:
             enable_gqa=True,
         )[0].transpose(0, 1)
 
+    def pass_through(self, *_: object) -> None:
+        """Each layer's attention is wanted."""
+
 
 @dataclass(frozen=True, slots=True)
 class PagedStep:
@@ -144,6 +147,24 @@ class PagedStep:
             softcap=call.softcap,
         )
         return out
+
+    def pass_through(
+        self,
+        stack: WholeStack,
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor],
+        adapters: LoraPlan | None,
+    ) -> Tensor | None:
+        if not stack.serves(self.plan):
+            return None
+        return stack.run(
+            hidden,
+            *positions,
+            plan=self.plan,
+            keys=self.memory.keys,
+            values=self.memory.values,
+            adapters=adapters,
+        )
 
 
 def forward(

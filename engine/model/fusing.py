@@ -6,18 +6,18 @@ what gives the module's own results is put in place of its `forward`. Anything e
 was. Knows modules. Knows nothing of sequences.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.choice import LayerKernels, RowKernels, WholeLayer
-from engine.kernels.layer_parts import LayerParts, Norm, Product
-from engine.model.attention import LayerCall
+from engine.kernels.choice import LayerKernels, RowKernels, WholeLayer, WholeStack
+from engine.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
 from engine.model.lora import LoraBank, LoraLinear
 from engine.model.quantised import QuantisedLinear
 
@@ -55,7 +55,10 @@ def fuse(
         _replace_fitting(model, partial(_linears, whole), run, bound=bound)
     fused = _replace_fitting(model, partial(_parts, kernels), run, bound=bound)
     # A layer is known by its parts.
-    return fused + _replace_fitting(model, partial(_layers, whole), run, bound=bound)
+    fused += _replace_fitting(model, partial(_layers, whole), run, bound=bound)
+    if whole is not None:
+        _join_layers(model, whole, run)
+    return fused
 
 
 def _replace_fitting(
@@ -366,6 +369,9 @@ class _LayerInLoops:
     bank: LoraBank | None
     # The hooks of all parts
     watchers: list[Mapping[int, Any]]
+    # Of the layers that can run at once, and whether this is the first of them
+    chain: "_Chain | None" = None
+    leads: bool = False
 
     def __call__(
         self,
@@ -376,6 +382,9 @@ class _LayerInLoops:
         paged: Any = None,
         **others: Any,
     ) -> Any:
+        chain = self.chain
+        if chain is not None and hidden_states is chain.result:
+            return hidden_states
         adapters = None if self.bank is None else self.bank.plan
         if any(self.watchers) or not self.kernels.serves(adapters):
             return self.by_parts(
@@ -386,6 +395,67 @@ class _LayerInLoops:
                 **others,
             )
         assert position_embeddings is not None, "there is no RoPE"
+        if self.leads and chain is not None and not any(chain.watchers):
+            chain.result = paged.pass_through(
+                chain.stack, hidden_states, position_embeddings, adapters
+            )
+            if chain.result is not None:
+                return chain.result
         states = self.made.enter(hidden_states, *position_embeddings, adapters=adapters)
         attended = paged.attend(*states, call=self.call)
         return self.made.leave(attended, hidden_states, adapters=adapters)
+
+
+# All layers at once
+
+
+@dataclass(slots=True)
+class _Chain:
+    """Layers of which the first may do the work of all: the others hand on what it gave."""
+
+    stack: WholeStack
+    # The hooks of all layers and their parts
+    watchers: list[Mapping[int, Any]]
+    result: Tensor | None = None
+
+
+def _join_layers(model: nn.Module, kernels: LayerKernels, run: Callable[[], object]) -> None:
+    for layers in model.modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) > 1:
+            own = [_fused(layer) for layer in layers]
+            if all(isinstance(each, _LayerInLoops) for each in own) and _follow(layers, run):
+                _join(kernels, layers, own)
+
+
+def _follow(layers: nn.ModuleList, run: Callable[[], object]) -> bool:
+    """Whether each is called, once and in order, with what the one before gave, and with no more
+    than all of them get."""
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
+    handles = [
+        layer.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
+        for layer in layers
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [call[0] for call in calls] == list(layers) and all(
+        len(args) == 1
+        and args[0] is before[3]
+        and others.keys() == before[2].keys()
+        and all(others[name] is before[2][name] for name in ("position_embeddings", "paged"))
+        for before, (_, args, others, _) in pairwise(calls)
+    )
+
+
+def _join(kernels: LayerKernels, layers: nn.ModuleList, own: Sequence[_LayerInLoops]) -> None:
+    try:
+        stack = kernels.stack([each.made for each in own], [each.call for each in own])
+    except MISFITS:
+        return
+    hooks = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
+    chain = _Chain(stack, [*hooks, *(each for one in own for each in one.watchers)])
+    for layer, each in zip(layers, own, strict=True):
+        joined = replace(each, chain=chain, leads=each is own[0])
+        setattr(layer, "forward", MethodType(joined, layer))  # noqa: B010 a method, to mypy

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from engine.batch import Batch, build
 from engine.kernels import cpu_rows, reference
-from engine.kernels.cpu import CompiledLora
-from engine.kernels.cpu_layers import CompiledLayers
-from engine.kernels.layer_parts import LayerParts, Norm, Product
+from engine.kernels.cpu import CompiledAttention, CompiledLora
+from engine.kernels.cpu_stack import CompiledLayers
+from engine.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
 from engine.kernels.products import linear
 from engine.kernels.quantised import INT4, INT8, INT8_DYNAMIC, Format
 from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
@@ -100,9 +100,12 @@ class Layer:
     adapters: dict[int, dict[str, tuple[Tensor, Tensor]]]
 
 
-def random_layer(form: Format | None = None) -> Layer:
-    torch.manual_seed(0)
-    weights = SlotWeights([shape[::-1] for shape in SHAPES.values()], num_slots=4)
+def random_layer(
+    form: Format | None = None, *, seed: int = 0, weights: SlotWeights | None = None
+) -> Layer:
+    """`weights`: where its adapters are put, in place of another layer's."""
+    torch.manual_seed(seed)
+    weights = weights or SlotWeights([shape[::-1] for shape in SHAPES.values()], num_slots=4)
     adapters = {slot: put_adapter(weights, slot, rank) for slot, rank in RANKS.items()}
     products = {
         name: random_product(shape, module, form)
@@ -244,3 +247,88 @@ def test_a_layer_whose_rows_are_no_whole_vectors_is_not_made() -> None:
         CompiledLayers().layer(
             LayerParts(layer.parts.norms, **parts, head_dim=HEAD_DIM, weights=None)
         )
+
+
+# Layers at once
+
+
+def decoded(
+    layers: list[Layer], calls: list[LayerCall], slots: list[int], *, at_once: bool
+) -> list[Tensor]:
+    """What comes out of the last layer in each of a few steps, every row a sequence of its own."""
+    torch.manual_seed(1)
+    kernels = CompiledLayers()
+    made = [kernels.layer(layer.parts) for layer in layers]
+    stack = kernels.stack(made, calls)
+    num_blocks = 1 + len(slots) * NUM_STEPS
+    keys, values = (
+        [torch.zeros(num_blocks, 1, NUM_KV_HEADS, HEAD_DIM) for _ in calls] for _ in range(2)
+    )
+    found = []
+    for step in range(NUM_STEPS):
+        batch = decoding(slots, num_before=step)
+        plan = CompiledAttention(batch)
+        # All layers have the same adapters.
+        adapters = CompiledLora(batch, layers[0].weights) if len(batch.slot_runs) else None
+        x, angles = torch.randn(len(slots), WIDTH), torch.randn(len(slots), HEAD_DIM)
+        if at_once:
+            assert stack.serves(plan)
+            positions = angles.cos(), angles.sin()
+            x = stack.run(x, *positions, plan=plan, keys=keys, values=values, adapters=adapters)
+        else:
+            for own, call in zip(made, calls, strict=True):
+                states = own.enter(x, angles.cos(), angles.sin(), adapters=adapters)
+                attended = torch.empty_like(states[0])
+                plan.attend(
+                    *states,
+                    key_cache=keys[call.layer],
+                    value_cache=values[call.layer],
+                    out=attended,
+                    scaling=call.scaling,
+                    sliding_window=call.sliding_window,
+                    softcap=call.softcap,
+                )
+                x = own.leave(attended, x, adapters=adapters)
+        found.append(x)
+    return found
+
+
+def decoding(slots: list[int], *, num_before: int) -> Batch:
+    """A new token of each sequence, in blocks of one token."""
+    scheduled = []
+    for number, slot in enumerate(slots):
+        table = [1 + number * NUM_STEPS + step for step in range(num_before + 1)]
+        sequence = Sequence.unowned(list(range(num_before + 1)), block_table=table)
+        sequence.slot, sequence.num_computed_tokens = slot, num_before
+        scheduled.append(ScheduledSequence(sequence, 1, is_sampled=True))
+    return build(scheduled, block_size=1, device=torch.device("cpu"))
+
+
+NUM_STEPS = 5
+# The places of layers among the caches need not be their order.
+CALLS = [
+    LayerCall(layer=1, scaling=0.25, sliding_window=None, softcap=None),
+    LayerCall(layer=0, scaling=0.5, sliding_window=3, softcap=None),
+    LayerCall(layer=2, scaling=0.25, sliding_window=None, softcap=5.0),
+]
+
+
+@pytest.mark.parametrize("form", [None, *FORMATS.values()], ids=["whole", *FORMATS])
+@pytest.mark.parametrize(
+    "slots",
+    [[NO_ADAPTER], [1], [0, 1, 1, NO_ADAPTER, 2], [NO_ADAPTER] * 3, [0, 1, 2, NO_ADAPTER] * 5],
+)
+def test_layers_at_once_give_bit_for_bit_what_they_give_one_by_one(
+    slots: list[int], form: Format | None
+) -> None:
+    weights = random_layer().weights
+    layers = [random_layer(form, seed=seed, weights=weights) for seed in range(3)]
+    by_itself, at_once = (decoded(layers, CALLS, slots, at_once=each) for each in (False, True))
+    for found, expected in zip(at_once, by_itself, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_step_with_a_prompt_is_not_for_all_layers_at_once() -> None:
+    kernels = CompiledLayers()
+    stack = kernels.stack([kernels.layer(random_layer().parts)] * 3, CALLS)
+    assert not stack.serves(CompiledAttention(batch_of([(NO_ADAPTER, 1), (NO_ADAPTER, 4)])))

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
+from engine.batch import build
 from engine.kernels.choice import Kernels, RowKernels, choose, on_gpu
+from engine.kernels.layer_parts import LayerCall
 from engine.model import attention
-from engine.model.attention import Recorder
+from engine.model.attention import PagedStep, Recorder
 from engine.model.fusing import fuse
+from engine.model.memory import DeviceMemory, LayerShape
+from engine.scheduler import ScheduledSequence
+from engine.sequence import Sequence
 from tests.model_lab import tiny_llama_config
 
 PROMPT = torch.tensor([[(7 + 61 * i) % 257 for i in range(10)]])
@@ -156,3 +163,89 @@ def test_a_layer_whose_attention_is_called_otherwise_than_it_seems_keeps_its_own
         fuse(model, kernels, partial(run, model), whole=whole)
         forwards = [type(vars(layer)["forward"].__func__) for layer in model.model.layers]
         assert {forward.__name__ == "_LayerInLoops" for forward in forwards} == {is_whole}
+
+
+def decoded(model: Any, layers: list[LayerShape]) -> Tensor:
+    """The logits of two sequences' second tokens."""
+    memory = DeviceMemory(layers, num_blocks=4, block_size=4, device=torch.device("cpu"))
+    for length in (1, 2):
+        sequences = [
+            Sequence.unowned(list(range(start, start + length)), block_table=[block])
+            for start, block in ((9, 1), (42, 2))
+        ]
+        for sequence in sequences:
+            sequence.num_computed_tokens = length - 1
+        scheduled = [ScheduledSequence(each, 1, is_sampled=True) for each in sequences]
+        batch = build(scheduled, block_size=4, device=torch.device("cpu"))
+        plan = choose(torch.device("cpu"), torch.float32).plan_attention(batch)
+        logits = attention.forward(
+            model, batch, input_ids=batch.input_ids, memory=memory, plan=plan
+        )
+    return logits
+
+
+class Doubling(nn.Module):
+    """A Llama that doubles what each layer gives."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.model
+        self.lm_head = model.lm_head
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, paged: Any, **_: Any) -> Any:
+        hidden = self.model.embed_tokens(input_ids)
+        positions = self.model.rotary_emb(hidden, position_ids)
+        for layer in self.model.layers:
+            hidden = 2 * layer(hidden, position_embeddings=positions, paged=paged)
+        return CausalLMOutput(logits=self.lm_head(self.model.norm(hidden)))
+
+
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets each layer that attends by itself."""
+    layers: list[int] = []
+    attend = PagedStep.attend
+
+    def noted(step: PagedStep, *states: Tensor, call: LayerCall) -> Tensor:
+        layers.append(call.layer)
+        return attend(step, *states, call=call)
+
+    monkeypatch.setattr(PagedStep, "attend", noted)
+    return layers
+
+
+@pytest.mark.parametrize("kind", [lambda model: model, Doubling])
+def test_steps_that_decode_run_all_layers_at_once_where_each_takes_what_the_last_one_gave(
+    kind: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, kernels = random_model(tiny_llama_config()), choose(torch.device("cpu"), torch.float32)
+    recorder = Recorder()
+    plain(input_ids=PROMPT, use_cache=False, paged=recorder)
+    layers, model = [recorder.layers[index] for index in range(2)], kind(plain)
+    expected = decoded(model, layers)
+    assert kernels.rows is not None
+    fuse(model, kernels.rows, partial(run, model), whole=kernels.layers)
+    attending = one_by_one(monkeypatch)
+    torch.testing.assert_close(decoded(model, layers), expected, atol=2e-5, rtol=1e-4)
+    assert attending == ([] if model is plain else [0, 1] * 2)
+
+
+def test_whoever_listens_to_a_layer_or_its_parts_hears_them_in_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, kernels = random_model(tiny_llama_config()), choose(torch.device("cpu"), torch.float32)
+    recorder = Recorder()
+    model(input_ids=PROMPT, use_cache=False, paged=recorder)
+    layers = [recorder.layers[index] for index in range(2)]
+    assert kernels.rows is not None
+    fuse(model, kernels.rows, partial(run, model), whole=kernels.layers)
+    expected = decoded(model, layers)
+    attending = one_by_one(monkeypatch)
+    heard: list[nn.Module] = []
+    for listened in (model.model.layers[1], model.model.layers[0].mlp):
+        handle = listened.register_forward_hook(lambda module, *_: heard.append(module))
+        torch.testing.assert_close(decoded(model, layers), expected, atol=2e-5, rtol=1e-4)
+        handle.remove()
+        assert heard == [listened] * 2
+        assert attending == [0, 1] * 2
+        heard.clear()
+        attending.clear()
