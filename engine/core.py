@@ -64,9 +64,10 @@ from engine.wishes import Wish, Wishes
 
 logger = logging.getLogger(__name__)
 
-# Tokens of one step: enough to fill the device, few enough that those who decode beside a long
-# prompt don't notice. A CPU's GEMMs gain nothing beyond some hundred rows.
+# Tokens of one step: enough to fill the device. A CPU's GEMMs gain nothing beyond some hundred rows.
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
+# Of prompts, in a step that others wait for: so few that a CPU's step takes less than twice as long.
+TOKENS_BESIDE_DECODES = {"cpu": 32, "cuda": 8192}
 
 
 # Of an adapter that is not here yet.
@@ -186,6 +187,9 @@ class EngineCore:
             self._slots,
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=_step_tokens(config, loaded.device),
+            max_tokens_beside_decodes=(
+                config.max_num_batched_tokens or TOKENS_BESIDE_DECODES[loaded.device.type]
+            ),
         )
         self._wishes = Wishes(self._slots)
         self._compiler = Compiler(bundle_of, on_result=lambda: self.wake())

@@ -111,11 +111,15 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_tokens: int,
+        max_tokens_beside_decodes: int | None = None,
     ) -> None:
+        """`max_tokens_beside_decodes`: of prompts, in steps that others wait for; None for as many
+        as in any."""
         self._blocks = blocks
         self._slots = slots
         self._max_num_seqs = max_num_seqs
         self._max_num_tokens = max_num_tokens
+        self._max_tokens_beside_decodes = max_tokens_beside_decodes or max_num_tokens
         # The budget of a step: less than the most after one that ran out of memory.
         self._num_tokens = max_num_tokens
         self._sequences: dict[SequenceKey, Sequence] = {}
@@ -184,6 +188,8 @@ class Scheduler:
             least_urgent=max((s.priority for s in ready), default=0),
         )
         self._choose_decodes(plan)
+        if plan.chosen:
+            plan.budget = min(plan.budget, self._max_tokens_beside_decodes)
         self._choose_prompts(plan)
         if plan.is_closed or plan.refused:
             # Some were not even looked at.

@@ -67,6 +67,7 @@ class StepsLab:
         num_slots: int = 4,
         max_num_seqs: int = 8,
         max_num_tokens: int = 32,
+        max_tokens_beside_decodes: int | None = None,
         adapter_blocks: dict[str, int] | None = None,
         max_adapter_blocks: int = 0,
     ) -> None:
@@ -90,7 +91,11 @@ class StepsLab:
             bank=Bank(),
         )
         self.scheduler = Scheduler(
-            self.blocks, self.slots, max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens
+            self.blocks,
+            self.slots,
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=max_num_tokens,
+            max_tokens_beside_decodes=max_tokens_beside_decodes,
         )
         self.wishes = Wishes(self.slots)
         self.stories: dict[SequenceKey, Story] = {}

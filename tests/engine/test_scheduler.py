@@ -50,6 +50,15 @@ def test_a_long_prompt_takes_no_token_from_those_who_decode() -> None:
     assert lab.num_computed["long"] == 40 * (16 - 6)
 
 
+def test_a_prompt_gets_the_whole_budget_alone_and_a_part_beside_those_who_decode() -> None:
+    lab = StepsLab(max_num_tokens=32, max_tokens_beside_decodes=8)
+    lab.submit(64, max_tokens=2)
+    sizes = [[item.num_tokens for item in lab.step()] for _ in range(2)]
+    lab.submit(20)
+    sizes += [[item.num_tokens for item in lab.step()] for _ in range(2)]
+    assert sizes == [[32], [32], [1, 8], [12]]
+
+
 @pytest.mark.parametrize("key", ["another", "same"])
 def test_a_short_prompt_behind_long_ones_starts_within_two_steps(key: str) -> None:
     lab = StepsLab()
