@@ -261,7 +261,7 @@ async def _ask(
     assumed: Recollection | None = None,
 ) -> Answer:
     assert principal.tenant_id is not None, "only tenants are billed"
-    parameters = {
+    parameters: dict[str, Any] = {
         "request_id": ask.request_id,
         "tenant_id": principal.tenant_id,
         "api_key_id": principal.key_id,
@@ -278,7 +278,7 @@ async def _ask(
     }
     statement = ADMIT
     if assumed is not None:
-        statement, parameters = ADMIT_AS_ASSUMED, parameters | assumed.parameters
+        statement, parameters = ADMIT_AS_ASSUMED, {**parameters, **assumed.parameters}
     try:
         rows = await database.call(statement, parameters)
     except DATABASE_TROUBLE as fault:
