@@ -1,4 +1,4 @@
-"""One gateway worker: `python -m gateway`, with its settings in the environment."""
+"""What `python -m gateway` does: one gateway worker, with its settings in the environment."""
 
 import ctypes
 import gc
@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 
 import uvicorn
 
@@ -70,7 +69,3 @@ def _is_bound_to(parent_pid: int) -> bool:
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM), 0, 0, 0)
     return os.getppid() == parent_pid
-
-
-if __name__ == "__main__":
-    sys.exit(main())
