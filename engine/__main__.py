@@ -1,6 +1,7 @@
 """`python -m engine`: imports the engine's process with as little as it needs, and runs it."""
 
 import gc
+import importlib
 import sys
 
 from engine.lean_start import lean_imports
@@ -10,6 +11,9 @@ def main() -> int:
     with lean_imports():
         # Not at the top: this is what the block is for.
         from engine import process
+
+        # What transformers imports with the first model.
+        importlib.import_module("transformers.generation.utils")
     try:
         return process.main()
     finally:

@@ -1,8 +1,7 @@
 """Import what an engine stands on without what no engine uses, and without looking for garbage.
 
-transformers imports with its models what trains them, shards them and compiles them. A block here
-tells it of a machine that has none of this, for as long as the block lasts. Knows names of modules.
-Knows nothing of what is imported for.
+transformers imports with its models what trains them, shards them and compiles them. Here it is told
+of a machine that has none of this. Knows names of modules. Knows nothing of what they are for.
 """
 
 import gc
@@ -45,7 +44,8 @@ def lean_imports() -> Iterator[None]:
         # Not at the top: the imports are what the block is about.
         import torch
 
-        with _undistributed(torch.distributed), _uncompiled(torch):
+        _stand_in_for_compiler(torch)
+        with _undistributed(torch.distributed):
             yield
 
 
@@ -73,30 +73,30 @@ def _undistributed(distributed: Any) -> Iterator[None]:
         distributed.is_available = is_available
 
 
-@contextmanager
-def _uncompiled(torch: Any) -> Iterator[None]:
-    """Let a stand-in take the marks that are put on functions for torch's compiler.
+def _stand_in_for_compiler(torch: Any) -> None:
+    """Take the marks that are put on functions for torch's compiler, in its place.
 
     They change nothing for code that is never compiled. Whoever wants anything else of it gets the
-    compiler itself.
+    compiler itself, then and from then on.
     """
-    if COMPILER in sys.modules:
-        yield
-        return
-    stand_in, part = _Compiler(COMPILER), ModuleType(WRAPPED_PART)
-    setattr(part, WRAPPED_NAME, _wrapped)
-    sys.modules |= {COMPILER: stand_in, WRAPPED_PART: part}
-    torch._dynamo = stand_in
-    try:
-        yield
-    finally:
-        _Compiler.leave(torch)
+    if COMPILER not in sys.modules:
+        part = ModuleType(WRAPPED_PART)
+        setattr(part, WRAPPED_NAME, _wrapped)
+        torch._dynamo = _Compiler(COMPILER)
+        sys.modules |= {COMPILER: torch._dynamo, WRAPPED_PART: part}
 
 
 def _wrapped(*arguments: Any) -> Any:
     """The compiler's own, imported when first it is made."""
-    _Compiler.leave(sys.modules["torch"])
+    _make_room_for_compiler()
     return getattr(importlib.import_module(WRAPPED_PART), WRAPPED_NAME)(*arguments)
+
+
+def _make_room_for_compiler() -> None:
+    if isinstance(sys.modules.get(COMPILER), _Compiler):
+        del sys.modules[COMPILER], sys.modules[WRAPPED_PART]
+        # torch itself imports what it is asked for and does not have.
+        del sys.modules["torch"]._dynamo
 
 
 def _unmarked(function: Marked) -> Marked:
@@ -106,15 +106,6 @@ def _unmarked(function: Marked) -> Marked:
 class _Compiler(ModuleType):
     """Stands where torch's compiler is looked for."""
 
-    # What makes it a package.
-    __path__: list[str] = []  # noqa: RUF012 - the import system asks for a list
-
-    @staticmethod
-    def leave(torch: Any) -> None:
-        """Make room for the compiler; torch imports it itself when it is asked for."""
-        if isinstance(sys.modules.get(COMPILER), _Compiler):
-            del sys.modules[COMPILER], sys.modules[WRAPPED_PART], torch._dynamo
-
     allow_in_graph = assume_constant_result = staticmethod(_unmarked)
 
     @staticmethod
@@ -123,7 +114,8 @@ class _Compiler(ModuleType):
         return _unmarked if function is None else function
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        # A package's path is what is asked for before its parts are.
+        if name.startswith("__") and name != "__path__":
             raise AttributeError(name)
-        self.leave(sys.modules["torch"])
+        _make_room_for_compiler()
         return getattr(importlib.import_module(COMPILER), name)
