@@ -50,6 +50,7 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
+    gc.enable()
     server = _Server(config)
     server.run()
     return os.EX_OK if server.started else os.EX_UNAVAILABLE
