@@ -35,7 +35,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from adapters.validate import Finding
+from adapters.errors import Finding
 
 
 class GatewayError(Exception):
