@@ -18,7 +18,7 @@ from types import FrameType
 
 import greenlet
 
-from gateway.__main__ import main
+from gateway.process import main
 
 INTERVAL_S = 0.001
 MAX_DEPTH = 60

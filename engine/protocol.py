@@ -26,8 +26,8 @@ from typing import Literal
 
 import msgspec
 
+from adapters.base_shape import BaseShape
 from adapters.text_bundle import PoolingKind
-from adapters.validate import BaseShape
 
 PROTOCOL_VERSION = 5
 FRAME_LENGTH = struct.Struct("<I")

@@ -23,6 +23,7 @@
     │   ├── BudgetSpent           429
     │   └── TooManyUploads        429
     ├── EngineFailed              500
+    ├── MeaningChanged            never answered: the request begins anew
     ├── Unavailable               503
     │   └── Overloaded            503
     ├── DatabaseRefused           at start only: never answered to a client
@@ -34,7 +35,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from adapters.validate import Finding
+from adapters.errors import Finding
 
 
 class GatewayError(Exception):
@@ -218,6 +219,10 @@ class EngineFailed(GatewayError):
     """The engine could not finish the answer."""
 
     code = "engine_error"
+
+
+class MeaningChanged(GatewayError):
+    """The model's name does not stand for what was assumed."""
 
 
 class Unavailable(GatewayError):

@@ -1,7 +1,7 @@
 """The path of every request to an engine: who, which adapter, what it may cost, which engine.
 
-`Inference.start` reads from top to bottom as the life of a request; what comes of it is a
-`Generation`. Knows nothing of HTTP or of how an answer is spelled on the wire.
+`Inference.start` and its steps read from top to bottom as the life of a request; what comes of it
+is a `Generation`. Knows nothing of HTTP or of how an answer is spelled on the wire.
 """
 
 import uuid
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from adapters.errors import AdapterError
 from adapters.text_bundle import PoolingKind
 from engine.client import EngineLink, SequenceStream
 from engine.errors import LinkError
@@ -30,6 +31,7 @@ from gateway.errors import (
     GatewayError,
     JournalFailed,
     LimitReached,
+    MeaningChanged,
     PolicyViolation,
     Unavailable,
 )
@@ -39,13 +41,14 @@ from gateway.grammars import AskedGrammar, Grammars, InvalidGrammar
 from gateway.journal import Journal, Opened
 from gateway.ledger import Ledger
 from gateway.limits import Admission, Ask, admit, refused, rehearse
+from gateway.overload import Place
 from gateway.policies.screen import Text
 from gateway.policies.store import Policies
 from gateway.policies.watch import Watch
 from gateway.prices import BATCH, ceiling
 from gateway.privacy import Contents
 from gateway.prompts import Messages, Prompt, encode, field_of, fit, seen_by_policy, spelled
-from gateway.registry import Registry, Target, model_not_found
+from gateway.registry import Recollection, Registry, Target, model_not_found
 from gateway.routing import Router
 from gateway.tables import new_id
 from gateway.text import Ending, TextCodec, TextCodecs
@@ -78,6 +81,25 @@ class Estimate:
     refusal: GatewayError | None
     # Whether its adapter sits in a slot; None where no engine could be asked.
     is_resident: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A request that is admitted, and all that its engine is going to be told."""
+
+    target: Target
+    codec: TextCodec
+    prompts: list[list[int]]
+    thinking: Thinking
+    # None where the tenant has no policy.
+    watch: Watch | None
+    # None where the answer is free.
+    grammar: Grammar | None
+    # None where its text is not kept.
+    keeping: Keeping | None
+    link: EngineLink
+    place: Place
+    admission: Admission
 
 
 class Inference:
@@ -114,7 +136,44 @@ class Inference:
         Raises ModelNotFound, TemplateFault, InvalidRequest, InvalidGrammar, PolicyViolation,
         LimitReached or Unavailable; nothing is held or billed then.
         """
-        target = await self.resolve(principal, request.model, user=request.user)
+        ready = await self._ready_as_before(principal, request)
+        if ready is None:
+            target = await self.resolve(principal, request.model, user=request.user)
+            ready = await self._make_ready(principal, request, target)
+        return self._hand_over(principal, request, attempt, ready)
+
+    async def _ready_as_before(
+        self, principal: Principal, request: GenerationRequest
+    ) -> _Ready | None:
+        """For what the name meant last, which admission confirms: a round trip less.
+
+        None where that is not known or holds no more; what is refused for it, is refused only where
+        it holds.
+        """
+        assumed = self._registry.recall(principal, request.model)
+        # A policy counts and asks others: not for something that may have to be done anew.
+        if assumed is None or principal.policy_id is not None:
+            return None
+        try:
+            self._check_allowed(principal, request.model, assumed.target)
+            return await self._make_ready(principal, request, assumed.target, assumed=assumed)
+        except MeaningChanged:
+            return None
+        except (GatewayError, AdapterError):
+            target = await self.resolve(principal, request.model, user=request.user)
+            if target == assumed.target:
+                raise
+            return None
+
+    async def _make_ready(
+        self,
+        principal: Principal,
+        request: GenerationRequest,
+        target: Target,
+        *,
+        assumed: Recollection | None = None,
+    ) -> _Ready:
+        """All that may be refused, admission last. Raises what `start` does, and MeaningChanged."""
         codec = await self._texts.get(
             target.text_bundle_digest, base=target.base_text_bundle_digest
         )
@@ -155,11 +214,22 @@ class Inference:
                 num_sequences=num_answers,
                 gateway_instance_id=self._journal.instance_id,
                 max_cost_nano=request.max_cost_nano,
+                assumed=assumed,
             )
         except BaseException:
             place.leave()
             raise
+        return _Ready(
+            target, codec, prompts, thinking, watch, grammar, keeping, link, place, admission
+        )
 
+    def _hand_over(
+        self, principal: Principal, request: GenerationRequest, attempt: Attempt, ready: _Ready
+    ) -> Generation:
+        """Give an admitted request to its engine. Raises JournalFailed, InvalidRequest."""
+        target, codec, prompts = ready.target, ready.codec, ready.prompts
+        admission, place, watch = ready.admission, ready.place, ready.watch
+        num_answers = len(prompts) * request.num_choices
         record = partial(
             Opened.of,
             principal,
@@ -176,11 +246,11 @@ class Inference:
         if admission.max_output_tokens < num_answers:
             place.leave()
             self._journal.opened(record(sequence_ids=()))
-            self._ledger.close(request_id, "error", sent=False)
+            self._ledger.close(admission.request_id, "error", sent=False)
             raise request.too_little_money(num_answers)
-        # No await from here on: the journal knows the sequences before their first frame can come.
+        # The journal knows the sequences before their first frame can come: nothing here waits.
         streams = [
-            link.submit(
+            ready.link.submit(
                 prompt_ids,
                 sampling=request.sampling(
                     codec, admission.max_output_tokens // num_answers, number=number
@@ -190,7 +260,7 @@ class Inference:
                 cache_salt=principal.cache_salt,
                 fairness_key=str(principal.tenant_id),
                 priority=request.priority,
-                grammar=grammar,
+                grammar=ready.grammar,
             )
             for prompt_ids in prompts
             for number in range(request.num_choices)
@@ -216,13 +286,13 @@ class Inference:
                 prompts=prompts,
                 index=index,
                 watch=watch,
-                thinking=thinking,
+                thinking=ready.thinking,
                 is_cut_by_max_cost=admission.is_cut_by_max_cost,
             )
             for index, stream in enumerate(streams)
         ]
         return Generation(
-            request_id=request_id,
+            request_id=admission.request_id,
             target=target,
             codec=codec,
             prompts=prompts,
@@ -233,7 +303,7 @@ class Inference:
             place=place,
             is_searched=is_searched,
             tells_token_ids=request.tells_token_ids,
-            keeping=keeping,
+            keeping=ready.keeping,
         )
 
     def _pick(self, target: Target) -> EngineLink:
@@ -500,9 +570,12 @@ class Inference:
     async def resolve(self, principal: Principal, model: str, *, user: str | None = None) -> Target:
         """What a name means for this caller. Raises ModelNotFound, also where the key may not."""
         target = await self._registry.resolve(principal, model, user=user)
+        self._check_allowed(principal, model, target)
+        return target
+
+    def _check_allowed(self, principal: Principal, model: str, target: Target) -> None:
         if not principal.may_call(target.public_name):
             raise model_not_found(model)
-        return target
 
 
 def _submit_prompts(

@@ -4,7 +4,8 @@ A hold is a row from admission to settlement, never a counter. It pays for the p
 tranche of output, and grows ahead of need with each heartbeat of its gateway. Rates are leaky
 buckets and concurrency is the number of open holds of gateways that live, so a crash heals itself.
 All rules of a request are charged together or not at all. The statements are functions of the
-schema, in migration 0005. Knows nothing of how tokens are counted or of what a request really cost.
+schema, in migration 0005. What a name was assumed to mean is confirmed in the same statement that
+admits for it. Knows nothing of how tokens are counted or of what a request really cost.
 """
 
 import datetime
@@ -19,9 +20,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from gateway.auth import Principal
 from gateway.database import DATABASE_TROUBLE, Database
-from gateway.errors import BudgetSpent, InvalidRequest, LimitReached, Unavailable
+from gateway.errors import BudgetSpent, InvalidRequest, LimitReached, MeaningChanged, Unavailable
 from gateway.prices import Price
-from gateway.registry import Target
+from gateway.registry import MEANING, Recollection, Target
 
 # Output tokens that a hold is extended by: some ten seconds of a fast stream.
 TRANCHE_TOKENS = 256
@@ -35,6 +36,19 @@ ADMIT = text("""
         :max_cost_nano, :is_rehearsal
     )
 """)
+
+# The same for what a name means, where that is what was assumed; no row where it is not, or where
+# there is no price. The function is given what was found, so it cannot run before that is known.
+ADMIT_AS_ASSUMED = text(f"""
+    SELECT admission.* FROM (
+        SELECT meaning.* FROM {MEANING} WHERE CAST(meaning AS text) = :assumed OFFSET 0
+    ) AS found
+    CROSS JOIN LATERAL admit_request(
+        :request_id, :tenant_id, :api_key_id, found.base_model_id, found.adapter_id,
+        found.adapter_version_id, :gateway_instance_id, :endpoint, :prompt_tokens,
+        :max_output_tokens, :tranche_tokens, :max_cost_nano, :is_rehearsal
+    ) AS admission
+""")  # noqa: S608 - a constant of ours
 
 EXTEND = text("""
     SELECT id, funded_output_tokens, is_budgeted
@@ -196,13 +210,14 @@ async def admit(
     gateway_instance_id: uuid.UUID,
     num_sequences: int = 1,
     max_cost_nano: int | None = None,
+    assumed: Recollection | None = None,
 ) -> Admission:
     """Charge every rule and hold the money for a request's first tranche; `max_tokens` is for each
-    sequence.
+    sequence. `assumed` is what the target was taken from, where that is not certain.
 
     Raises LimitReached or BudgetSpent, InvalidRequest where `max_cost_nano` pays for no token, and
     Unavailable when the database does not answer or has no price: nothing is served then that could
-    not be billed.
+    not be billed. Raises MeaningChanged where nothing can be admitted as `assumed`.
     """
     ask = Ask(
         request_id=request_id,
@@ -213,7 +228,7 @@ async def admit(
         num_sequences=num_sequences,
         max_cost_nano=max_cost_nano,
     )
-    answer = await _ask(database, principal, target, ask, is_rehearsal=False)
+    answer = await _ask(database, principal, target, ask, is_rehearsal=False, assumed=assumed)
     if answer.refusal is not None:
         raise refused(answer.refusal, principal, target, levels=answer.levels)
     return Admission(
@@ -237,10 +252,16 @@ async def rehearse(database: Database, principal: Principal, target: Target, ask
 
 
 async def _ask(
-    database: Database, principal: Principal, target: Target, ask: Ask, *, is_rehearsal: bool
+    database: Database,
+    principal: Principal,
+    target: Target,
+    ask: Ask,
+    *,
+    is_rehearsal: bool,
+    assumed: Recollection | None = None,
 ) -> Answer:
     assert principal.tenant_id is not None, "only tenants are billed"
-    parameters = {
+    parameters: dict[str, Any] = {
         "request_id": ask.request_id,
         "tenant_id": principal.tenant_id,
         "api_key_id": principal.key_id,
@@ -255,10 +276,15 @@ async def _ask(
         "max_cost_nano": ask.max_cost_nano,
         "is_rehearsal": is_rehearsal,
     }
+    statement = ADMIT
+    if assumed is not None:
+        statement, parameters = ADMIT_AS_ASSUMED, {**parameters, **assumed.parameters}
     try:
-        rows = await database.call(ADMIT, parameters)
+        rows = await database.call(statement, parameters)
     except DATABASE_TROUBLE as fault:
         raise Unavailable("The ledger does not answer. Try again shortly.") from fault
+    if not rows and assumed is not None:
+        raise MeaningChanged
     if not rows:
         raise Unavailable(f"The model {target.public_name} has no price yet.", retry_after_s=60)
     return _answer(rows[0])

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 POLICY_CACHE_S = 5.0
 ERASED = "erased"
 
-# One statement that sets the tenant itself, in the way of `registry.RESOLVE`.
+# One statement that sets the tenant itself, in the way of `registry.MEANING`.
 KEEP_DAYS = text("""
     SELECT policy.keep_days FROM (
         SELECT set_config('app.tenant', CAST(:tenant AS text), true) AS tenant OFFSET 0

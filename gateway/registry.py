@@ -8,6 +8,8 @@ Knows nothing of files, of HTTP, or of how an adapter is judged.
 import datetime
 import hashlib
 import uuid
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,14 +46,15 @@ from gateway.tables import (
     new_id,
 )
 
-# Which version of which adapter a name means. Row-level security hides what is neither the caller's
-# nor shared with it, and base models that are withheld from it, so such a name finds as little as
-# one that does not exist. A base model that no engine serves is not offered, and neither are its
-# adapters; that it was retired is told. Each lookup is an equality that row-level security lets an
-# index answer. The tenant is set in the statement itself, which spares three round trips: what is
-# LATERAL to it runs after it, and OFFSET 0 keeps the planner from taking the two apart.
-RESOLVE = text("""
-    SELECT meaning.* FROM (
+# Which version of which adapter a name means; queries select `meaning` from it. Row-level security
+# hides what is neither the caller's nor shared with it, and base models that are withheld from it,
+# so such a name finds as little as one that does not exist. A base model that no engine serves is
+# not offered, and neither are its adapters; that it was retired is told. Each lookup is an equality
+# that row-level security lets an index answer. The tenant is set in the statement itself, which
+# spares three round trips: what is LATERAL to it runs after it, and OFFSET 0 keeps the planner from
+# taking the two apart.
+MEANING = """
+    (
         SELECT set_config('app.tenant', CAST(:tenant AS text), true) AS tenant OFFSET 0
     ) AS caller
     CROSS JOIN LATERAL (
@@ -63,15 +66,16 @@ RESOLVE = text("""
            CASE WHEN v.base_revision = b.revision THEN v.certificate ->> 'fingerprint' END
                AS fingerprint,
            coalesce(v.text_bundle_digest, b.text_bundle_digest) AS text_bundle_digest,
-           coalesce(v.state = 'missing', false) AS is_missing
+           coalesce(v.state = 'missing', false) AS is_missing,
+           coalesce(v.has_canary, false) AS has_canary
     FROM public_names n
     LEFT JOIN adapters a ON a.id = n.adapter_id AND a.deleted_at IS NULL
     JOIN base_models b ON b.id = coalesce(n.base_model_id, a.base_model_id)
     LEFT JOIN LATERAL (
-        SELECT pinned.* FROM adapter_versions pinned
+        SELECT pinned.*, false AS has_canary FROM adapter_versions pinned
         WHERE pinned.adapter_id = a.id AND pinned.number = CAST(:number AS integer)
         UNION ALL
-        SELECT named.* FROM adapter_aliases l
+        SELECT named.*, l.canary_percent IS NOT NULL FROM adapter_aliases l
         JOIN adapter_versions named ON named.id = CASE
             WHEN CAST(:bucket AS integer) < l.canary_percent THEN l.canary_version_id
             ELSE l.version_id
@@ -87,7 +91,14 @@ RESOLVE = text("""
       AND caller.tenant IS NOT NULL
     OFFSET 0
     ) AS meaning
-""")
+"""
+
+RESOLVE = text(f"""
+    SELECT meaning.*, CAST(meaning AS text) AS spelled FROM {MEANING}
+""")  # noqa: S608 - a constant of ours
+
+# Names whose meaning is remembered, of some 2 KB each.
+MAX_REMEMBERED = 10_000
 
 # Everything that the caller may name as a model: its own adapters, and those that are shared with
 # it. Each half begins at an index, and row-level security judges what it finds.
@@ -143,6 +154,15 @@ class Target:
     text_bundle_digest: str
     # Of the base model: the context, the bundles and the engines that are meant.
     base_revision: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Recollection:
+    """What a name stood for when it was last resolved, and how to tell whether it still does."""
+
+    target: Target
+    # Those of MEANING, and `assumed`: all that it meant, as the database spells the row.
+    parameters: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +256,8 @@ class Registry:
     def __init__(self, database: Database, quotas: Quotas = NO_QUOTAS) -> None:
         self._database = database
         self._quotas = quotas
+        # By tenant and the name as it was asked for; the least used leave memory first.
+        self._remembered: OrderedDict[tuple[uuid.UUID, str], Recollection] = OrderedDict()
 
     # What tenants ask.
 
@@ -251,7 +273,9 @@ class Registry:
             raise model_not_found(model)
         spelling = _spelling(model, caller=user or str(principal.key_id))
         tenant_id = _tenant_of(principal, model)
-        rows = await self._database.call(RESOLVE, {"tenant": str(tenant_id), **spelling})
+        asked = {"tenant": str(tenant_id), **spelling}
+        rows = await self._database.call(RESOLVE, asked)
+        self._remembered.pop((tenant_id, model.lower()), None)
         if not rows:
             raise model_not_found(model)
         fields = dict(rows[0])
@@ -259,7 +283,31 @@ class Registry:
             raise _retired(model, fields["base_model"])
         if fields.pop("is_missing"):
             raise _missing(model)
-        return Target(**fields)
+        asked["assumed"], has_canary = fields.pop("spelled"), fields.pop("has_canary")
+        target = Target(**fields)
+        # Where there is a canary, the next caller may get another version.
+        if not has_canary:
+            self._remember((tenant_id, model.lower()), Recollection(target, asked))
+        return target
+
+    def recall(self, principal: Principal, model: str) -> Recollection | None:
+        """What `model` meant when it was last resolved for this tenant, where that is remembered.
+
+        It may mean something else by now: nothing may come of it before the database has confirmed
+        it, as `limits.admit` has it do.
+        """
+        if principal.tenant_id is None:
+            return None
+        key = principal.tenant_id, model.lower()
+        found = self._remembered.get(key)
+        if found is not None:
+            self._remembered.move_to_end(key)
+        return found
+
+    def _remember(self, key: tuple[uuid.UUID, str], recollection: Recollection) -> None:
+        self._remembered[key] = recollection
+        if len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
 
     async def list_models(self, principal: Principal) -> list[ModelEntry]:
         """Return the base models that the caller may call, then its own adapters and shared ones.
@@ -561,7 +609,7 @@ def _tenant_of(principal: Principal, model: str) -> uuid.UUID:
 
 
 def _spelling(model: str, *, caller: str) -> dict[str, Any]:
-    """Take `name`, `name@3` or `name@prod` apart, as parameters of RESOLVE."""
+    """Take `name`, `name@3` or `name@prod` apart, as parameters of MEANING."""
     name, at, suffix = model.lower().rpartition("@")
     if not at:
         name = suffix

@@ -16,24 +16,21 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from adapters.store import ArtifactStore
 from gateway.addresses import Network
-from gateway.auth import PEPPER_VERSION, Authenticator
-from gateway.base_models import BaseModels
 from gateway.children import CannotServe, Child
-from gateway.database import DATABASE_TROUBLE, Database, migrate, role_urls
-from gateway.embedded import EmbeddedPostgres
 from gateway.engine_room import EngineRoom, ServedModel
-from gateway.errors import InvalidKey
 from gateway.private_files import write_private
 from gateway.settings import MAX_FILE_BYTES_PER_TENANT, MEBIBYTE, PURGE_AFTER_DAYS, Settings
+
+if TYPE_CHECKING:
+    from gateway.embedded import EmbeddedPostgres
 
 POLL_INTERVAL_S = 0.1
 # What is done once requests are answered.
@@ -93,31 +90,8 @@ class Secrets:
         return cls(**json.loads(path.read_text()))
 
 
-@contextlib.asynccontextmanager
-async def installation(
-    data_dir: Path, *, database_url: str | None, store_url: str | None
-) -> AsyncIterator[tuple[Database, ArtifactStore]]:
-    """Database and store of an installation that `serve` made here, whether it runs or not.
-
-    Raises CannotServe where there is none; the embedded PostgreSQL has to run.
-    """
-    path = data_dir / "secrets.json"
-    if not path.exists():
-        raise CannotServe(f"{data_dir} holds no installation: give its --data-dir")
-    keys = Secrets.of(path)
-    app_url, worker_url = role_urls(
-        database_url or EmbeddedPostgres(data_dir).url,
-        app_password=keys.app_password,
-        worker_password=keys.worker_password,
-    )
-    database = Database(app_url=app_url, worker_url=worker_url, pool_size=2)
-    try:
-        yield database, ArtifactStore(store_url or _store_url(data_dir))
-    finally:
-        await database.close()
-
-
-def _store_url(data_dir: Path) -> str:
+def store_url_of(data_dir: Path) -> str:
+    """Where adapters are kept by default."""
     return (data_dir / "store").absolute().as_uri()
 
 
@@ -151,13 +125,17 @@ class Supervisor:
             runtime_dir = _runtime_dir(options.data_dir)
             keys = Secrets.of(options.data_dir / "secrets.json")
             room = self._engine_room(keys, runtime_dir)
-            owner_url = options.database_url or self._start_postgres(stack)
-            try:
-                settings = await self._prepare(owner_url, keys, room)
-            except DATABASE_TROUBLE as error:
-                raise CannotServe(f"the database does not answer: {error}") from error
-            if not self._stopping.is_set():
-                await self._serve(settings, room, on_ready)
+            async with room.answering(), asyncio.TaskGroup() as tasks:
+                room.start(tasks)
+                # They load while the rest comes up, of which they need nothing.
+                await asyncio.sleep(0)
+                try:
+                    settings = await self._prepare(stack, keys, room)
+                    if not self._stopping.is_set():
+                        await self._serve(settings, room, tasks, on_ready)
+                finally:
+                    self._stopping.set()
+                    await room.stop()
             self._say("stopped")
 
     def stop(self) -> None:
@@ -165,6 +143,9 @@ class Supervisor:
 
     def _start_postgres(self, stack: contextlib.ExitStack) -> str:
         self._say("database: starting the embedded PostgreSQL")
+        # As in `_prepare`.
+        from gateway.embedded import EmbeddedPostgres
+
         self._postgres = EmbeddedPostgres(self._options.data_dir)
         self._postgres.start()
         stack.callback(self._postgres.stop)
@@ -178,17 +159,23 @@ class Supervisor:
             model_folder=options.model_folder,
             runtime_dir=runtime_dir,
             data_dir=options.data_dir.absolute(),
-            store_url=options.store_url or _store_url(options.data_dir),
+            store_url=options.store_url or store_url_of(options.data_dir),
             secret=keys.engine_secret,
             say=self._say,
             is_ending=self._stopping.is_set,
         )
 
-    async def _prepare(self, owner_url: str, keys: Secrets, room: EngineRoom) -> Settings:
+    async def _prepare(
+        self, stack: contextlib.ExitStack, keys: Secrets, room: EngineRoom
+    ) -> Settings:
+        # Not at the top: engines start before all this is imported.
+        from gateway.auth import PEPPER_VERSION
+        from gateway.database import role_urls
+        from gateway.preparation import prepare
+
         options = self._options
+        owner_url = options.database_url or self._start_postgres(stack)
         passwords = {"app_password": keys.app_password, "worker_password": keys.worker_password}
-        self._say("database: migrating")
-        await migrate(owner_url, **passwords)
         app_url, worker_url = role_urls(owner_url, **passwords)
         settings = Settings(
             database_app_url=app_url,
@@ -197,7 +184,7 @@ class Supervisor:
             supervisor_socket=room.socket_path,
             engine_secret=keys.engine_secret,
             peppers={PEPPER_VERSION: bytes.fromhex(keys.pepper)},
-            store_url=options.store_url or _store_url(options.data_dir),
+            store_url=options.store_url or store_url_of(options.data_dir),
             data_dir=options.data_dir.absolute(),
             host=options.host,
             port=options.port,
@@ -214,30 +201,20 @@ class Supervisor:
             tool_call_parser=options.tool_call_parser,
             parent_pid=os.getpid(),
         )
-        database = Database(
-            app_url=settings.database_app_url, worker_url=settings.database_worker_url
+        self._say("database: migrating")
+        await prepare(
+            owner_url,
+            settings,
+            **passwords,
+            addresses_begin=room.addresses_begin,
+            names={address: model.name for address, model in room.planned.items()},
+            operator_key_path=self._operator_key_path,
         )
-        try:
-            await self._ensure_operator_key(database, settings)
-            names = {address: model.name for address, model in room.planned.items()}
-            await BaseModels(database).expect(room.addresses_begin, names)
-        finally:
-            await database.close()
         return settings
 
-    async def _ensure_operator_key(self, database: Database, settings: Settings) -> None:
-        """Make an operator key at the first start, or where the kept one is not this database's."""
-        authenticator = Authenticator(database, settings.peppers)
-        with contextlib.suppress(FileNotFoundError, InvalidKey):
-            await authenticator.authenticate(f"Bearer {self.operator_key}")
-            return
-        async with database.as_worker() as session:
-            _, key = await authenticator.issue_key(
-                session, tenant_id=None, name="operator", scopes=None, expires_at=None
-            )
-        write_private(self._operator_key_path, key + "\n")
-
-    async def _serve(self, settings: Settings, room: EngineRoom, on_ready: Ready) -> None:
+    async def _serve(
+        self, settings: Settings, room: EngineRoom, tasks: asyncio.TaskGroup, on_ready: Ready
+    ) -> None:
         gateway = Child(
             "gateway",
             [sys.executable, "-m", "gateway"],
@@ -246,24 +223,21 @@ class Supervisor:
             is_ending=self._stopping.is_set,
         )
         url = f"http://{reachable(settings.host)}:{settings.port}"
-        async with room.answering(), asyncio.TaskGroup() as tasks:
-            room.start(tasks)
-            keepers = [
-                tasks.create_task(gateway.keep()),
-                tasks.create_task(self._watch_postgres()),
-            ]
-            try:
-                if await self._answers(url, room):
-                    await self._unless_stopped(on_ready())
-                    await self._stopping.wait()
-            finally:
-                self._stopping.set()
-                self._say("stopping")
-                # The gateway first: it finishes its streams while the engines still answer.
-                await gateway.stop()
-                await room.stop()
-                for keeper in keepers:
-                    keeper.cancel()
+        keepers = [
+            tasks.create_task(gateway.keep()),
+            tasks.create_task(self._watch_postgres()),
+        ]
+        try:
+            if await self._answers(url, room):
+                await self._unless_stopped(on_ready())
+                await self._stopping.wait()
+        finally:
+            self._stopping.set()
+            self._say("stopping")
+            # Before the engines: it finishes its streams while they still answer.
+            await gateway.stop()
+            for keeper in keepers:
+                keeper.cancel()
 
     async def _watch_postgres(self) -> None:
         while self._postgres is not None:

@@ -14,7 +14,7 @@ from gateway.cli.server import DEFAULT_DATA_DIR
 from gateway.database import DATABASE_TROUBLE
 from gateway.errors import GatewayError
 from gateway.fsck import Fsck, Report
-from gateway.supervisor import installation
+from gateway.installation import installation
 
 
 @click.command()

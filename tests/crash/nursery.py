@@ -17,7 +17,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 # Each has `main`, which returns an exit status.
 MODULES = {
-    "gateway": "gateway.__main__",
+    "gateway": "gateway.process",
     "words": "tests.crash.traced_words",
     "model": "tests.crash.traced_model",
 }

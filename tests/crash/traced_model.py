@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import engine.__main__ as shipped
+import engine.process as shipped
 from adapters.cache import DiskCache
 from engine.config import EngineConfig
 from engine.core import EngineCore

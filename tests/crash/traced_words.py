@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from adapters.store import ArtifactStore
 from adapters.text_bundle import TextBundle
-from engine.__main__ import serve, set_up_logging
+from engine.process import serve, set_up_logging
 from engine.sequence import StepEvent
 from engine.server import EngineServer, bind
 from engine.sessions import LinkLimits

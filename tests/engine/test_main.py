@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import manifest, text_bundle
 from adapters.store import ArtifactStore
-from engine.__main__ import main
 from engine.config import SECRET_VARIABLE
 from engine.errors import EngineLost, EngineRefused
+from engine.process import main
 from engine.protocol import SequenceState
 from tests.engine.echo_engine import DEADLINE_S, collect, greedy, link, tokens_of, until
 from tests.model_lab import following, num_ties, save_speaking_model

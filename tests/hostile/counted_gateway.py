@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from gateway.__main__ import main
+from gateway.process import main
 
 
 def count(*_: object) -> None:
