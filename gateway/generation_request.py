@@ -24,20 +24,11 @@ MAX_TOKENS_OF_CHARACTER = 4
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One request for answers: to each of its prompts as many."""
+class GenerationSettings:
+    """How tokens are chosen and told, and where they end, whatever the prompt."""
 
-    # e.g. "chat.completions"; reports are grouped by it
-    endpoint: str
-    model: str
-    # Whom the client asks for, in its own words: reports can be grouped by it, and one user always
-    # gets the same side of a canary.
-    user: str | None
-    # Usually one; each is answered `num_choices` times.
-    prompts: Sequence[Prompt]
     is_streamed: bool
-    # None where the client named none.
-    max_tokens: int | None
+    # Here and below, None where the client named none.
     temperature: float | None
     top_p: float | None
     top_k: int | None
@@ -52,6 +43,26 @@ class GenerationRequest:
     stops: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
+    shows_special_tokens: bool
+    # Nano-USD that the client will pay at most.
+    max_cost_nano: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request for answers: to each of its prompts as many."""
+
+    # e.g. "chat.completions"; reports are grouped by it
+    endpoint: str
+    model: str
+    # Whom the client asks for, in its own words: reports can be grouped by it, and one user always
+    # gets the same side of a canary.
+    user: str | None
+    # Usually one; each is answered `num_choices` times.
+    prompts: Sequence[Prompt]
+    # None where the client named none.
+    max_tokens: int | None
+    settings: GenerationSettings
     # How many alternatives beside each token's own log-probability; None for neither.
     logprobs: int | None
     # How many alternatives beside the log-probability of each prompt token; None for neither.
@@ -60,13 +71,10 @@ class GenerationRequest:
     # How a chat template ends the prompt, and what else it is told.
     ending: Ending = Ending.ASKING
     template_variables: Mapping[str, Any] = field(default_factory=dict)
-    shows_special_tokens: bool = False
     # Whether the client is told token ids, so that no delta without a text may be passed over.
     tells_token_ids: bool = False
     # The engine's class: of what waits, the least goes first.
     priority: int = 0
-    # Nano-USD that the client will pay at most.
-    max_cost_nano: int | None = None
     # Names the fields that the client gave, where a policy asks.
     fields: Callable[[], frozenset[str]] = frozenset
     # None leaves the answer free.
@@ -114,13 +122,13 @@ class GenerationRequest:
 
     def check_tokens(self, *, max_tokens: int, vocab_size: int) -> None:
         """Raises InvalidRequest for tokens that cannot come."""
-        if self.min_tokens > max_tokens:
+        if self.settings.min_tokens > max_tokens:
             raise InvalidRequest(
-                f"'min_tokens' is {self.min_tokens}, above the {max_tokens} that may come at most:"
-                " lower it, or let more come.",
+                f"'min_tokens' is {self.settings.min_tokens}, above the {max_tokens} that may come"
+                " at most: lower it, or let more come.",
                 param="min_tokens",
             )
-        if max(self.logit_bias, default=0) >= vocab_size:
+        if max(self.settings.logit_bias, default=0) >= vocab_size:
             raise InvalidRequest(
                 "'logit_bias' names a token that the model does not have: ids go to"
                 f" {vocab_size - 1}.",
@@ -129,34 +137,36 @@ class GenerationRequest:
 
     def too_little_money(self, num_answers: int) -> InvalidRequest:
         return InvalidRequest(
-            f"'max_cost' is {self.max_cost_nano} nano-USD, which does not pay for the prompt and"
-            f" one token of each of {num_answers} answers: raise it or ask for fewer.",
+            f"'max_cost' is {self.settings.max_cost_nano} nano-USD, which does not pay for the"
+            f" prompt and one token of each of {num_answers} answers: raise it or ask for fewer.",
             param="max_cost",
         )
 
     def sampling(self, codec: TextCodec, max_tokens: int, *, number: int) -> SamplingParams:
         """Of one answer: its number among those to the same prompt is added to the seed."""
-        defaults = codec.generation_defaults
-        eos = () if self.ignore_eos else codec.eos_token_ids
+        settings, defaults = self.settings, codec.generation_defaults
+        eos = () if settings.ignore_eos else codec.eos_token_ids
 
         def choose(asked: float | None, name: str, otherwise: float) -> float:
             return asked if asked is not None else defaults.get(name, otherwise)
 
         return SamplingParams(
             max_tokens=max_tokens,
-            seed=secrets.randbits(64) if self.seed is None else (self.seed + number) % 2**64,
-            temperature=choose(self.temperature, "temperature", 1.0),
-            top_p=choose(self.top_p, "top_p", 1.0),
-            top_k=int(choose(self.top_k, "top_k", 0)),
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            logit_bias=dict(self.logit_bias),
+            seed=secrets.randbits(64)
+            if settings.seed is None
+            else (settings.seed + number) % 2**64,
+            temperature=choose(settings.temperature, "temperature", 1.0),
+            top_p=choose(settings.top_p, "top_p", 1.0),
+            top_k=int(choose(settings.top_k, "top_k", 0)),
+            min_p=settings.min_p,
+            presence_penalty=settings.presence_penalty,
+            frequency_penalty=settings.frequency_penalty,
+            repetition_penalty=settings.repetition_penalty,
+            logit_bias=dict(settings.logit_bias),
             # `max_cost` may have lowered the other.
-            min_tokens=min(self.min_tokens, max_tokens),
-            stop_token_ids=(*eos, *self.stop_token_ids),
+            min_tokens=min(settings.min_tokens, max_tokens),
+            stop_token_ids=(*eos, *settings.stop_token_ids),
             logprobs=self.logprobs,
             # Computing them passes over the cache, so one answer does it for all that can wait.
-            prompt_logprobs=self.prompt_logprobs if self.is_streamed or not number else None,
+            prompt_logprobs=self.prompt_logprobs if settings.is_streamed or not number else None,
         )

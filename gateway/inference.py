@@ -213,7 +213,7 @@ class Inference:
                 max_tokens=max_tokens,
                 num_sequences=num_answers,
                 gateway_instance_id=self._journal.instance_id,
-                max_cost_nano=request.max_cost_nano,
+                max_cost_nano=request.settings.max_cost_nano,
                 assumed=assumed,
             )
         except BaseException:
@@ -236,7 +236,7 @@ class Inference:
             target,
             admission,
             endpoint=request.endpoint,
-            is_streamed=request.is_streamed,
+            is_streamed=request.settings.is_streamed,
             prompt_tokens=sum(map(len, prompts)),
             prompt_lengths=[len(each) for each in prompts] if len(prompts) > 1 else (),
             end_user=request.user,
@@ -275,7 +275,7 @@ class Inference:
             place.leave()
             raise
         meter.is_budgeted = admission.is_budgeted
-        is_searched = bool(request.stops) or watch is not None
+        is_searched = bool(request.settings.stops) or watch is not None
         if is_searched:
             meter.await_caps()
         choices = [
@@ -616,9 +616,9 @@ def _choice(
     place = index // request.num_choices
     is_read = request.tools is not None or thinking != "never"
     text: Text = codec.stream(
-        request.stops,
+        request.settings.stops,
         after=request.continued(place, prompts[place]),
-        shows_special_tokens=request.shows_special_tokens,
+        shows_special_tokens=request.settings.shows_special_tokens,
         shows_marks=is_read,
     )
     thoughts = None
@@ -628,11 +628,11 @@ def _choice(
         stream,
         text if watch is None else watch.screen(text) or text,
         index=index,
-        judge=None if watch is None else watch.judge(is_streamed=request.is_streamed),
+        judge=None if watch is None else watch.judge(is_streamed=request.settings.is_streamed),
         reader=_reader(codec, request.tools, thinking, watch) if is_read else None,
         thoughts=thoughts,
         is_cut_by_max_cost=is_cut_by_max_cost,
-        shows_special_tokens=request.shows_special_tokens,
+        shows_special_tokens=request.settings.shows_special_tokens,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine.kernels.cpu import ATTENTION_CALL, CompiledAttention, CompiledLora, attend_rows
@@ -92,23 +93,18 @@ class CompiledStack:
     ) -> Tensor:
         """As `WholeStack.run`."""
         assert isinstance(plan, CompiledAttention)
-        out = hidden.clone()
-        first, workspace, num_rows = (
-            self._layers[0],
-            self._workspace,
-            out.numel() // self._layers[0].width,
-        )
+        # A layer's output takes its input's place.
+        out = hidden.clone(memory_format=torch.contiguous_format)
+        first, workspace = self._layers[0], self._workspace
+        step = Step(out.numel() // first.width, adapters, workspace)
         sizes = [heads * head_dim for heads, head_dim in first.heads]
         states = [
-            workspace.take(name, num_rows * size)
+            workspace.take(name, step.num_rows * size)
             for name, size in zip(("query", "key", "value"), sizes, strict=True)
         ]
-        attended = workspace.take("attended", num_rows * sizes[0])
-        step = Step(num_rows, adapters, workspace)
-        # A layer's output takes its input's place.
-        place = out.data_ptr()
-        first.prepare_enter(self._enters, step, place, states, cos=cos, sin=sin)
-        first.prepare_leave(self._leaves, step, (attended, place, place))
+        attended = workspace.take("attended", step.num_rows * sizes[0])
+        first.prepare_enter(self._enters, step, out.data_ptr(), states, cos=cos, sin=sin)
+        first.prepare_leave(self._leaves, step, (attended, out.data_ptr(), out.data_ptr()))
         if keys is not self._caches:
             self._read(keys, values)
         self._attends["query"], self._attends["new_keys"], self._attends["new_values"] = states
@@ -145,9 +141,11 @@ class CompiledLayers:
         """Raises AssertionError for parts that the loops cannot read."""
         return CompiledLayer(parts, self._workspace)
 
-    def stack(self, layers: Sequence[CompiledLayer], calls: Sequence[LayerCall]) -> CompiledStack:
+    def stack(self, layers: Sequence[object], calls: Sequence[LayerCall]) -> CompiledStack:
         """Raises AssertionError for layers that no loop can take together."""
-        return CompiledStack(layers, calls)
+        own = [layer for layer in layers if isinstance(layer, CompiledLayer)]
+        assert len(own) == len(layers)
+        return CompiledStack(own, calls)
 
     def serves(self, adapters: object) -> bool:
         """Whether the loops do all that these adapters do."""

@@ -4,8 +4,6 @@ A body names these fields on the wire, so an unknown name beside them is refused
 it. Knows nothing of prompts, nor of what an answer looks like.
 """
 
-from typing import TypedDict
-
 import msgspec
 
 from gateway.api.fields import (
@@ -31,27 +29,7 @@ from gateway.api.fields import (
 )
 from gateway.api.structured import Choices, Json, ResponseFormat, StructuredOutputs
 from gateway.errors import InvalidRequest
-
-
-class Sampling(TypedDict):
-    """How tokens are chosen, as the path of a generation has it."""
-
-    is_streamed: bool
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float
-    logit_bias: dict[int, float]
-    min_tokens: int
-    seed: int | None
-    stops: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    ignore_eos: bool
-    shows_special_tokens: bool
-    max_cost_nano: int | None
+from gateway.generation_request import GenerationSettings
 
 
 class Asking(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,25 +60,25 @@ class Asking(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     include_stop_str_in_output: bool | None = None
     priority: int | None = None
 
-    def sampling(self) -> Sampling:
-        return {
-            "is_streamed": bool(self.stream),
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "min_p": self.min_p or 0.0,
-            "presence_penalty": self.presence_penalty or 0.0,
-            "frequency_penalty": self.frequency_penalty or 0.0,
-            "repetition_penalty": self.repetition_penalty or 1.0,
-            "logit_bias": self.logit_bias or {},
-            "min_tokens": self.min_tokens or 0,
-            "seed": self.seed,
-            "stops": stop_strings(self.stop),
-            "stop_token_ids": tuple(self.stop_token_ids or ()),
-            "ignore_eos": bool(self.ignore_eos),
-            "shows_special_tokens": self.skip_special_tokens is False,
-            "max_cost_nano": self.max_cost,
-        }
+    def settings(self) -> GenerationSettings:
+        return GenerationSettings(
+            is_streamed=bool(self.stream),
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=None if self.top_k is None else max(self.top_k, 0),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias=self.logit_bias or {},
+            min_tokens=self.min_tokens or 0,
+            seed=self.seed,
+            stops=stop_strings(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            shows_special_tokens=self.skip_special_tokens is False,
+            max_cost_nano=self.max_cost,
+        )
 
 
 class AskingForChoices(Asking, frozen=True, forbid_unknown_fields=True, kw_only=True):

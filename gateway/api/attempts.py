@@ -118,7 +118,8 @@ class Desk:
 
         Raises what `Answers.claim` and `Inference.start` raise.
         """
-        answering = await self.attempts.begin(request, principal, is_streamed=asked.is_streamed)
+        is_streamed = asked.settings.is_streamed
+        answering = await self.attempts.begin(request, principal, is_streamed=is_streamed)
         if isinstance(answering, KeptAnswer):
             return answering
         try:

@@ -288,7 +288,7 @@ def read_request(data: ChatCompletionRequest, principal: Principal) -> Generatio
         template_variables=data.chat_template_kwargs or {},
         tells_token_ids=bool(data.return_token_ids),
         priority=priority_of(data.service_tier, principal),
-        **data.sampling(),
+        settings=data.settings(),
         fields=partial(given_fields, data),
         grammar=grammar,
         tools=toolbox,

@@ -149,7 +149,7 @@ def read_request(data: CompletionRequest) -> GenerationRequest:
         prompt_logprobs=_num_of_prompt(data),
         num_choices=data.n or 1,
         tells_token_ids=bool(data.return_token_ids),
-        **data.sampling(),
+        settings=data.settings(),
         fields=partial(given_fields, data),
         grammar=asked_grammar(data),
     )

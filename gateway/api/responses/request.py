@@ -177,7 +177,7 @@ def read_request(data: ResponseRequest, principal: Principal) -> GenerationReque
         logprobs=(data.top_logprobs or 0) if data.wants_logprobs else None,
         template_variables=data.chat_template_kwargs or {},
         priority=priority_of(data.service_tier, principal),
-        **data.sampling(),
+        settings=data.settings(),
         fields=partial(_given, data),
         grammar=grammar,
         tools=toolbox,
