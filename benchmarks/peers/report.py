@@ -140,7 +140,16 @@ class Report:
         for load in self.loads:
             parts.append(f"### {load.title[0].upper()}{load.title[1:]}\n\n{self._table(load)}")
         return (
-            "\n\n".join([*parts, self._check_table(), self._peers_table(), self._dropped()]) + "\n"
+            "\n\n".join(
+                [
+                    *parts,
+                    self._cores_table(),
+                    self._check_table(),
+                    self._peers_table(),
+                    self._dropped(),
+                ]
+            )
+            + "\n"
         )
 
     def _table(self, load: Load) -> str:
@@ -174,6 +183,22 @@ class Report:
             "" if held is None else f"{held / 2**30:.2f}",
             _brief(self.start_s(peer, load.adapters), digits=1),
         ]
+
+    def _cores_table(self) -> str:
+        """Of ours, what was named first."""
+        ours = next(peer for peer in self.peers if peer.is_ours)
+        places = [(load, number) for load in self.loads for number in self.concurrencies]
+        runs = {place: self._counted(ours, *place) for place in places}
+        names = sorted({name for each in runs.values() for run in each for name in run["cores"]})
+        rows = [
+            [
+                f"{load.title}, {number} at once",
+                *(_brief(figure([run["cores"][name] for run in each]), digits=2) for name in names),
+            ]
+            for (load, number), each in runs.items()
+            if each
+        ]
+        return f"### Cores at work in {ours.title}\n\n" + _table(["load", *names], rows)
 
     def _check_table(self) -> str:
         head = ["answers of 24 tokens, adapters mixed in a batch", "adapters", "PEFT's, of all"]
