@@ -134,13 +134,14 @@ class WholeStack(Protocol):
         sin: Tensor,
         *,
         plan: AttentionPlan,
+        calls: Sequence[LayerCall],
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
         adapters: LoraPlan | None,
     ) -> Tensor:
         """The last layer's output, in the shape of the first one's input `hidden`.
 
-        As `WholeLayer`; keys and values: the caches of all layers, by their places.
+        As `WholeLayer`; `calls`: one for each layer; keys and values: the caches, by their places.
         """
 
 
@@ -153,7 +154,7 @@ class LayerKernels(Protocol):
     def layer(self, parts: LayerParts) -> WholeLayer:
         """Raises AssertionError for parts that it has no loops for."""
 
-    def stack(self, layers: Sequence[WholeLayer], calls: Sequence[LayerCall]) -> WholeStack:
+    def stack(self, layers: Sequence[WholeLayer]) -> WholeStack:
         """Of its own layers. Raises AssertionError for such as it has no loop for."""
 
     def serves(self, adapters: LoraPlan | None) -> bool:

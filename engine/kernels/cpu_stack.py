@@ -54,7 +54,7 @@ _STACK = loop(_stack, _STACK_CALL)
 class CompiledStack:
     """Neighbouring layers, each with the output of the one before. Mutable; one thread."""
 
-    def __init__(self, layers: Sequence[CompiledLayer], calls: Sequence[LayerCall]) -> None:
+    def __init__(self, layers: Sequence[CompiledLayer]) -> None:
         """Raises AssertionError for layers that differ in more than their weights."""
         first = layers[0]
         assert all((each.width, each.heads) == (first.width, first.heads) for each in layers)
@@ -64,17 +64,13 @@ class CompiledStack:
         self._enters = np.concatenate([each.enter_call for each in layers])
         self._leaves = np.concatenate([each.leave_call for each in layers])
         self._attends = np.zeros(len(layers), dtype=ATTENTION_CALL)
-        self._attends["scaling"] = [each.scaling for each in calls]
-        self._attends["window"] = [each.sliding_window or 0 for each in calls]
-        self._attends["softcap"] = [each.softcap or 0.0 for each in calls]
-        self._places = [each.layer for each in calls]
         self._call = np.zeros(1, dtype=_STACK_CALL)
         call = self._call[0]
         call["enters"], call["leaves"] = self._enters.ctypes.data, self._leaves.ctypes.data
         call["attends"], call["num_layers"] = self._attends.ctypes.data, len(layers)
         self._address: int = self._call.ctypes.data
-        # Whose addresses the calls have.
-        self._caches: Sequence[Tensor] = ()
+        # What the calls were filled in from.
+        self._known: tuple[Sequence[LayerCall], Sequence[Tensor]] = ((), ())
 
     def serves(self, plan: object) -> bool:
         """Whether all rows of the step decode."""
@@ -87,6 +83,7 @@ class CompiledStack:
         sin: Tensor,
         *,
         plan: object,
+        calls: Sequence[LayerCall],
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
         adapters: object,
@@ -105,26 +102,31 @@ class CompiledStack:
         attended = workspace.take("attended", step.num_rows * sizes[0])
         first.prepare_enter(self._enters, step, out.data_ptr(), states, cos=cos, sin=sin)
         first.prepare_leave(self._leaves, step, (attended, out.data_ptr(), out.data_ptr()))
-        if keys is not self._caches:
-            self._read(keys, values)
+        if calls is not self._known[0] or keys is not self._known[1]:
+            self._read(calls, keys, values)
         self._attends["query"], self._attends["new_keys"], self._attends["new_values"] = states
         self._attends["out"] = attended
         plan.describe(self._attends, group=first.heads[0][0] // first.heads[1][0])
         run(_STACK, self._address)
         return out
 
-    def _read(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Fill in what depends on the caches, and on the shape of the layers."""
-        calls, (heads, head_dim), (kv_heads, _) = self._attends, *self._layers[0].heads[:2]
-        calls["keys"] = [keys[layer].data_ptr() for layer in self._places]
-        calls["values"] = [values[layer].data_ptr() for layer in self._places]
-        calls["block_stride"] = [keys[layer].stride(0) for layer in self._places]
-        calls["query_row"], calls["num_kv_heads"] = heads * head_dim, kv_heads
-        calls["new_key_row"] = calls["new_value_row"] = kv_heads * head_dim
-        calls["group"] = heads // kv_heads
+    def _read(
+        self, calls: Sequence[LayerCall], keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
+        """Fill in what does not change from step to step."""
+        own, (heads, head_dim), (kv_heads, _) = self._attends, *self._layers[0].heads[:2]
+        own["scaling"] = [call.scaling for call in calls]
+        own["window"] = [call.sliding_window or 0 for call in calls]
+        own["softcap"] = [call.softcap or 0.0 for call in calls]
+        own["keys"] = [keys[call.layer].data_ptr() for call in calls]
+        own["values"] = [values[call.layer].data_ptr() for call in calls]
+        own["block_stride"] = [keys[call.layer].stride(0) for call in calls]
+        own["query_row"], own["num_kv_heads"] = heads * head_dim, kv_heads
+        own["new_key_row"] = own["new_value_row"] = kv_heads * head_dim
+        own["group"] = heads // kv_heads
         for name in ("query_head", "new_key_head", "new_value_head", "key_dim", "value_dim"):
-            calls[name] = head_dim
-        self._caches = keys
+            own[name] = head_dim
+        self._known = calls, keys
 
 
 class CompiledLayers:
@@ -141,11 +143,11 @@ class CompiledLayers:
         """Raises AssertionError for parts that the loops cannot read."""
         return CompiledLayer(parts, self._workspace)
 
-    def stack(self, layers: Sequence[object], calls: Sequence[LayerCall]) -> CompiledStack:
+    def stack(self, layers: Sequence[object]) -> CompiledStack:
         """Raises AssertionError for layers that no loop can take together."""
         own = [layer for layer in layers if isinstance(layer, CompiledLayer)]
         assert len(own) == len(layers)
-        return CompiledStack(own, calls)
+        return CompiledStack(own)
 
     def serves(self, adapters: object) -> bool:
         """Whether the loops do all that these adapters do."""

@@ -4,6 +4,7 @@ What it needs of a step travels as the forward keyword argument `paged`, through
 code; nothing is kept in globals. Knows layers. Knows nothing of sequences.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ class LayerAttention(Protocol):
         stack: WholeStack,
         hidden: Tensor,
         positions: tuple[Tensor, Tensor],
+        calls: Sequence[LayerCall],
         adapters: LoraPlan | None,
     ) -> Tensor | None:
         """What comes out of the stack's last layer; None where it can't attend like this."""
@@ -153,6 +155,7 @@ class PagedStep:
         stack: WholeStack,
         hidden: Tensor,
         positions: tuple[Tensor, Tensor],
+        calls: Sequence[LayerCall],
         adapters: LoraPlan | None,
     ) -> Tensor | None:
         if not stack.serves(self.plan):
@@ -161,6 +164,7 @@ class PagedStep:
             hidden,
             *positions,
             plan=self.plan,
+            calls=calls,
             keys=self.memory.keys,
             values=self.memory.values,
             adapters=adapters,

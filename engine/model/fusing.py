@@ -362,7 +362,7 @@ def _product_of(linear: Any) -> Product:
 class _LayerInLoops:
     kernels: LayerKernels
     made: WholeLayer
-    # As its attention calls
+    # As its attention calls, but for a window, which may be another one now
     call: LayerCall
     # For steps in which anybody listens to a part, or adapters do more than the loops do.
     by_parts: _Layer
@@ -397,12 +397,14 @@ class _LayerInLoops:
         assert position_embeddings is not None, "there is no RoPE"
         if self.leads and chain is not None and not any(chain.watchers):
             chain.result = paged.pass_through(
-                chain.stack, hidden_states, position_embeddings, adapters
+                chain.stack, hidden_states, position_embeddings, chain.calls(), adapters
             )
             if chain.result is not None:
                 return chain.result
         states = self.made.enter(hidden_states, *position_embeddings, adapters=adapters)
-        attended = paged.attend(*states, call=self.call)
+        has_window = self.call.sliding_window is not None
+        call = _call_of(layer.self_attn) if has_window else self.call
+        attended = paged.attend(*states, call=call)
         return self.made.leave(attended, hidden_states, adapters=adapters)
 
 
@@ -414,9 +416,18 @@ class _Chain:
     """Layers of which the first may do the work of all: the others hand on what it gave."""
 
     stack: WholeStack
+    attentions: list[Any]
+    # As these call, but for windows, which may be others now
+    known_calls: list[LayerCall]
     # The hooks of all layers and their parts
     watchers: list[Mapping[int, Any]]
     result: Tensor | None = None
+
+    def calls(self) -> Sequence[LayerCall]:
+        """The very same object where nothing has changed for certain."""
+        if all(call.sliding_window is None for call in self.known_calls):
+            return self.known_calls
+        return [_call_of(attention) for attention in self.attentions]
 
 
 def _join_layers(model: nn.Module, kernels: LayerKernels, run: Callable[[], object]) -> None:
@@ -451,11 +462,13 @@ def _follow(layers: nn.ModuleList, run: Callable[[], object]) -> bool:
 
 def _join(kernels: LayerKernels, layers: nn.ModuleList, own: Sequence[_LayerInLoops]) -> None:
     try:
-        stack = kernels.stack([each.made for each in own], [each.call for each in own])
+        stack = kernels.stack([each.made for each in own])
     except MISFITS:
         return
     hooks = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
-    chain = _Chain(stack, [*hooks, *(each for one in own for each in one.watchers)])
+    watchers = [*hooks, *(each for one in own for each in one.watchers)]
+    attentions = [layer.self_attn for layer in layers]
+    chain = _Chain(stack, attentions, [each.call for each in own], watchers)
     for layer, each in zip(layers, own, strict=True):
         joined = replace(each, chain=chain, leads=each is own[0])
         setattr(layer, "forward", MethodType(joined, layer))  # noqa: B010 a method, to mypy

@@ -259,7 +259,7 @@ def decoded(
     torch.manual_seed(1)
     kernels = CompiledLayers()
     made = [kernels.layer(layer.parts) for layer in layers]
-    stack = kernels.stack(made, calls)
+    stack = kernels.stack(made)
     num_blocks = 1 + len(slots) * NUM_STEPS
     keys, values = (
         [torch.zeros(num_blocks, 1, NUM_KV_HEADS, HEAD_DIM) for _ in calls] for _ in range(2)
@@ -274,7 +274,15 @@ def decoded(
         if at_once:
             assert stack.serves(plan)
             positions = angles.cos(), angles.sin()
-            x = stack.run(x, *positions, plan=plan, keys=keys, values=values, adapters=adapters)
+            x = stack.run(
+                x,
+                *positions,
+                plan=plan,
+                calls=calls,
+                keys=keys,
+                values=values,
+                adapters=adapters,
+            )
         else:
             for own, call in zip(made, calls, strict=True):
                 states = own.enter(x, angles.cos(), angles.sin(), adapters=adapters)
@@ -330,5 +338,5 @@ def test_layers_at_once_give_bit_for_bit_what_they_give_one_by_one(
 
 def test_a_step_with_a_prompt_is_not_for_all_layers_at_once() -> None:
     kernels = CompiledLayers()
-    stack = kernels.stack([kernels.layer(random_layer().parts)] * 3, CALLS)
+    stack = kernels.stack([kernels.layer(random_layer().parts)] * 3)
     assert not stack.serves(CompiledAttention(batch_of([(NO_ADAPTER, 1), (NO_ADAPTER, 4)])))
