@@ -27,6 +27,9 @@ from engine.slots import SlotPool
 NUM_PREFETCHES = 8
 # A tenant that asks for little has its prompts computed at once, up to so many steps of them.
 NUM_BURST_STEPS = 8
+# So many prompts are computed in parts that those who decode hardly feel. Where more come at once,
+# what counts is when the last of them begins, and larger parts take half the time.
+FEW_PROMPTS = 2
 # After a step that ran out of memory the budget is whole again in at most so many steps.
 NUM_RECOVERY_STEPS = 32
 
@@ -113,8 +116,8 @@ class Scheduler:
         max_num_tokens: int,
         max_tokens_beside_decodes: int | None = None,
     ) -> None:
-        """`max_tokens_beside_decodes`: of prompts, in steps that others wait for; None for as many
-        as in any."""
+        """`max_tokens_beside_decodes`: of few prompts, in steps that others wait for; None for as
+        many as in any."""
         self._blocks = blocks
         self._slots = slots
         self._max_num_seqs = max_num_seqs
@@ -188,7 +191,8 @@ class Scheduler:
             least_urgent=max((s.priority for s in ready), default=0),
         )
         self._choose_decodes(plan)
-        if plan.chosen:
+        num_others = len(self._sequences) - len(plan.chosen)
+        if plan.chosen and num_others <= FEW_PROMPTS:
             plan.budget = min(plan.budget, self._max_tokens_beside_decodes)
         self._choose_prompts(plan)
         if plan.is_closed or plan.refused:

@@ -59,6 +59,17 @@ def test_a_prompt_gets_the_whole_budget_alone_and_a_part_beside_those_who_decode
     assert sizes == [[32], [32], [1, 8], [12]]
 
 
+def test_many_prompts_at_once_get_the_whole_budget_beside_those_who_decode() -> None:
+    lab = StepsLab(max_num_tokens=32, max_tokens_beside_decodes=8)
+    lab.submit(8, max_tokens=9)
+    lab.run(2)
+    for _ in range(3):
+        lab.submit(14)
+    sizes = [sum(item.num_tokens for item in lab.step()) for _ in range(3)]
+    # The last one is alone with those who decode.
+    assert sizes == [1 + 31, 3 + 8, 3 + 3]
+
+
 @pytest.mark.parametrize("key", ["another", "same"])
 def test_a_short_prompt_behind_long_ones_starts_within_two_steps(key: str) -> None:
     lab = StepsLab()
