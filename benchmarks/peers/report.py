@@ -117,6 +117,10 @@ class Report:
                 return "did not start"
             if row["errors"]:
                 return f"failed: {row['errors'][0]}"
+            if row["num_of_another"]:
+                return (
+                    f"wrong: {row['num_of_another']} of {row['num_answers']} answers are another's"
+                )
             if not row["is_right"]:
                 right = row["num_equal"] + row["num_ties"]
                 return f"wrong: {right} of {row['num_answers']} answers are PEFT's"

@@ -45,7 +45,7 @@ class Comparison:
     is_equal: bool
     # It leaves it where PEFT saw a tie.
     is_tie: bool
-    # It follows another model's answer to this prompt further.
+    # It follows another model's answer to this prompt further, and no tie says why.
     is_of_another: bool
 
     @property
@@ -138,7 +138,9 @@ class Truth:
             num_tokens_followed=length,
             is_equal=length == self._length(own),
             is_tie=is_tie,
-            is_of_another=any(self._follow(text, other, 0.0)[0] > length for other in others),
+            # Behind a tie that was called otherwise, likeness is chance.
+            is_of_another=not is_tie
+            and any(self._follow(text, other, 0.0)[0] > length for other in others),
         )
 
     def _follow(self, text: str, reference: Reference, tolerance: float) -> tuple[int, bool]:

@@ -261,7 +261,7 @@ def test_a_table_has_medians_of_the_runs_that_count_and_ratios_of_neighbours(
 
 
 def test_who_answers_wrongly_is_listed_as_wrong_and_not_as_fast(report: Report) -> None:
-    assert row_of(report, "Hasty")[1] == "wrong: 4 of 18 answers are PEFT's"
+    assert row_of(report, "Hasty")[1] == "wrong: 14 of 18 answers are another's"
     assert "1000" not in report.markdown()
     assert "1000" not in report.plot()
     assert "wrong" in report.plot()
