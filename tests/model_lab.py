@@ -352,7 +352,7 @@ class WatchedLab(Lab):
         advanced = {s.adapter_digest for s, count in now.items() if count > before.get(s, 0)}
         self.seen["mixed"] += len(advanced) > 1
         self.seen["chunked"] += sum(
-            s.num_uncomputed_tokens > 1 and before.get(s, count) < count for s, count in now.items()
+            s.num_uncomputed_tokens > 1 and before.get(s, 0) < count for s, count in now.items()
         )
         self.seen["preempted"] += sum(s not in now and s.key not in ended for s in before)
         self.seen["unloaded"] += len(self._resident - resident)
