@@ -9,7 +9,7 @@ from html import escape
 
 from benchmarks.peers.figures import Figure
 
-NAME_WIDTH, BAR_WIDTH, NUMBER_WIDTH, GAP = 210, 200, 60, 24
+NAME_WIDTH, BAR_WIDTH, NUMBER_WIDTH, GAP = 260, 200, 60, 24
 LINE, HEAD, MARGIN = 18, 34, 14
 PANEL_WIDTH = NAME_WIDTH + BAR_WIDTH + NUMBER_WIDTH
 OURS, OTHERS, INK, FAINT = "#c2410c", "#94a3b8", "#1e293b", "#64748b"

@@ -183,7 +183,7 @@ class Report:
         return [
             *(_shown(speed) for speed in speeds),
             *(_shown(ratio, digits=2) for ratio in ratios),
-            *(", ".join(_brief(each) for each in pair) for pair in (times[:2], times[2:])),
+            *(", ".join(filter(None, map(_brief, pair))) for pair in (times[:2], times[2:])),
             "" if held is None else f"{held / 2**30:.2f}",
             _brief(self.start_s(peer, load.adapters), digits=1),
         ]
