@@ -37,6 +37,7 @@ from engine.errors import LinkError
 from engine.protocol import ProbeReport
 from gateway.aliases import ExampleResults
 from gateway.blobs import Blobs, SourceFile, UploadBytes
+from gateway.database import DATABASE_TROUBLE
 from gateway.errors import (
     EngineFailed,
     GatewayError,
@@ -55,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 # An adapter's files, and what trainers leave beside them: a dozen files for each checkpoint.
 MAX_ARCHIVE_FILES = 1024
+# How soon after the last try versions are looked for again whose probe has not ended.
+RECOVERY_RETRY_S = 1.0
 
 # Runs fixed prompts on an engine of that base model, with the adapter of that weights digest.
 Probe = Callable[[uuid.UUID, str], Awaitable[ProbeReport]]
@@ -177,7 +180,20 @@ class Uploads:
             logger.info("staging_swept", extra={"num_folders": num_removed})
 
     async def recover(self, base_model_id: uuid.UUID) -> None:
-        """Have the versions of a base model probed whose probe has not ended."""
+        """Have the versions of a base model probed whose probe has not ended.
+
+        Where the database is away, that is once it is back: no later engine may come.
+        """
+        while True:
+            try:
+                await self._finish_all(base_model_id)
+            except DATABASE_TROUBLE as error:
+                logger.warning("recovery_put_off", extra={"reason": str(error)})
+                await asyncio.sleep(RECOVERY_RETRY_S)
+            else:
+                return
+
+    async def _finish_all(self, base_model_id: uuid.UUID) -> None:
         for version in await self._registry.versions_in_probe(base_model_id):
             try:
                 await self._finish(version, actor_key_id=None)

@@ -21,8 +21,10 @@ from safetensors.numpy import load, save
 from adapters.validate import BaseShape
 from engine.errors import EngineUnreachable
 from engine.protocol import ProbeReport
+from gateway.base_models import BaseModels
 from gateway.database import Database
 from gateway.staging import MAX_UPLOADS_UNDER_WAY
+from tests.conftest import Cluster, Home
 from tests.gateway.admin_plane import (
     INFO,
     MAX_UPLOAD_BYTES,
@@ -461,6 +463,25 @@ async def test_a_new_start_finishes_what_the_last_one_left(plane: Plane) -> None
     assert not left.exists()
     plane.probe.answer = passing_probe
     await plane.start_anew()
+    [version] = (await plane.client.get(VERSIONS)).json()["data"]
+    assert version["state"] == "ready"
+
+
+async def test_a_new_start_waits_for_a_database_that_is_away(
+    plane: Plane, cluster: Cluster, home: Home
+) -> None:
+    plane.probe.answer = unreachable
+    await plane.upload()
+    plane.probe.answer = passing_probe
+    [entry] = await BaseModels(plane.database).entries()
+    name = home.owner_url.rpartition("/")[2].partition("?")[0]
+    await cluster.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    await plane.database.close()
+    recovery = asyncio.create_task(plane.uploads.recover(entry.base_model.id))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(recovery), 0.5)
+    await cluster.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    await recovery
     [version] = (await plane.client.get(VERSIONS)).json()["data"]
     assert version["state"] == "ready"
 
