@@ -4,7 +4,6 @@ After `load` every target module takes adapters, attention is paged, and a small
 compared with the model's own eager code. Knows models. Knows nothing of requests.
 """
 
-import ctypes
 import hashlib
 import json
 import logging
@@ -21,6 +20,7 @@ from adapters.validate import BaseShape
 from engine import batch as batches
 from engine.config import DtypeName, EngineConfig, QuantizationName
 from engine.errors import ConfigurationError, UnsupportedModel
+from engine.host_memory import give_back
 from engine.kernels.choice import Formats, Kernels, choose, choose_formats
 from engine.model import attention, families, fusing, quantising
 from engine.model.attention import Recorder
@@ -160,9 +160,8 @@ def _let_go_of_checkpoint(module: nn.Module) -> None:
     """Copy what stays as it was read, so that no view holds the whole file in memory."""
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
-    # What was read to be quantised, which the allocator keeps in case.
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    # What was read to be quantised.
+    give_back()
 
 
 def _check_dtype(formats: Formats | None, dtype: torch.dtype) -> None:

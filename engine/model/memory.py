@@ -7,9 +7,12 @@ block, or of what an adapter is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from engine.host_memory import empty_pages
 
 # Elements; a block begins with a line of any device's cache.
 ALIGNMENT = 64
@@ -54,8 +57,8 @@ class DeviceMemory:
         self.scratch_block = num_blocks + 1
         self.block_size = block_size
         size = block_elements(layers, block_size=block_size)
-        # Not zeroed as a whole: the system gives a host's pages as blocks are first used.
-        self._blocks = torch.empty(num_blocks + 2, size, dtype=dtype, device=device)
+        place = empty_pages if device.type == "cpu" else partial(torch.empty, device=device)
+        self._blocks = place((num_blocks + 2) * size, dtype=dtype).view(-1, size)
         self._blocks[0].zero_()
         # Of each layer: [num_blocks + 2, block_size, num_kv_heads, head_dim]
         self.keys: list[Tensor] = []
