@@ -202,11 +202,12 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
         return DENSE
     # Not at the top: a GPU's machine needs no compiler for CPUs.
-    from engine.kernels import cpu, cpu_rows, cpu_stack
+    from engine.kernels import cpu_rows
+    from engine.kernels.cpu_attention import CompiledAttention
+    from engine.kernels.cpu_lora import CompiledLora
+    from engine.kernels.cpu_stack import CompiledLayers
 
-    return Kernels(
-        cpu.CompiledAttention, cpu.CompiledLora, rows=cpu_rows, layers=cpu_stack.CompiledLayers()
-    )
+    return Kernels(CompiledAttention, CompiledLora, rows=cpu_rows, layers=CompiledLayers())
 
 
 def on_gpu(device: torch.device) -> Kernels:

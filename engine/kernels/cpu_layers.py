@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import CompiledLora, expand
+from engine.kernels.cpu_lora import CompiledLora, expand
 from engine.kernels.cpu_rows import add_row, gate_row, norm_row, rows_of, turn
 from engine.kernels.layer_parts import LayerParts, Norm, Product
 from engine.kernels.loops import (
@@ -30,6 +30,7 @@ from engine.kernels.loops import (
     thread_count,
     thread_index,
 )
+from engine.kernels.mixes import PANEL
 from engine.kernels.products import COLUMNS, MULTIPLE, add_to_rows, product, share
 from engine.kernels.quantised import GROUP_SIZE
 from engine.kernels.quantised_cpu import (
@@ -168,8 +169,8 @@ def _expand(out: Any, one: Any, call: Any, place: Any, thread: Any, num_threads:
         entry = 3 * groups[3 * g + 2]
         if g + 1 < call.num_groups:
             behind = 3 * groups[3 * g + 5]
-            start, rank = table[behind + 1] + 4 * first, min(table[behind + 2], COLUMNS)
-            fetch_rows(start, one[_OUT], rank, end - first)
+            start, width = table[behind + 1] + 4 * first, min(PANEL, end - first)
+            fetch_rows(start, one[_OUT], table[behind + 2], width)
         expand(
             out + 4 * first,
             one[_OUT],
@@ -256,7 +257,7 @@ def enter_rows(call: Any) -> None:
             width = ints(call.products + 8 * _FIELDS * i)[_OUT]
             for start in range(0, width, call.head_dim):
                 head = floats(out + 4 * (r * width + start))
-                turn(head, head, cos, sin, call.dims // 2)
+                turn(head, cos, sin, call.dims // 2)
 
 
 # After attention
@@ -280,7 +281,7 @@ def leave_rows(call: Any) -> None:
     for r in range(row, row_end):
         place = 4 * r * call.width
         total, normed = floats(call.total + place), floats(call.normed + place)
-        add_row(total, total, floats(call.residual + place), call.width)
+        add_row(total, floats(call.residual + place), call.width)
         norm_row(total, floats(call.norm), normed, call.width, call.eps, call.offset)
     _round(call.normed, gate, call, row, row_end)
     barrier()
@@ -296,7 +297,7 @@ def leave_rows(call: Any) -> None:
     for r in range(call.num_rows):
         place = 4 * (r * call.inner_width + first)
         own = floats(call.gate + place)
-        gate_row(own, floats(call.up + place), own, end - first)
+        gate_row(own, floats(call.up + place), end - first)
     barrier()
     if down[_KIND] == _DYNAMIC:
         _round(call.gate, down, call, row, row_end)
@@ -310,7 +311,7 @@ def leave_rows(call: Any) -> None:
     for r in range(call.num_rows):
         place = 4 * (r * call.width + first)
         own = floats(call.out + place)
-        add_row(own, own, floats(call.total + place), end - first)
+        add_row(own, floats(call.total + place), end - first)
 
 
 def _enter(pointer: Any) -> None:

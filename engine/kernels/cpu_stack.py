@@ -1,4 +1,4 @@
-"""All layers of a step in one compiled loop, where every row of the step decodes.
+"""All layers of a step in one compiled loop.
 
 Between the loops of `cpu_layers` a step goes back to Python some ninety times, and finds its caches
 full of weights there. Here the threads go from layer to layer by themselves; what Python does is
@@ -13,7 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import ATTENTION_CALL, CompiledAttention, CompiledLora, attend_rows
+from engine.kernels.cpu_attention import (
+    ATTENTION_CALL,
+    CompiledAttention,
+    attend_rows,
+    fetch_places,
+    store_rows,
+)
 from engine.kernels.cpu_layers import (
     ENTER_CALL,
     LEAVE_CALL,
@@ -23,6 +29,7 @@ from engine.kernels.cpu_layers import (
     enter_rows,
     leave_rows,
 )
+from engine.kernels.cpu_lora import CompiledLora
 from engine.kernels.layer_parts import LayerCall, LayerParts
 from engine.kernels.loops import barrier, call_at, loop, run
 from engine.kernels.products import linear
@@ -40,9 +47,13 @@ _enter_at, _attend_at, _leave_at = (
 def _stack(pointer: Any) -> None:
     call = numba.carray(pointer, 1)[0]
     for layer in range(call.num_layers):
+        attend = numba.carray(_attend_at(call.attends + layer * _ATTEND_BYTES), 1)[0]
+        fetch_places(attend)
         enter_rows(numba.carray(_enter_at(call.enters + layer * _ENTER_BYTES), 1)[0])
+        # Each thread those rows whose keys it has just turned.
+        store_rows(attend)
         barrier()
-        attend_rows(numba.carray(_attend_at(call.attends + layer * _ATTEND_BYTES), 1)[0])
+        attend_rows(attend)
         barrier()
         leave_rows(numba.carray(_leave_at(call.leaves + layer * _LEAVE_BYTES), 1)[0])
         barrier()
@@ -73,8 +84,8 @@ class CompiledStack:
         self._known: tuple[Sequence[LayerCall], Sequence[Tensor]] = ((), ())
 
     def serves(self, plan: object) -> bool:
-        """Whether all rows of the step decode."""
-        return isinstance(plan, CompiledAttention) and plan.only_decodes
+        """Whether its loop reads what this plan says."""
+        return isinstance(plan, CompiledAttention)
 
     def run(
         self,
@@ -106,7 +117,9 @@ class CompiledStack:
             self._read(calls, keys, values)
         self._attends["query"], self._attends["new_keys"], self._attends["new_values"] = states
         self._attends["out"] = attended
-        plan.describe(self._attends, group=first.heads[0][0] // first.heads[1][0])
+        (heads, head_dim), (kv_heads, _) = first.heads[:2]
+        group = heads // kv_heads
+        plan.describe(self._attends, group=group, key_dim=head_dim, value_dim=head_dim)
         run(_STACK, self._address)
         return out
 

@@ -40,15 +40,12 @@ class _Group:
 class DenseAttention:
     """Gathers each sequence's keys and values, then attends to them in one call per group."""
 
-    def __init__(self, batch: Batch, *, first_seq: int = 0) -> None:
-        """For the sequences from `first_seq` on."""
-        self._first_row = batch.query_starts[first_seq]
-        cache_rows = batch.cache_rows[self._first_row :]
-        self._blocks = cache_rows // batch.block_size
-        self._offsets = cache_rows % batch.block_size
-        self._groups = _decode_groups(batch, first_seq) + [
+    def __init__(self, batch: Batch) -> None:
+        self._blocks = batch.cache_rows // batch.block_size
+        self._offsets = batch.cache_rows % batch.block_size
+        self._groups = _decode_groups(batch) + [
             _prefill_group(batch, seq)
-            for seq in range(max(first_seq, batch.num_decodes), len(batch.host_context_lens))
+            for seq in range(batch.num_decodes, len(batch.host_context_lens))
         ]
 
     def attend(
@@ -65,8 +62,8 @@ class DenseAttention:
         softcap: float | None,
     ) -> None:
         """As `reference.write_kv` of key and value, then `reference.paged_attention` into `out`."""
-        key_cache.index_put_((self._blocks, self._offsets), key[self._first_row :])
-        value_cache.index_put_((self._blocks, self._offsets), value[self._first_row :])
+        key_cache.index_put_((self._blocks, self._offsets), key)
+        value_cache.index_put_((self._blocks, self._offsets), value)
         for group in self._groups:
             out[group.rows] = _attend_group(
                 group,
@@ -79,10 +76,10 @@ class DenseAttention:
             )
 
 
-def _decode_groups(batch: Batch, first_seq: int) -> list[_Group]:
+def _decode_groups(batch: Batch) -> list[_Group]:
     """Decoding sequences by similar context, so that they pad each other little."""
     contexts = batch.host_context_lens
-    order = sorted(range(first_seq, batch.num_decodes), key=contexts.__getitem__)
+    order = sorted(range(batch.num_decodes), key=contexts.__getitem__)
     groups: list[_Group] = []
     first = 0
     for place in range(1, len(order) + 1):

@@ -28,7 +28,7 @@ MAX_WIDTH_OF_CHAINS = 1024
 # What `in_features` must be a multiple of.
 MULTIPLE = 16
 
-_VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
+VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 
 
 def _tile(num_columns: int, num_rows: int) -> Any:
@@ -58,22 +58,22 @@ def _tile(num_columns: int, num_rows: int) -> Any:
 
             def add(index: Any, sums: list[Any]) -> list[Any]:
                 place = b.times(index, 4 * WIDTH)
-                weights = [b.load(column, place, _VECTOR) for column in columns]
+                weights = [b.load(column, place, VECTOR) for column in columns]
                 # In the order in which they lie, as the machine's own fetching expects.
                 next_line = builder.mul(index, pace)
                 for line in range(num_columns * WIDTH // LINE):
                     b.prefetch(ahead, builder.add(next_line, LONG(4 * LINE * line)))
                 results: list[Any] = []
                 for row in rows:
-                    part = b.load(row, place, _VECTOR)
+                    part = b.load(row, place, VECTOR)
                     for own in weights:
                         total = sums[len(results)]
                         name = f"llvm.fma.v{WIDTH}f32"
-                        results.append(b.call(name, _VECTOR, part, own, total))
+                        results.append(b.call(name, VECTOR, part, own, total))
                 return results
 
             count = builder.sdiv(width, LONG(WIDTH))
-            totals = b.sums(num_columns * num_rows, count, add, kind=_VECTOR)
+            totals = b.sums(num_columns * num_rows, count, add, kind=VECTOR)
             for row, start in enumerate(b.starts(out, out_stride, num_rows)):
                 own = totals[row * num_columns : (row + 1) * num_columns]
                 b.store(_sums_of(b, own), start)

@@ -30,9 +30,12 @@ class Builder:
         return self.ir.load(place, align=1, typ=kind)
 
     def prefetch(self, address: Any, offset: Any) -> None:
-        """To read, and to keep; an address that is nobody's is no fault."""
+        """To read, into the second level; an address that is nobody's is no fault.
+
+        The first level can wait for a few lines only: while it does, nothing is computed.
+        """
         place = self.ir.inttoptr(self.ir.add(address, offset), ir.IntType(8).as_pointer())
-        self.call("llvm.prefetch.p0i8", ir.VoidType(), place, WORD(0), WORD(3), WORD(1))
+        self.call("llvm.prefetch.p0i8", ir.VoidType(), place, WORD(0), WORD(2), WORD(1))
 
     def times(self, number: Any, factor: int) -> Any:
         return self.ir.mul(number, LONG(factor))
@@ -46,10 +49,10 @@ class Builder:
     def added(self, total: Any, a: Any, b: Any) -> Any:
         return self.ir.fadd(total, self.ir.fmul(a, b, flags=SUM_FLAGS), flags=SUM_FLAGS)
 
-    def spread(self, number: Any) -> Any:
-        one = self.ir.insert_element(ir.Constant(FLOATS, ir.Undefined), number, WORD(0))
-        mask = ir.Constant(WORDS, [0] * LANES)
-        return self.ir.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined), mask)
+    def spread(self, number: Any, kind: Any = FLOATS) -> Any:
+        one = self.ir.insert_element(ir.Constant(kind, ir.Undefined), number, WORD(0))
+        mask = ir.Constant(ir.VectorType(WORD, kind.count), [0] * kind.count)
+        return self.ir.shuffle_vector(one, ir.Constant(kind, ir.Undefined), mask)
 
     def joined(self, vector: Any, join: Callable[[Any, Any], Any]) -> Any:
         """One number of all that the vector has, by halves."""

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from engine.batch import Batch, build
 from engine.kernels import cpu_rows, reference
-from engine.kernels.cpu import CompiledAttention, CompiledLora
+from engine.kernels.cpu_attention import CompiledAttention
+from engine.kernels.cpu_lora import CompiledLora
 from engine.kernels.cpu_stack import CompiledLayers
+from engine.kernels.dense import DenseAttention
 from engine.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
 from engine.kernels.products import linear
 from engine.kernels.quantised import INT4, INT8, INT8_DYNAMIC, Format
@@ -253,24 +255,33 @@ def test_a_layer_whose_rows_are_no_whole_vectors_is_not_made() -> None:
 
 
 def decoded(
-    layers: list[Layer], calls: list[LayerCall], slots: list[int], *, at_once: bool
+    layers: list[Layer],
+    calls: list[LayerCall],
+    slots: list[int],
+    *,
+    at_once: bool,
+    prompt: int = 1,
 ) -> list[Tensor]:
-    """What comes out of the last layer in each of a few steps, every row a sequence of its own."""
+    """What comes out of the last layer in each of a few steps, every row a sequence of its own.
+
+    `prompt`: how many new tokens the last sequence has in each of them.
+    """
     torch.manual_seed(1)
     kernels = CompiledLayers()
     made = [kernels.layer(layer.parts) for layer in layers]
     stack = kernels.stack(made)
-    num_blocks = 1 + len(slots) * NUM_STEPS
+    num_blocks = 1 + len(slots) * NUM_STEPS * prompt
     keys, values = (
         [torch.zeros(num_blocks, 1, NUM_KV_HEADS, HEAD_DIM) for _ in calls] for _ in range(2)
     )
     found = []
     for step in range(NUM_STEPS):
-        batch = decoding(slots, num_before=step)
+        batch = decoding(slots, num_before=step, prompt=prompt)
         plan = CompiledAttention(batch)
         # All layers have the same adapters.
         adapters = CompiledLora(batch, layers[0].weights) if len(batch.slot_runs) else None
-        x, angles = torch.randn(len(slots), WIDTH), torch.randn(len(slots), HEAD_DIM)
+        x = torch.randn(batch.num_tokens, WIDTH)
+        angles = torch.randn(batch.num_tokens, HEAD_DIM)
         if at_once:
             assert stack.serves(plan)
             positions = angles.cos(), angles.sin()
@@ -301,14 +312,16 @@ def decoded(
     return found
 
 
-def decoding(slots: list[int], *, num_before: int) -> Batch:
-    """A new token of each sequence, in blocks of one token."""
+def decoding(slots: list[int], *, num_before: int, prompt: int) -> Batch:
+    """A new token of each sequence, `prompt` ones of the last, in blocks of one token."""
     scheduled = []
     for number, slot in enumerate(slots):
-        table = [1 + number * NUM_STEPS + step for step in range(num_before + 1)]
-        sequence = Sequence.unowned(list(range(num_before + 1)), block_table=table)
-        sequence.slot, sequence.num_computed_tokens = slot, num_before
-        scheduled.append(ScheduledSequence(sequence, 1, is_sampled=True))
+        num_new = prompt if number == len(slots) - 1 else 1
+        end = (num_before + 1) * num_new
+        table = [1 + number * NUM_STEPS + place for place in range(end)]
+        sequence = Sequence.unowned(list(range(end)), block_table=table)
+        sequence.slot, sequence.num_computed_tokens = slot, num_before * num_new
+        scheduled.append(ScheduledSequence(sequence, num_new, is_sampled=True))
     return build(scheduled, block_size=1, device=torch.device("cpu"))
 
 
@@ -323,20 +336,32 @@ CALLS = [
 
 @pytest.mark.parametrize("form", [None, *FORMATS.values()], ids=["whole", *FORMATS])
 @pytest.mark.parametrize(
-    "slots",
-    [[NO_ADAPTER], [1], [0, 1, 1, NO_ADAPTER, 2], [NO_ADAPTER] * 3, [0, 1, 2, NO_ADAPTER] * 5],
+    ("slots", "prompt"),
+    [
+        ([NO_ADAPTER], 1),
+        ([1], 1),
+        ([0, 1, 1, NO_ADAPTER, 2], 1),
+        ([NO_ADAPTER] * 3, 1),
+        ([0, 1, 2, NO_ADAPTER] * 5, 1),
+        ([NO_ADAPTER], 9),
+        ([0, NO_ADAPTER, 1], 40),
+    ],
 )
 def test_layers_at_once_give_bit_for_bit_what_they_give_one_by_one(
-    slots: list[int], form: Format | None
+    slots: list[int], prompt: int, form: Format | None
 ) -> None:
     weights = random_layer().weights
     layers = [random_layer(form, seed=seed, weights=weights) for seed in range(3)]
-    by_itself, at_once = (decoded(layers, CALLS, slots, at_once=each) for each in (False, True))
+    by_itself, at_once = (
+        decoded(layers, CALLS, slots, at_once=each, prompt=prompt) for each in (False, True)
+    )
     for found, expected in zip(at_once, by_itself, strict=True):
         assert torch.equal(found, expected)
 
 
-def test_a_step_with_a_prompt_is_not_for_all_layers_at_once() -> None:
+def test_what_is_planned_by_others_is_not_for_all_layers_at_once() -> None:
     kernels = CompiledLayers()
     stack = kernels.stack([kernels.layer(random_layer().parts)] * 3)
-    assert not stack.serves(CompiledAttention(batch_of([(NO_ADAPTER, 1), (NO_ADAPTER, 4)])))
+    batch = batch_of([(NO_ADAPTER, 1), (NO_ADAPTER, 4)])
+    assert stack.serves(CompiledAttention(batch))
+    assert not stack.serves(DenseAttention(batch))

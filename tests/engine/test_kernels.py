@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.batch import Batch, build
 from engine.kernels import reference
 from engine.kernels.choice import DENSE, Kernels, choose
-from engine.kernels.cpu import MIN_ROWS_OF_GEMM, CompiledLora
+from engine.kernels.cpu_lora import MIN_ROWS_OF_GEMM, CompiledLora
 from engine.kernels.gpu_attention import GpuAttention
 from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
 from engine.model.memory import DeviceMemory, LayerShape
@@ -140,6 +140,37 @@ def test_attention(
         softcap=softcap,
         head_dim=head_dim,
     )
+
+
+@pytest.mark.parametrize("sliding_window", [None, 7])
+@pytest.mark.parametrize("head_dim", [HEAD_DIM, 64, 80])
+def test_a_query_gives_bit_for_bit_the_same_in_one_step_as_in_many(
+    head_dim: int, sliding_window: int | None
+) -> None:
+    """Compiled: a prompt as a whole, in parts, and token by token as one that decodes."""
+    torch.manual_seed(0)
+    length = 41
+    batch = batch_of([(0, length)])
+    memory, states = memory_for(batch, head_dim=head_dim), new_states(batch, head_dim=head_dim)
+    whole = attend(COMPILED, batch, memory, states, sliding_window=sliding_window)
+    for size in (1, 5, 16):
+        parts = []
+        for first in range(0, length, size):
+            num = min(size, length - first)
+            # The same blocks as the whole's.
+            sequence = Sequence.unowned(
+                list(range(length)), block_table=batch.block_tables[0].tolist()
+            )
+            sequence.num_computed_tokens = first
+            part = build(
+                [ScheduledSequence(sequence, num, is_sampled=True)],
+                block_size=BLOCK_SIZE,
+                device=torch.device("cpu"),
+            )
+            query, key, value = (each[first : first + num] for each in states)
+            own = query, key, value
+            parts.append(attend(COMPILED, part, memory, own, sliding_window=sliding_window))
+        assert torch.equal(torch.cat(parts), whole)
 
 
 @given(

@@ -14,7 +14,7 @@ from engine import batch as batches
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.errors import AdapterMissing
-from engine.kernels.cpu import CompiledLora
+from engine.kernels.cpu_lora import CompiledLora
 from engine.kernels.slot_weights import SlotWeights
 from engine.model import prepared
 from engine.model.loader import LoadedModel, load
