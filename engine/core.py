@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 # Tokens of a step: enough to fill the device. A CPU's GEMMs gain nothing beyond some hundred rows.
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
 # Of prompts, in a step that others wait for: so few that a CPU's takes less than twice as long.
-TOKENS_BESIDE_DECODES = {"cpu": 32, "cuda": 8192}
+TOKENS_BESIDE_DECODES = {"cpu": 20, "cuda": 8192}
 
 
 # Of an adapter that is not here yet.
