@@ -685,17 +685,25 @@ def _is_uuid(name: str) -> bool:
 def _claim(directory: Path, instance_id: uuid.UUID | None) -> "FolderLock":
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if instance_id is not None:
-        folder = directory / str(instance_id)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        lock = FolderLock.take(folder)
+        lock = _take_own(directory, instance_id)
         if lock is None:
-            raise JournalInUse(f"Another process writes to {folder}.")
+            raise JournalInUse(f"Another process writes to {directory / str(instance_id)}.")
         return lock.begin_epoch()
-    for folder in _instance_folders(directory):
-        lock = FolderLock.take(folder)
+    while True:
+        for folder in _instance_folders(directory):
+            lock = FolderLock.take(folder)
+            if lock is not None:
+                return lock.begin_epoch()
+        lock = _take_own(directory, uuid.uuid4())
+        # Another process that looks for a folder may have found the new one first.
         if lock is not None:
             return lock.begin_epoch()
-    return _claim(directory, uuid.uuid4())
+
+
+def _take_own(directory: Path, instance_id: uuid.UUID) -> "FolderLock | None":
+    folder = directory / str(instance_id)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return FolderLock.take(folder)
 
 
 class FolderLock:

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,17 @@ def test_two_processes_cannot_write_one_journal(tmp_path: Path) -> None:
     assert other.instance_id != instance_id
     other.close()
     journal.close()
+
+
+def test_processes_that_start_at_once_each_find_a_folder(tmp_path: Path) -> None:
+    """Whoever makes one may be outrun by another who looks for one that nobody has."""
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(20):
+            directory = tmp_path / str(attempt)
+            journals = list(pool.map(lambda _, at=directory: Journal.open(at), range(8)))
+            assert len({journal.instance_id for journal in journals}) == 8
+            for journal in journals:
+                journal.close()
 
 
 def test_a_new_process_goes_on_as_an_instance_that_is_dead_with_a_larger_epoch(
