@@ -39,7 +39,6 @@ from engine.errors import (
     SequenceError,
 )
 from engine.fingerprints import Fingerprints, fingerprint_of
-from engine.host_memory import keep_what_is_freed
 from engine.host_tier import HostTier
 from engine.kernels.threads import compute_alone, dismiss_helpers
 from engine.model import loader, pooling, prepared
@@ -133,8 +132,6 @@ class EngineCore:
         """
         torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         loaded = loader.load(config)
-        if loaded.device.type == "cpu":
-            keep_what_is_freed()
         num_blocks = config.num_blocks or _num_blocks(config, loaded)
         self.base_shape = loaded.base_shape
         self.base_digest = loaded.base_digest

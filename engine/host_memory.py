@@ -34,7 +34,10 @@ def empty_pages(num_elements: int, *, dtype: torch.dtype) -> Tensor:
 
 
 def keep_what_is_freed() -> None:
-    """Let each step find the pages that the last one freed: logits of 32 rows have 1,500."""
+    """Let each step find the pages that the last one freed: logits of 32 rows have 1,500.
+
+    That is for the whole process, and so for whoever starts one.
+    """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
         mallopt(_TRIM_THRESHOLD, MOST_KEPT_BYTES)

@@ -36,6 +36,7 @@ from engine.config import (
 )
 from engine.core import AdapterSource, EngineCore
 from engine.errors import EngineError
+from engine.host_memory import keep_what_is_freed
 from engine.model import text_bundle
 from engine.protocol import PROTOCOL_VERSION, EngineInfo
 from engine.server import EngineServer, bind
@@ -93,6 +94,8 @@ def load(
     say(f"loading {config.model} on {config.device}")
     started_at_s = time.monotonic()
     core = EngineCore(config, adapter_source=source, bundle_of=bundle_of)
+    if core.device == "cpu":
+        keep_what_is_freed()
     kept_as = "" if config.quantization == "none" else f", linear layers as {config.quantization}"
     took_s = time.monotonic() - started_at_s
     say(f"loaded in {took_s:.1f} s, as {core.dtype} on {core.device}{kept_as}")
