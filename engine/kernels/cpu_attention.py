@@ -46,7 +46,9 @@ ATTENTION_CALL = np.dtype(
                 *("starts", "num_seqs"),
                 # [num_seqs, table_width], [num_seqs]; a window of 0 is none
                 *("tables", "table_width", "contexts", "window"),
-                # Of each thread room for `room_size` floats
+                # How many neighbouring rows meet a key head together
+                "at_once",
+                # Of each thread room for `room_size` floats, which hold what so many rows need
                 *("room", "room_size", "max_context"),
             )
         ),
@@ -237,7 +239,7 @@ def attend_rows(call: Any) -> None:
     """
     thread, num_threads = thread_index(), thread_count()
     starts = ints(call.starts)
-    size = max(_MOST_ROWS // call.group, 1)
+    size = call.at_once
     room = call.room + 4 * thread * call.room_size
     total = 0
     for seq in range(call.num_seqs):
@@ -291,7 +293,7 @@ class CompiledAttention:
         """Fill in what is the step's own, whatever the layer; `group`: heads of a key head."""
         for name in _STEP_FIELDS:
             calls[name] = self._record[name]
-        calls["room"], calls["room_size"] = self._take_room(group, key_dim + value_dim)
+        self._make_room(calls, group=group, dims=key_dim + value_dim)
 
     def attend(
         self,
@@ -320,17 +322,18 @@ class CompiledAttention:
         call["out"], call["num_kv_heads"], call["group"] = out.data_ptr(), num_kv_heads, group
         call["key_dim"], call["value_dim"] = key_dim, value_dim
         call["window"] = sliding_window or 0
-        call["room"], call["room_size"] = self._take_room(group, key_dim + value_dim)
+        self._make_room(self._call, group=group, dims=key_dim + value_dim)
         call["scaling"], call["softcap"] = scaling, softcap or 0.0
         run(_ATTENTION, self._address)
 
-    def _take_room(self, group: int, dims: int) -> tuple[int, int]:
-        """Where it begins, and the size of a thread's: queries, sums and scores of some rows."""
-        num_rows = group * min(self._longest, max(_MOST_ROWS // group, 1))
-        size = num_rows * (dims + self._max_context)
+    def _make_room(self, calls: Calls, *, group: int, dims: int) -> None:
+        """Say how many rows attend at once, and where their queries, sums and scores go."""
+        at_once = min(self._longest, max(_MOST_ROWS // group, 1))
+        size = at_once * group * (dims + self._max_context)
         if len(self._room) < torch.get_num_threads() * size:
             self._room = torch.empty(torch.get_num_threads() * size)
-        return self._room.data_ptr(), size
+        calls["at_once"] = at_once
+        calls["room"], calls["room_size"] = self._room.data_ptr(), size
 
 
 def _place(states: Tensor) -> tuple[int, int, int]:
