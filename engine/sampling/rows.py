@@ -56,8 +56,6 @@ class Rows:
             for kind, rows in kinds.items()
             if kind != _PLAIN
         ]
-        # Whether a row's likeliest token is taken as it is.
-        self._has_plain = _PLAIN in kinds
         self._asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         self._nums_top = [sequences[row].sampling.logprobs or 0 for row in self._asking]
         self._asking_index = torch.tensor(self._asking, dtype=torch.int64, device=logits.device)
@@ -81,10 +79,10 @@ class Rows:
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids and faults, both [num_rows] int64."""
+        chosen = _largest(logits)
         # The largest tells of the whole row: NaN counts as such.
-        peaks = logits.amax(dim=-1, keepdim=True)
+        peaks = logits.gather(1, chosen[:, None])
         faults = torch.where(torch.isfinite(peaks[:, 0]), _FINE, _INVALID)
-        chosen = _largest(logits) if self._has_plain else torch.zeros_like(faults)
         if self._groups:
             positions = torch.from_numpy(self._positions).to(logits.device)
             for group in self._groups:
