@@ -5,7 +5,7 @@ Each computes what `reference` defines. Knows devices and dtypes. Knows nothing 
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -244,16 +244,13 @@ def choose_formats(name: str, device: torch.device, dtype: torch.dtype | None) -
 
 
 def _formats(device: torch.device, dtype: torch.dtype | None) -> dict[str, Format]:
-    own = (quantised.INT8, quantised.INT4, quantised.INT8_DYNAMIC)
-    formats = {form.name: form for form in own}
     if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
-        return formats
+        own = (quantised.INT8, quantised.INT4, quantised.INT8_DYNAMIC)
+        return {form.name: form for form in own}
     # As in `choose`.
     from engine.kernels import quantised_cpu
 
-    return {
-        name: replace(form, product=quantised_cpu.PRODUCTS[name]) for name, form in formats.items()
-    }
+    return quantised_cpu.FORMATS
 
 
 def _require_fp8(device: torch.device) -> None:

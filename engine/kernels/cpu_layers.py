@@ -443,7 +443,7 @@ class CompiledLayer:
         call["tile"] = workspace.take("tile", torch.get_num_threads() * COLUMNS * self._widest)
         # No code is wider than a float.
         call["own_codes"] = workspace.take("own codes", num_rows * self._widest)
-        call["own_scales"] = workspace.take("own scales", num_rows)
+        call["own_scales"] = workspace.take("own scales", 2 * num_rows)
         if adapters is None:
             call["num_groups"] = 0
             return

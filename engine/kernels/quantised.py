@@ -37,12 +37,20 @@ class Format:
     rounded: Callable[[Tensor], Tensor] | None = None
     # in_features and out_features must be multiples of these.
     multiples: tuple[int, int] = (1, 1)
+    # So many rows' codes may lie together: a part of them ends where a panel does, or all rows do.
+    panel: int = 1
 
     def codes_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight: [out_features, in_features], of any dtype and order in memory."""
         tiles = (weight[first:end].float().contiguous() for first, end in _tiles(len(weight)))
         codes, scales = zip(*(self.encode(tile) for tile in tiles), strict=True)
         return torch.cat(codes), torch.cat(scales)
+
+    def rows_of(self, codes: Tensor, scales: Tensor, *, first: int, end: int) -> Tensor:
+        """float32 [end - first, in_features]: some rows of the weight that the codes stand for."""
+        start, stop = first // self.panel * self.panel, -(-end // self.panel) * self.panel
+        rows = self.decode(codes[start:stop], scales[start:stop])
+        return rows[first - start : end - start]
 
     def fault_of(self, in_features: int, out_features: int) -> str | None:
         """What of a weight's shape the format cannot have."""

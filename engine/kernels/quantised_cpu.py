@@ -2,13 +2,14 @@
 
 A decode step reads every weight once and does little with it. Here that is the codes as they are:
 they become floats in registers, 16 at a time, and meet a row of x there. For more rows they are
-written out, four rows of the weight at a time, which stay in the core's nearest cache; where x is
-rounded to int8 too there are integers all the way, whatever the number of rows. `quantised` defines
-what is computed. Knows addresses and sizes. Knows nothing of modules.
+written out, four rows of the weight at a time, which stay in the core's nearest cache. Where x is
+rounded to int8 too there are integers all the way, whatever the number of rows, and the codes lie
+in the order in which they are multiplied. `quantised` defines what is computed. Knows addresses and
+sizes. Knows nothing of modules.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
@@ -20,6 +21,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from engine.kernels.loops import (
+    LINE,
     barrier,
     exact,
     loop,
@@ -28,7 +30,15 @@ from engine.kernels.loops import (
     thread_index,
 )
 from engine.kernels.products import COLUMNS, WIDTH, block, share
-from engine.kernels.quantised import GROUP_SIZE, INT8, INT8_DYNAMIC, INT8_MAX
+from engine.kernels.quantised import (
+    GROUP_SIZE,
+    INT4,
+    INT8,
+    INT8_DYNAMIC,
+    INT8_MAX,
+    decode_int8_rows,
+    encode_int8_rows,
+)
 from engine.kernels.vectors import FEATURES, FLOATS, LANES, LONG, WORD, WORDS, Builder
 
 # Records of int64: addresses, sizes in elements.
@@ -40,21 +50,25 @@ _CALL = np.dtype(
             *("num_rows", "in_features", "out_features"),
             # Of a code, where weights are in groups; room for COLUMNS rows of them for each thread
             *("bits", "tile"),
-            # int8-dynamic: [num_rows, in_features] in the form that integers are multiplied in, and
-            # [num_rows] float32
+            # int8-dynamic: [num_rows, in_features] as integers that can be multiplied, and of each
+            # row its scale, float32, and what the offset adds to its sums, int32
             *("own_codes", "own_scales"),
         )
     ]
 )
 
-# Rows of a weight, and of x, whose integer sums registers hold at once: there are 32, or 16.
-_TILE, _INTEGER_ROWS = (4, 4) if FEATURES.get("avx512f") else (2, 4)
-# Multiplies int8 by uint8, four products to a sum. Else int16 by int16, two to a sum: both exact.
-HAS_VNNI = bool(FEATURES.get("avx512vnni") and FEATURES.get("avx512vl"))
+# Multiplies uint8 by int8, four products to a sum. Else int16 by int16, two to a sum: both exact.
+HAS_VNNI = bool(FEATURES.get("avx512vnni"))
 CAN_MULTIPLY_INTEGERS = HAS_VNNI or bool(FEATURES.get("avx2"))
-# Of x where it is rounded to int8; what is added to its codes so that they fit; how many of them
-# are multiplied at once.
-OWN_DTYPE, _OFFSET, _STEP = (torch.uint8, 128, 32) if HAS_VNNI else (torch.int16, 0, 16)
+# Rows of an int8-dynamic weight that lie together, and neighbours in a row that do: a panel has the
+# first four codes of each of its rows, then the next four. A vector's sums are those of its rows.
+_PANEL, _TOGETHER = 16, 4
+# Added to a weight's codes there, so that they have no sign.
+_OFFSET = 128
+# Panels, and rows of x, whose sums registers hold at once.
+_PANELS, _INTEGER_ROWS = (3, 8) if HAS_VNNI else (1, 3)
+# Of x where it is rounded to int8.
+OWN_DTYPE = torch.int8 if HAS_VNNI else torch.int16
 # Of a row's codes, whichever way they are multiplied.
 INTEGER_MULTIPLE = 32
 
@@ -64,8 +78,9 @@ Calls = np.ndarray[tuple[int], np.dtype[np.void]]
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _HALVES = ir.VectorType(ir.HalfType(), 2)
 _SUMS = ir.VectorType(ir.FloatType(), WIDTH)
-_OWN = ir.VectorType(ir.IntType(8 * OWN_DTYPE.itemsize), LANES)
-_TOTALS = ir.VectorType(WORD, 8)
+_OWN = ir.VectorType(ir.IntType(8 * _OWN_BYTES), LANES)
+# Of sums: in each those of a panel, or of half a panel's pairs.
+_TOTALS = ir.VectorType(WORD, 16 if HAS_VNNI else 8)
 
 
 def _dots(num_columns: int, kind: "_Grouped") -> Any:
@@ -150,84 +165,153 @@ _INT8 = _Grouped(GROUP_SIZE, 2, _int8_weights)
 _INT4 = _Grouped(GROUP_SIZE // 2, 4, _int4_weights)
 
 
-def _integer_dots(num_columns: int, num_rows: int) -> Any:
-    """out[r, c] = (codes[c] · own_codes[r]) · own_scales[r] · scales[c], the sum in integers."""
+def _integer_dots(num_panels: int) -> Any:
+    """out[r, c] = (codes[c] · own_codes[r]) · own_scales[r] · scales[c], the sum in integers.
+
+    Of so many panels and up to `_INTEGER_ROWS` rows of x; strides in bytes. Meanwhile `pace` bytes
+    behind `ahead` are fetched for each `_TOGETHER` codes of a row.
+    """
 
     @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
     def dots(
         _: Any,
-        codes: Any,
-        scales: Any,
         own_codes: Any,
         own_scales: Any,
+        num_rows: Any,
+        codes: Any,
+        scales: Any,
+        width: Any,
         out: Any,
         out_stride: Any,
-        in_features: Any,
+        ahead: Any,
+        pace: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            codes, scales, own_codes, own_scales, out, out_stride, in_features = arguments
-            b = Builder(builder)
-            columns = b.starts(codes, in_features, num_columns)
-            rows = b.starts(own_codes, b.times(in_features, OWN_DTYPE.itemsize), num_rows)
-
-            def add(index: Any, sums: list[Any]) -> list[Any]:
-                place = b.times(index, _STEP)
-                own_place = b.times(place, OWN_DTYPE.itemsize)
-                parts = [_integers(b, row, own_place) for row in rows]
-                results: list[Any] = []
-                for column in columns:
-                    weight = _integer_weights(b, column, place)
-                    for part in [*parts, *_offsets(b)]:
-                        results.append(_added_integers(b, sums[len(results)], part, weight))
-                return results
-
-            # With an offset, the sum of a column's codes comes after those of the rows.
-            width = num_rows + len(_offsets(b))
-            count = builder.sdiv(in_features, LONG(_STEP))
-            totals = b.sums(num_columns * width, count, add, kind=_TOTALS)
-            totals = [b.joined(total, builder.add) for total in totals]
-            for column in range(num_columns):
-                scale = b.load(scales, LONG(4 * column), ir.FloatType())
-                starts = b.starts(builder.add(out, LONG(4 * column)), out_stride, num_rows)
-                own = totals[column * width : (column + 1) * width]
-                for row, start in enumerate(starts):
-                    total = builder.sub(own[row], own[-1]) if _OFFSET else own[row]
-                    own_scale = b.load(own_scales, LONG(4 * row), ir.FloatType())
-                    scaled = builder.fmul(builder.sitofp(total, ir.FloatType()), own_scale)
-                    b.store(builder.fmul(scaled, scale), start)
+            num_rows = arguments[2]
+            after = builder.append_basic_block("dots.end")
+            choice = builder.switch(num_rows, after)
+            for num in range(1, _INTEGER_ROWS + 1):
+                tile = builder.append_basic_block("dots")
+                choice.add_case(LONG(num), tile)
+                builder.position_at_end(tile)
+                _put_integer_tile(Builder(builder), num_panels, num, arguments)
+                builder.branch(after)
+            builder.position_at_end(after)
             return context.get_dummy_value()
 
-        return types.void(*7 * (types.int64,)), generate
+        return types.void(*10 * (types.int64,)), generate
 
     return dots
 
 
-def _integers(b: Builder, row: Any, place: Any) -> Any:
-    """`_STEP` codes of x."""
-    return b.load(row, place, _TOTALS if HAS_VNNI else _OWN)
+def _put_integer_tile(b: Builder, num_panels: int, num_rows: int, arguments: Any) -> None:
+    own_codes, own_scales, _, codes, scales, width, out, out_stride, ahead, pace = arguments
+    panels = b.starts(codes, b.times(width, _PANEL), num_panels)
+    rows = b.starts(own_codes, b.times(width, _OWN_BYTES), num_rows)
+
+    def add(index: Any, sums: list[Any]) -> list[Any]:
+        next_line = b.ir.mul(index, pace)
+        for line in range(num_panels):
+            b.prefetch(ahead, b.ir.add(next_line, LONG(4 * LINE * line)))
+        place = b.times(index, _PANEL * _TOGETHER)
+        weights = [part for panel in panels for part in _panel_parts(b, panel, place)]
+        results: list[Any] = []
+        for row in rows:
+            own = _own_part(b, row, b.times(index, _TOGETHER * _OWN_BYTES))
+            for weight in weights:
+                results.append(_added_integers(b, sums[len(results)], weight, own))
+        return results
+
+    count = b.ir.sdiv(width, LONG(_TOGETHER))
+    num_sums = _SUMS_OF_A_PANEL * num_panels * num_rows
+    totals = iter(b.sums(num_sums, count, add, kind=_TOTALS))
+    for row, start in enumerate(b.starts(out, out_stride, num_rows)):
+        own_scale = b.spread(b.load(own_scales, LONG(8 * row), ir.FloatType()))
+        excess = b.spread(b.load(own_scales, LONG(8 * row + 4), WORD), WORDS)
+        for panel in range(num_panels):
+            parts = [next(totals) for _ in range(_SUMS_OF_A_PANEL)]
+            place = LONG(4 * _PANEL * panel)
+            total = b.floats(b.ir.sub(_panel_sums(b, parts), excess))
+            scaled = b.ir.fmul(b.ir.fmul(total, own_scale), b.load(scales, place, FLOATS))
+            b.store(scaled, b.ir.add(start, place))
 
 
-def _integer_weights(b: Builder, column: Any, place: Any) -> Any:
-    """`_STEP` codes of the weight."""
+# Without VNNI a panel's pairs of codes have a sum each: 32 in four vectors.
+_SUMS_OF_A_PANEL = 1 if HAS_VNNI else 4
+
+
+def _panel_parts(b: Builder, panel: Any, place: Any) -> list[Any]:
+    """`_TOGETHER` codes of each row."""
     if HAS_VNNI:
-        return b.load(column, place, _TOTALS)
-    return b.ir.sext(b.load(column, place, _BYTES), _OWN)
+        return [b.load(panel, place, _TOTALS)]
+    starts = (b.ir.add(place, LONG(LANES * part)) for part in range(_SUMS_OF_A_PANEL))
+    return [b.ir.zext(b.load(panel, start, _BYTES), _OWN) for start in starts]
 
 
-def _offsets(b: Builder) -> list[Any]:
-    """What is in every code of x and must be taken off again, as `_integers` has it."""
-    return [ir.Constant(_TOTALS, [_OFFSET * 0x01010101 - 2**32] * 8)] if _OFFSET else []
-
-
-def _added_integers(b: Builder, total: Any, part: Any, weight: Any) -> Any:
+def _own_part(b: Builder, row: Any, place: Any) -> Any:
+    """The same codes of x for each row."""
     if HAS_VNNI:
-        return b.call("llvm.x86.avx512.vpdpbusd.256", _TOTALS, total, part, weight)
-    return b.ir.add(total, b.call("llvm.x86.avx2.pmadd.wd", _TOTALS, part, weight))
+        return b.spread(b.load(row, place, WORD), _TOTALS)
+    return b.ir.bitcast(b.spread(b.load(row, place, LONG), ir.VectorType(LONG, 4)), _OWN)
+
+
+def _added_integers(b: Builder, total: Any, weight: Any, own: Any) -> Any:
+    if HAS_VNNI:
+        return b.call("llvm.x86.avx512.vpdpbusd.512", _TOTALS, total, weight, own)
+    return b.ir.add(total, b.call("llvm.x86.avx2.pmadd.wd", _TOTALS, weight, own))
+
+
+def _panel_sums(b: Builder, parts: list[Any]) -> Any:
+    """One for each row."""
+    if HAS_VNNI:
+        return parts[0]
+    whole = _side_by_side(b, _side_by_side(b, *parts[:2]), _side_by_side(b, *parts[2:]))
+    even, odd = (
+        b.ir.shuffle_vector(
+            whole,
+            ir.Constant(whole.type, ir.Undefined),
+            ir.Constant(WORDS, list(range(first, 2 * _PANEL, 2))),
+        )
+        for first in range(2)
+    )
+    return b.ir.add(even, odd)
+
+
+def _side_by_side(b: Builder, first: Any, second: Any) -> Any:
+    size = 2 * first.type.count
+    return b.ir.shuffle_vector(
+        first, second, ir.Constant(ir.VectorType(WORD, size), list(range(size)))
+    )
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _integer_dot(
+    _: Any, codes: Any, scale: Any, own_codes: Any, own_scale: Any, out: Any, in_features: Any
+) -> Any:
+    """As `_integer_dots`, of one row that is in no panel."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, scale, own_codes, own_scale, out, in_features = arguments
+        b = Builder(builder)
+
+        def add(index: Any, sums: list[Any]) -> list[Any]:
+            weight = b.ir.sext(b.load(codes, b.times(index, LANES), _BYTES), WORDS)
+            own = b.ir.sext(b.load(own_codes, b.times(index, LANES * _OWN_BYTES), _OWN), WORDS)
+            return [builder.add(sums[0], builder.mul(weight, own))]
+
+        (total,) = b.sums(1, builder.sdiv(in_features, LONG(LANES)), add, kind=WORDS)
+        number = builder.sitofp(b.joined(total, builder.add), ir.FloatType())
+        for address in (own_scale, scale):
+            number = builder.fmul(number, b.load(address, LONG(0), ir.FloatType()))
+        b.store(number, out)
+        return context.get_dummy_value()
+
+    return types.void(*6 * (types.int64,)), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
 def _round_row(_: Any, x: Any, own_codes: Any, own_scale: Any, in_features: Any) -> Any:
-    """As `quantised.encode_int8_rows`, with `_OFFSET` added.
+    """As `quantised.encode_int8_rows`; behind the scale what the offset adds to the row's sums.
 
     The scale is NaN if any of the row is not finite.
     """
@@ -251,15 +335,16 @@ def _round_row(_: Any, x: Any, own_codes: Any, own_scale: Any, in_features: Any)
         b.store(scale, own_scale)
         divisor = b.spread(scale)
 
-        def put(index: Any, _: list[Any]) -> list[Any]:
+        def put(index: Any, sums: list[Any]) -> list[Any]:
             part = builder.fdiv(b.load(x, b.times(index, 4 * LANES), FLOATS), divisor)
             codes = builder.fptosi(b.call("llvm.rint.v16f32", FLOATS, part), WORDS)
-            codes = builder.trunc(builder.add(codes, ir.Constant(WORDS, [_OFFSET] * LANES)), _OWN)
-            place = b.times(index, LANES * OWN_DTYPE.itemsize)
-            b.store(codes, builder.add(own_codes, place))
-            return []
+            place = b.times(index, LANES * _OWN_BYTES)
+            b.store(builder.trunc(codes, _OWN), builder.add(own_codes, place))
+            return [builder.add(sums[0], codes)]
 
-        b.sums(0, count, put)
+        (total,) = b.sums(1, count, put, kind=WORDS)
+        excess = builder.mul(b.joined(total, builder.add), WORD(_OFFSET))
+        b.store(excess, builder.add(own_scale, LONG(4)))
         return context.get_dummy_value()
 
     return types.void(*4 * (types.int64,)), generate
@@ -267,11 +352,7 @@ def _round_row(_: Any, x: Any, own_codes: Any, own_scale: Any, in_features: Any)
 
 _int8_row, _int8_one = _dots(COLUMNS, _INT8), _dots(1, _INT8)
 _int4_row, _int4_one = _dots(COLUMNS, _INT4), _dots(1, _INT4)
-_integer_tile, _integer_row, _integer_one = (
-    _integer_dots(_TILE, _INTEGER_ROWS),
-    _integer_dots(COLUMNS, 1),
-    _integer_dots(1, 1),
-)
+_wide_tile, _narrow_tile = _integer_dots(_PANELS), _integer_dots(1)
 
 
 # Writing out: out[n] = W[n]
@@ -391,7 +472,34 @@ def round_rows(x: Any, own_codes: Any, own_scales: Any, width: Any, first: Any, 
     """Rows of x as integers and scales."""
     for row in range(first, end):
         codes = own_codes + row * width * _OWN_BYTES
-        _round_row(x + 4 * row * width, codes, own_scales + 4 * row, width)
+        _round_row(x + 4 * row * width, codes, own_scales + 8 * row, width)
+
+
+@exact
+def _integer_block(
+    own_codes: Any,
+    own_scales: Any,
+    num_rows: Any,
+    codes: Any,
+    scales: Any,
+    width: Any,
+    out: Any,
+    out_stride: Any,
+    num_panels: Any,
+) -> None:
+    """`integer_columns` of so many panels, with the next ones fetched meanwhile."""
+    num_tiles = (num_rows + _INTEGER_ROWS - 1) // _INTEGER_ROWS
+    ahead = codes + num_panels * _PANEL * width
+    # Each tile of x brings its part, so that memory has no idle time.
+    pace = (num_panels * _PANEL * _TOGETHER + num_tiles - 1) // num_tiles
+    for tile in range(num_tiles):
+        row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
+        own, own_place = own_codes + row * width * _OWN_BYTES, own_scales + 8 * row
+        num, place, part = row_end - row, out + row * out_stride, ahead + tile * pace * width // 4
+        if num_panels == _PANELS:
+            _wide_tile(own, own_place, num, codes, scales, width, place, out_stride, part, pace)
+        else:
+            _narrow_tile(own, own_place, num, codes, scales, width, place, out_stride, part, pace)
 
 
 @exact
@@ -407,28 +515,19 @@ def integer_columns(
     out: Any,
     out_stride: Any,
 ) -> None:
-    """As `products.product`, of rounded rows."""
-    own_width, stride = width * _OWN_BYTES, 4 * out_stride
-    whole_end = end - (end - first) % COLUMNS
-    num_tiled = num_rows // _INTEGER_ROWS * _INTEGER_ROWS
-    for column in range(first, whole_end, COLUMNS):
-        for row in range(0, num_tiled, _INTEGER_ROWS):
-            x, x_scales = own_codes + row * own_width, own_scales + 4 * row
-            for own in range(column, column + COLUMNS, _TILE):
-                place = out + 4 * own + row * stride
-                weight, weight_scales = codes + own * width, scales + 4 * own
-                _integer_tile(weight, weight_scales, x, x_scales, place, stride, width)
-        weight, weight_scales = codes + column * width, scales + 4 * column
-        for row in range(num_tiled, num_rows):
-            x, x_scales = own_codes + row * own_width, own_scales + 4 * row
-            place = out + 4 * column + row * stride
-            _integer_row(weight, weight_scales, x, x_scales, place, stride, width)
-    for column in range(whole_end, end):
-        weight, weight_scales = codes + column * width, scales + 4 * column
+    """As `products.product`, of rounded rows; `first` is where a panel begins."""
+    stride, column = 4 * out_stride, first
+    while column + _PANEL <= end:
+        num = _PANELS if column + _PANELS * _PANEL <= end else 1
+        own, own_place = codes + column * width, scales + 4 * column
+        place = out + 4 * column
+        _integer_block(own_codes, own_scales, num_rows, own, own_place, width, place, stride, num)
+        column += num * _PANEL
+    for c in range(column, end):
+        own, own_place = codes + c * width, scales + 4 * c
         for row in range(num_rows):
-            x, x_scales = own_codes + row * own_width, own_scales + 4 * row
-            place = out + 4 * column + row * stride
-            _integer_one(weight, weight_scales, x, x_scales, place, stride, width)
+            x, x_scale = own_codes + row * width * _OWN_BYTES, own_scales + 8 * row
+            _integer_dot(own, own_place, x, x_scale, out + row * stride + 4 * c, width)
 
 
 def _integer_product(pointer: Any) -> None:
@@ -473,12 +572,12 @@ def int4_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def int8_dynamic_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """As `Format.product` of int8-dynamic."""
-    if x.shape[1] % INTEGER_MULTIPLE or not CAN_MULTIPLY_INTEGERS:
+    """As `Format.product` of int8-dynamic, of codes in panels."""
+    if not _is_in_panels(x.shape[1]):
         return INT8_DYNAMIC.product(x, codes, scales)
     x = x.contiguous()
     out = torch.empty(x.shape[0], codes.shape[0])
-    own_codes, own_scales = torch.empty(x.shape, dtype=OWN_DTYPE), torch.empty(x.shape[0])
+    own_codes, own_scales = torch.empty(x.shape, dtype=OWN_DTYPE), torch.empty(x.shape[0], 2)
     call = _call(x, codes, scales, out=out)
     call[0]["own_codes"], call[0]["own_scales"] = own_codes.data_ptr(), own_scales.data_ptr()
     run(_INTEGER_PRODUCT, call.ctypes.data)
@@ -505,4 +604,47 @@ def _call(x: Tensor, codes: Tensor, scales: Tensor, *, out: Tensor) -> Calls:
     return record
 
 
-PRODUCTS = {"int8": int8_product, "int4": int4_product, "int8-dynamic": int8_dynamic_product}
+# Panels: the order in which an int8-dynamic weight's codes lie
+
+
+def _is_in_panels(in_features: int) -> bool:
+    return CAN_MULTIPLY_INTEGERS and in_features % INTEGER_MULTIPLE == 0
+
+
+def _encode_in_panels(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """As `encode_int8_rows`, of rows that begin where a panel does."""
+    codes, scales = encode_int8_rows(rows)
+    if _is_in_panels(rows.shape[1]):
+        whole = _whole_panels(codes)
+        parts = whole.view(-1, _PANEL, rows.shape[1] // _TOGETHER, _TOGETHER).transpose(1, 2)
+        # The bits of code + _OFFSET.
+        whole.copy_((parts ^ -_OFFSET).reshape(whole.shape))
+    return codes, scales
+
+
+def _decode_from_panels(codes: Tensor, scales: Tensor) -> Tensor:
+    """As `decode_int8_rows`."""
+    if _is_in_panels(codes.shape[1]):
+        codes = codes.clone()
+        whole = _whole_panels(codes)
+        parts = whole.view(-1, codes.shape[1] // _TOGETHER, _PANEL, _TOGETHER).transpose(1, 2)
+        whole.copy_((parts ^ -_OFFSET).reshape(whole.shape))
+    return decode_int8_rows(codes, scales)
+
+
+def _whole_panels(codes: Tensor) -> Tensor:
+    """Without the last rows, which fill none and stay as they are."""
+    return codes[: len(codes) // _PANEL * _PANEL]
+
+
+FORMATS = {
+    "int8": replace(INT8, product=int8_product),
+    "int4": replace(INT4, product=int4_product),
+    "int8-dynamic": replace(
+        INT8_DYNAMIC,
+        encode=_encode_in_panels,
+        decode=_decode_from_panels,
+        product=int8_dynamic_product,
+        panel=_PANEL,
+    ),
+}

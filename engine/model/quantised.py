@@ -46,7 +46,7 @@ class QuantisedLinear(nn.Module):
 
     def rows(self, first: int, end: int) -> Tensor:
         """float32 [end - first, in_features]: some rows of the weight that the codes stand for."""
-        return self._form.decode(self.codes[first:end], self.scales[first:end])
+        return self._form.rows_of(self.codes, self.scales, first=first, end=end)
 
     def rounding(self, x: Tensor) -> Tensor | None:
         """What the product adds to x before it multiplies, in float32; None where it adds nothing.

@@ -17,7 +17,8 @@ from engine.kernels.cpu_stack import CompiledLayers
 from engine.kernels.dense import DenseAttention
 from engine.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
 from engine.kernels.products import linear
-from engine.kernels.quantised import INT4, INT8, INT8_DYNAMIC, Format
+from engine.kernels.quantised import Format
+from engine.kernels.quantised_cpu import FORMATS
 from engine.kernels.slot_weights import NOWHERE, AdapterLayout, SlotWeights
 from engine.scheduler import ScheduledSequence
 from engine.sequence import NO_ADAPTER, Sequence
@@ -32,7 +33,6 @@ SHAPES = {
     "up": (INNER_WIDTH, WIDTH),
     "down": (WIDTH, INNER_WIDTH),
 }
-FORMATS = {form.name: form for form in (INT8, INT4, INT8_DYNAMIC)}
 # Slot 2 leaves every other module as it is.
 RANKS = {0: 3, 1: 16, 2: 9}
 
@@ -180,7 +180,9 @@ def defined(layer: Layer, x: Tensor, angles: Tensor, slots: list[tuple[int, int]
             out = rows @ one.weight.T
         else:
             assert one.scales is not None
-            out = FORMATS[one.format].product(rows, one.weight, one.scales)
+            form = FORMATS[one.format]
+            own = rows if form.rounded is None else form.rounded(rows)
+            out = own @ form.decode(one.weight, one.scales).T
         return out + one.bias + reference.lora(rows, pairs, token_slots)
 
     def normed(rows: Tensor, norm: Norm) -> Tensor:

@@ -1,6 +1,5 @@
 """Weights in few bits: what they stand for, what is multiplied, and what is refused."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,7 @@ from tests.model_lab import FolderSource, open_lab, save_random_model, tiny_llam
 
 FORMATS = {each.name: each for each in (INT8, INT4, INT8_DYNAMIC, FP8)}
 ON_CPU = ["int8", "int4", "int8-dynamic"]
-COMPILED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "int8": quantised_cpu.int8_product,
-    "int4": quantised_cpu.int4_product,
-    "int8-dynamic": quantised_cpu.int8_dynamic_product,
-}
+COMPILED = quantised_cpu.FORMATS
 WIDE = tiny_llama_config(hidden_size=64, intermediate_size=96)
 
 
@@ -69,10 +64,10 @@ def test_rows_without_a_size_stay_what_they_are(form: Format) -> None:
 def test_compiled_products_are_those_of_the_definition(
     name: str, shape: tuple[int, int], num_rows: int
 ) -> None:
-    form = FORMATS[name]
-    codes, scales = form.codes_of(random_weight(*shape))
+    form, weight = FORMATS[name], random_weight(*shape)
+    codes, scales = form.codes_of(weight)
     x = torch.randn(num_rows, shape[1])
-    found = COMPILED[name](x, codes, scales)
+    found = COMPILED[name].product(x, *COMPILED[name].codes_of(weight))
     own = x if form.rounded is None else form.rounded(x)
     expected = own.double() @ form.decode(codes, scales).double().T
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
@@ -89,33 +84,51 @@ def test_int8_takes_weights_of_any_width() -> None:
 @pytest.mark.parametrize("num_rows", [2, 6, 40])
 @pytest.mark.parametrize("name", ON_CPU)
 def test_a_row_that_is_broken_or_huge_changes_no_other(name: str, num_rows: int) -> None:
-    product = COMPILED.get(name, FORMATS[name].product)
-    codes, scales = FORMATS[name].codes_of(random_weight(48, 64))
+    form = COMPILED[name]
+    codes, scales = form.codes_of(random_weight(48, 64))
     x = torch.randn(num_rows, 64)
-    expected = product(x, codes, scales)
+    expected = form.product(x, codes, scales)
     for value in (1e6, torch.nan, torch.inf):
         x[1, 5] = value
-        found = product(x, codes, scales)
+        found = form.product(x, codes, scales)
         others = [row for row in range(num_rows) if row != 1]
         torch.testing.assert_close(found[others], expected[others], rtol=1e-5, atol=1e-4)
         assert value == 1e6 or not bool(torch.isfinite(found[1]).any())
 
 
-def test_sums_of_integers_are_the_same_to_the_last_bit_in_every_batch() -> None:
-    codes, scales = INT8_DYNAMIC.codes_of(random_weight(50, 96))
-    x = torch.randn(9, 96)
+# Panels that are multiplied together, one by itself, and rows that fill none
+@pytest.mark.parametrize("shape", [(130, 96), (1, 32), (2070, 64), (48, 40)])
+def test_codes_lie_in_the_order_of_their_product_and_stand_for_the_same(
+    shape: tuple[int, int],
+) -> None:
+    form, weight = COMPILED["int8-dynamic"], random_weight(*shape)
+    expected = INT8_DYNAMIC.decode(*INT8_DYNAMIC.codes_of(weight))
+    codes, scales = form.codes_of(weight)
+    assert codes.shape == weight.shape
+    assert codes.dtype is torch.int8
+    assert torch.equal(form.decode(codes, scales), expected)
+    first, end = shape[0] // 3, shape[0] - shape[0] // 4
+    assert torch.equal(form.rows_of(codes, scales, first=first, end=end), expected[first:end])
+
+
+@pytest.mark.parametrize("shape", [(130, 96), (7, 64), (48, 40)])
+def test_sums_of_integers_are_the_same_to_the_last_bit_in_every_batch(
+    shape: tuple[int, int],
+) -> None:
+    form, weight = COMPILED["int8-dynamic"], random_weight(*shape)
+    x = torch.randn(19, shape[1])
     x[2] = 0
-    expected = INT8_DYNAMIC.product(x, codes, scales)
-    assert torch.equal(quantised_cpu.int8_dynamic_product(x, codes, scales), expected)
-    alone = [quantised_cpu.int8_dynamic_product(row[None], codes, scales) for row in x]
+    expected = INT8_DYNAMIC.product(x, *INT8_DYNAMIC.codes_of(weight))
+    codes, scales = form.codes_of(weight)
+    assert torch.equal(form.product(x, codes, scales), expected)
+    alone = [form.product(row[None], codes, scales) for row in x]
     assert torch.equal(torch.cat(alone), expected)
 
 
 def test_sums_of_the_largest_integers_do_not_saturate() -> None:
-    x = torch.cat([torch.ones(3, 4096), -torch.ones(3, 4096)])
-    codes, scales = INT8_DYNAMIC.codes_of(x)
-    for product in (INT8_DYNAMIC.product, quantised_cpu.int8_dynamic_product):
-        torch.testing.assert_close(product(x, codes, scales), x @ x.T)
+    x = torch.cat([torch.ones(9, 4096), -torch.ones(9, 4096)])
+    for form in (INT8_DYNAMIC, COMPILED["int8-dynamic"]):
+        torch.testing.assert_close(form.product(x, *form.codes_of(x)), x @ x.T)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp8 is multiplied on GPUs alone")
