@@ -4,9 +4,10 @@
 
 Starts `manylora serve` again and again on one data directory in a temporary folder; the first start
 makes the database, compiles what is compiled once and is not counted. Ready is when GET
-/health/ready answers 200; right then a chat is asked, and its first token awaited. Reports the
-median and the range of all starts, of the CPU time of all processes, and of when each phase began
-by what the server says. With --other FOLDER another checkout takes turns with this one.
+/health/ready answers 200; right then a chat is asked, and its first token awaited. Reports medians
+and ranges: of these, of how long the server then takes to end, of the CPU time of all processes,
+and of when each phase began by what the server says. With --other FOLDER another checkout takes
+turns with this one.
 """
 
 import argparse
@@ -56,6 +57,8 @@ class Start:
 
     ready_s: float = 0.0
     first_token_s: float = 0.0
+    # From the signal until all have ended
+    stop_s: float = 0.0
     cpu_s: float = 0.0
     phases_s: dict[str, float] = field(default_factory=dict)
 
@@ -112,8 +115,10 @@ def _server(
     try:
         yield process, began_s
     finally:
+        told_s = time.perf_counter()
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE_S)
+        found.stop_s = time.perf_counter() - told_s
         listener.join()
 
 
@@ -170,6 +175,7 @@ def _report(checkout: Checkout, starts: Sequence[Start]) -> dict[str, object]:
     columns = {
         "ready": [each.ready_s for each in starts],
         "first token": [each.first_token_s for each in starts],
+        "stop": [each.stop_s for each in starts],
         "CPU time": [each.cpu_s for each in starts],
     }
     phases = [phase for phase in PHASES if all(phase in each.phases_s for each in starts)]
