@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 import sys
 
 from engine.lean_start import lean_imports
@@ -22,4 +23,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # All that was open is closed. To take the rest apart, object by object, takes 1.5 s.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -61,7 +61,8 @@ _PROBE_S = 600.0
 # The engine itself gives up before.
 _WARM_S = 120.0
 _SHORTEST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 1.0
+# An attempt that is refused costs less than a millisecond, and a start waits for one that is not.
+_LONGEST_PAUSE_S = 0.1
 _FRAMES_PER_TURN = 32
 # Acknowledge after so many frames, or when the first of them is so old.
 _FRAMES_PER_ACKNOWLEDGEMENT = 256

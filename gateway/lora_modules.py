@@ -52,6 +52,8 @@ async def register(
     say: Callable[[str], None],
 ) -> None:
     """Upload every module. Raises CannotServe where one of them is no adapter to be served."""
+    if not modules:
+        return
     async with httpx.AsyncClient(
         base_url=f"{url}/admin/v1",
         headers={"authorization": f"Bearer {admin_key}"},

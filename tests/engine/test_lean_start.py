@@ -28,6 +28,17 @@ def test_an_engine_imports_nothing_that_trains_shards_or_compiles() -> None:
     assert UNUSED.isdisjoint(run("print(*sys.modules)").split())
 
 
+def test_the_files_of_all_models_are_read_once() -> None:
+    found = run(
+        "from transformers.utils import import_utils as them\n"
+        "print(*them.create_import_structure_from_path.cache_info()[:2])"
+    )
+    hits, misses = map(int, found.split())
+    # The second time none but the folder that holds the models', under another name.
+    assert hits > 200
+    assert misses <= hits + 10
+
+
 @pytest.mark.parametrize(
     "use",
     [
