@@ -26,10 +26,11 @@ class Metrics:
 
     def count_step(self, events: Sequence[StepEvent]) -> None:
         self.steps += 1
-        self.generated_tokens += sum(len(event.token_ids) for event in events)
-        ended = [event for event in events if event.state.is_final]
-        self.finished.update(event.state for event in ended)
-        self.adapter_wait_ns += sum(event.adapter_wait_ns for event in ended)
+        for event in events:
+            self.generated_tokens += len(event.token_ids)
+            if event.state.is_final:
+                self.finished[event.state] += 1
+                self.adapter_wait_ns += event.adapter_wait_ns
 
 
 def render(metrics: Metrics, status: EngineStatus) -> str:

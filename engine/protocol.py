@@ -170,9 +170,9 @@ class SequenceState(enum.StrEnum):
     ABORTED = "abort"
     FAILED = "error"
 
-    @property
-    def is_final(self) -> bool:
-        return self is not SequenceState.RUNNING
+    def __init__(self, word: str) -> None:
+        # No property: it is asked for several times for each token.
+        self.is_final = word != "running"
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

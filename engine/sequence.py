@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Self
 
+import msgspec
+
 from engine.grammar import GrammarWalk
 from engine.pool import Pool
 from engine.protocol import (
@@ -157,9 +159,11 @@ class Sequence:
         return SequenceState.RUNNING
 
 
-@dataclass(frozen=True, slots=True)
-class StepEvent:
-    """What one step did to one sequence; the fields of `protocol.SequenceEvent` under its key."""
+class StepEvent(msgspec.Struct, frozen=True):
+    """What one step did to one sequence; the fields of `protocol.SequenceEvent` under its key.
+
+    A struct, because there is one of each token: it is made in a seventh of the time.
+    """
 
     key: SequenceKey
     state: SequenceState

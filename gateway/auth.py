@@ -4,10 +4,12 @@ A key is `ml_<id>_<secret><checksum>`; only its HMAC under a pepper is stored. E
 scope that it needs or says that it is public; one that says nothing answers nobody.
 """
 
+import asyncio
 import datetime
 import fnmatch
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 import string
@@ -45,6 +47,8 @@ from gateway.errors import (
 )
 from gateway.tables import ApiKey, new_id
 
+logger = logging.getLogger(__name__)
+
 OPERATOR = "operator"
 # What the people of a tenant do, and the scopes that each needs.
 ROLES: Mapping[str, frozenset[str]] = {
@@ -68,6 +72,9 @@ PUBLIC = "public"
 
 # How long a revoked key may still pass where its notice was lost.
 CACHE_S = 2.0
+# A key that is shown in the second half of that is looked up anew before it ends, together with
+# others, so that of the keys in use no request waits for that.
+REFRESH_INTERVAL_S = 0.25
 MAX_CACHED_KEYS = 10_000
 MAX_NAME_LENGTH = 200
 MAX_GLOBS = 64
@@ -91,6 +98,11 @@ CHANNEL = "api_keys"
 
 # A key with its tenant, before any tenant is known: runs as the worker inside.
 FIND_KEY = text("SELECT * FROM find_api_key(:public_id)")
+
+FIND_KEYS = text("""
+    SELECT found.* FROM unnest(CAST(:public_ids AS text[])) AS wanted (public_id)
+    CROSS JOIN LATERAL find_api_key(wanted.public_id) AS found
+""")
 
 # Remember, once a minute at most, that a key was used.
 TOUCH_KEY = text("SELECT touch_api_key(:key_id)")
@@ -263,7 +275,8 @@ async def revoke_key(
 class Authenticator(Background):
     """Turns `Authorization` headers into principals, remembering each for a moment.
 
-    Used as a context it also hears of changes at once; without, `CACHE_S` is the bound.
+    Used as a context it also hears of changes at once, and looks keys that are in use up before
+    they are forgotten; without, `CACHE_S` is the bound.
     """
 
     def __init__(
@@ -281,17 +294,22 @@ class Authenticator(Background):
         self._known: dict[bytes, _Known] = {}
         # Key's id -> the same, of keys that nobody shows.
         self._by_id: dict[uuid.UUID, _Known] = {}
+        # Those of them that were shown late in their time: digest -> the key itself.
+        self._ageing: dict[bytes, str] = {}
         # Grows with each change, so that an answer read before one is not remembered after it.
         self._num_changes = 0
 
     async def _run_forever(self) -> None:
-        """Hear of changes."""
-        await self._database.listen(CHANNEL, self.forget)
+        """Hear of changes, and know the keys in use anew before their time is over."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._database.listen(CHANNEL, self.forget))
+            tasks.create_task(self._refresh_forever())
 
     def forget(self) -> None:
         """Look every key up anew from now on."""
         self._num_changes += 1
         self._known.clear()
+        self._ageing.clear()
         self._by_id.clear()
 
     async def issue_key(
@@ -388,6 +406,8 @@ class Authenticator(Background):
         digest = hashlib.sha256(plain.encode()).digest()
         known = self._known.get(digest)
         if known is not None and known.is_fresh():
+            if known.is_ageing():
+                self._ageing[digest] = plain
             return known
         self._failed.check(address)
         num_changes = self._num_changes
@@ -400,16 +420,47 @@ class Authenticator(Background):
             self._remember(digest, known)
         return known
 
+    async def _refresh_forever(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_INTERVAL_S)
+            try:
+                if self._ageing:
+                    await self._refresh()
+            except DATABASE_TROUBLE as error:
+                # What is known ends in its time, and whoever shows it then is told.
+                logger.warning("keys_not_refreshed", extra={"reason": str(error)})
+
+    async def _refresh(self) -> None:
+        """Look all that age up in one round trip. Raises what is in DATABASE_TROUBLE."""
+        ageing, self._ageing, num_changes = self._ageing, {}, self._num_changes
+        ids = {digest: public_id_of(plain) for digest, plain in ageing.items()}
+        rows = await self._database.call(FIND_KEYS, {"public_ids": list({*ids.values()})})
+        if num_changes != self._num_changes:
+            return
+        found = {row["public_id"]: row for row in rows}
+        for digest, plain in ageing.items():
+            try:
+                self._remember(digest, self._judge(found.get(ids[digest]), plain))
+            except (InvalidKey, NotAllowed):
+                # The next to show it is told why.
+                self._known.pop(digest, None)
+        for row in rows:
+            await self._touch(row)
+
     async def _look_up(self, public_id: str, plain: str) -> "_Known":
         try:
             rows = await self._database.call(FIND_KEY, {"public_id": public_id})
             row = rows[0] if rows else None
             known = self._judge(row, plain)
-            if row is not None and _is_long_unused(row["last_used_at"]):
-                await self._database.call(TOUCH_KEY, {"key_id": row["id"]})
+            if row is not None:
+                await self._touch(row)
         except DATABASE_TROUBLE as error:
             raise Unavailable("Keys cannot be checked now; try again shortly.") from error
         return known
+
+    async def _touch(self, row: Mapping[str, Any]) -> None:
+        if _is_long_unused(row["last_used_at"]):
+            await self._database.call(TOUCH_KEY, {"key_id": row["id"]})
 
     def _judge(self, row: Mapping[str, Any] | None, plain: str) -> "_Known":
         now = datetime.datetime.now(datetime.UTC)
@@ -463,6 +514,10 @@ class _Known:
         if self.expires_at is not None and self.expires_at <= datetime.datetime.now(datetime.UTC):
             return False
         return time.monotonic() < self.until
+
+    def is_ageing(self) -> bool:
+        """Whether more than half of its time is over."""
+        return time.monotonic() > self.until - CACHE_S / 2
 
 
 def _still_good(row: Mapping[str, Any], *, ends_at: datetime.datetime | None) -> _Known:

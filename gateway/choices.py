@@ -85,8 +85,14 @@ class Choice:
         is_cut = len(token_ids) < len(event.token_ids)
         is_stopped = event.state is SequenceState.STOPPED and not is_cut
         text, num_used = self._feed(token_ids, is_stopped=is_stopped)
-        token_ids = token_ids[:num_used]
         self.num_tokens += num_used
+        if not (is_cut or event.state.is_final or self.outcome or self._screen):
+            # Almost every event: the answer goes on.
+            told = event.logprobs or []
+            return Delta(
+                text, token_ids, told, None, self.index, prompt_logprobs=event.prompt_logprobs
+            )
+        token_ids = token_ids[:num_used]
         stopped_by: StoppedBy | None = None
         end_token_id: int | None = None
         if self.outcome is None and is_cut:

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import asyncpg
 from alembic import command
@@ -50,6 +51,9 @@ _NOT_NOW = ("08", "40", "53", "57", "58")
 LISTEN_RETRY_S = 1.0
 # How long anything waits for a connection to come free.
 POOL_TIMEOUT_S = 10.0
+# Calls of one tenant that lock its rows wait for each other: one runs, one is there when it ends.
+# More would only keep connections from others.
+MAX_CALLS_OF_TENANT = 2
 
 # 15 brought NULLS NOT DISTINCT, which the rollups' key needs.
 OLDEST_SERVER_VERSION = 150000
@@ -129,15 +133,19 @@ class Database:
             yield session
 
     async def call(
-        self, statement: TextClause, parameters: Mapping[str, Any]
+        self,
+        statement: TextClause,
+        parameters: Mapping[str, Any],
+        *,
+        locks_rows_of: UUID | None = None,
     ) -> Sequence[Mapping[str, Any]]:
         """One statement as the app, which is its own transaction: a single round trip.
 
         What it locks is free again when the server has run it, however busy this process is. Made
-        for the statements of every request, which are given their tenant. Raises what is in
-        DATABASE_TROUBLE.
+        for the statements of every request, which are given their tenant. `locks_rows_of` is the
+        tenant whose other calls it may have to wait for. Raises what is in DATABASE_TROUBLE.
         """
-        return await self._app_calls.run(statement, parameters)
+        return await self._app_calls.run(statement, parameters, locks_rows_of=locks_rows_of)
 
     async def call_as_worker(
         self, statement: TextClause, parameters: Mapping[str, Any]
@@ -210,16 +218,36 @@ class _Calls:
         self._dialect = dialect
         self._role = role
         self._places = asyncio.Semaphore(pool_size)
+        # Of tenants that have calls now.
+        self._places_of: WeakValueDictionary[UUID, asyncio.Semaphore] = WeakValueDictionary()
         # The one that was used last is used next.
         self._idle: list[Any] = []
         # Statement -> its text as the driver wants it, and its parameters in order.
         self._spelled: dict[TextClause, tuple[str, Sequence[str]]] = {}
 
     async def run(
+        self,
+        statement: TextClause,
+        parameters: Mapping[str, Any],
+        *,
+        locks_rows_of: UUID | None = None,
+    ) -> Sequence[Mapping[str, Any]]:
+        if locks_rows_of is None:
+            return await self._run(statement, parameters)
+        places = self._places_of.get(locks_rows_of)
+        if places is None:
+            places = self._places_of[locks_rows_of] = asyncio.Semaphore(MAX_CALLS_OF_TENANT)
+        await _take_place(places)
+        try:
+            return await self._run(statement, parameters)
+        finally:
+            places.release()
+
+    async def _run(
         self, statement: TextClause, parameters: Mapping[str, Any]
     ) -> Sequence[Mapping[str, Any]]:
         spelled, names = self._spelled.get(statement) or self._spell(statement)
-        await self._take_place()
+        await _take_place(self._places)
         try:
             connection = self._find_idle() or await self._connect()
             try:
@@ -237,13 +265,6 @@ class _Calls:
             return rows
         finally:
             self._places.release()
-
-    async def _take_place(self) -> None:
-        if not self._places.locked():
-            await self._places.acquire()
-            return
-        async with asyncio.timeout(POOL_TIMEOUT_S):
-            await self._places.acquire()
 
     def _find_idle(self) -> Any:
         while self._idle:
@@ -263,6 +284,15 @@ class _Calls:
     def close(self) -> None:
         while self._idle:
             self._idle.pop().terminate()
+
+
+async def _take_place(places: asyncio.Semaphore) -> None:
+    """Raises TimeoutError."""
+    if not places.locked():
+        await places.acquire()
+        return
+    async with asyncio.timeout(POOL_TIMEOUT_S):
+        await places.acquire()
 
 
 def is_away(error: BaseException) -> bool:

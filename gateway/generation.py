@@ -158,9 +158,11 @@ class Generation:
             if choice.outcome is not None:
                 # What its sequence did before it learnt that it had ended.
                 continue
+            max_tokens: int | None = None
             if self._is_short_of_money(event):
                 await self._fund(event)
-            delta = self._apply(choice, event)
+                max_tokens = self._num_paid(event)
+            delta = self._apply(choice, event, max_tokens=max_tokens)
             if self._is_judged:
                 delta = await choice.judge(delta)
             if self._keeping is not None:
@@ -222,10 +224,8 @@ class Generation:
 
     def _is_short_of_money(self, event: SequenceEvent) -> bool:
         meter = self._meter
-        return (
-            meter.is_budgeted
-            and self._num_tokens + len(event.token_ids) > meter.funded_output_tokens
-        )
+        num_tokens = self._num_tokens + len(event.token_ids)
+        return num_tokens > meter.funded_output_tokens and meter.is_budgeted
 
     def bill(self) -> Bill:
         """What `finish` is going to say, once the last delta is there."""
@@ -276,12 +276,14 @@ class Generation:
             },
         )
 
-    def _apply(self, choice: Choice, event: SequenceEvent) -> Delta:
-        self._adapter_wait_ns = max(self._adapter_wait_ns, event.adapter_wait_ns)
-        if event.state in (SequenceState.FAILED, SequenceState.ABORTED):
+    def _apply(self, choice: Choice, event: SequenceEvent, *, max_tokens: int | None) -> Delta:
+        """What an event adds, where at most so many of its tokens are paid for, or all of them."""
+        if event.adapter_wait_ns > self._adapter_wait_ns:
+            self._adapter_wait_ns = event.adapter_wait_ns
+        if event.state is SequenceState.FAILED or event.state is SequenceState.ABORTED:
             raise _translate(event.fault)
         num_before = choice.num_tokens
-        delta = choice.take(event, max_tokens=self._num_paid(event))
+        delta = choice.take(event, max_tokens=max_tokens)
         self._num_tokens += choice.num_tokens - num_before
         # Of what is cut for want of money nothing may be billed that a later tranche would pay for.
         if self._is_searched or delta.stopped_by == "budget":

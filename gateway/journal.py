@@ -201,6 +201,8 @@ class Meter:
         self.is_connected = True
         self._journal = journal
         self._sequences = {sequence_id: _SequenceCount() for sequence_id in opened.sequence_ids}
+        # What almost every request has; None where there are several.
+        self._only = next(iter(self._sequences.values())) if len(self._sequences) == 1 else None
         self._count = Count(opened.number, 0, 0, 0, 0)
         # What its hold pays for; grows with the heartbeats.
         self.funded_output_tokens = opened.funded_output_tokens
@@ -261,16 +263,17 @@ class Meter:
     def apply(self, event: SequenceEvent) -> None:
         """Take over one event. Its counters are cumulative, so applying it twice does no harm."""
         sequence = self._sequences[event.sequence_id]
-        sequence.generated = max(sequence.generated, event.generated_tokens)
+        if event.generated_tokens > sequence.generated:
+            sequence.generated = event.generated_tokens
         sequence.cached = event.cached_tokens
-        sequence.engine_ns = max(sequence.engine_ns, event.engine_ns)
+        if event.engine_ns > sequence.engine_ns:
+            sequence.engine_ns = event.engine_ns
 
     def latest(self) -> Count:
         """What the events so far add up to, whether journalled or not."""
+        if self._only is not None:
+            return self._latest_of_one(self._only)
         sequences = self._sequences.values()
-        if len(sequences) == 1:
-            [only] = sequences
-            return self._latest_of_one(only)
         prompt_tokens, cached_tokens = self._prompts_begun(list(sequences))
         return Count(
             self.opened.number,
@@ -298,7 +301,7 @@ class Meter:
         return prompt_tokens, cached_tokens
 
     def _latest_of_one(self, sequence: _SequenceCount) -> Count:
-        """What almost every request has, on the way of every token."""
+        """On the way of every token."""
         number, billable = self.opened.number, sequence.billable
         if not billable:
             return Count(number, 0, 0, 0, 0)
@@ -447,13 +450,14 @@ class Journal:
 
         Raises JournalFailed; the meters then stand where the journal stands.
         """
-        moved: dict[int, Meter] = {}
+        # In the order of their events.
+        moved: dict[Meter, None] = {}
         for event in frame.events:
             meter = self._by_sequence.get(event.sequence_id)
             if meter is not None and meter.is_connected:
                 meter.apply(event)
-                moved[meter.opened.number] = meter
-        self.record_progress(moved.values())
+                moved[meter] = None
+        self.record_progress(moved)
 
     def record_progress(self, meters: Iterable[Meter]) -> None:
         latest = [(meter, meter.latest()) for meter in meters]

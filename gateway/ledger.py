@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 500
 # From the beginning of one batch to the next: what ends meanwhile is settled together, which costs
 # a fraction of settling each by itself. What ends after a pause is settled at once.
-SETTLE_INTERVAL_S = 0.1
+SETTLE_INTERVAL_S = 0.25
 # How long a request that is refused waits until what has ended is settled.
 HURRY_S = 1.0
 HEARTBEAT_S = 1.0

@@ -280,7 +280,7 @@ async def _ask(
     if assumed is not None:
         statement, parameters = ADMIT_AS_ASSUMED, {**parameters, **assumed.parameters}
     try:
-        rows = await database.call(statement, parameters)
+        rows = await database.call(statement, parameters, locks_rows_of=principal.tenant_id)
     except DATABASE_TROUBLE as fault:
         raise Unavailable("The ledger does not answer. Try again shortly.") from fault
     if not rows and assumed is not None:

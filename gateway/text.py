@@ -348,6 +348,9 @@ class TextStream:
             return ""
         self._num_decoded = len(self._token_ids)
         self._text += piece
+        if not self._stops:
+            self._shown = len(self._text)
+            return piece
         return self._advance(len(piece))
 
     def finish(self) -> str:

@@ -3,8 +3,9 @@
 import asyncio
 import datetime
 import socket
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import uvicorn
 from litestar import Litestar, get
 from litestar.di import NamedDependency, Provide
+from sqlalchemy import TextClause
 
 from gateway import addresses, auth, tenants
 from gateway.api.wire import answer_error
@@ -168,6 +170,48 @@ async def test_a_revoked_key_is_refused_even_where_no_notice_arrives(
     async with database.as_worker() as session:
         await auth.revoke_key(session, tenant_id=row.tenant_id, key_id=row.id)
     assert isinstance(await refusal(authenticator, plain), InvalidKey)
+
+
+async def test_a_key_in_use_is_looked_up_behind_its_requests(
+    database: Database, authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[TextClause] = []
+    call = database.call
+
+    async def note(
+        statement: TextClause, parameters: Mapping[str, Any]
+    ) -> Sequence[Mapping[str, Any]]:
+        asked.append(statement)
+        return await call(statement, parameters)
+
+    monkeypatch.setattr(auth, "CACHE_S", 1.0)
+    monkeypatch.setattr(auth, "REFRESH_INTERVAL_S", 0.05)
+    _, plain = await make_key(database)
+    async with authenticator:
+        monkeypatch.setattr(database, "call", note)
+        async with asyncio.timeout(PATIENCE_S):
+            while asked.count(auth.FIND_KEYS) < 4:
+                await authenticator.authenticate(bearer(plain))
+                await asyncio.sleep(0.01)
+    # Once, and once more where it listens only since then.
+    assert asked.count(auth.FIND_KEY) <= 2
+
+
+async def test_a_revoked_key_in_use_is_refused_in_time_where_no_notice_arrives(
+    database: Database, authenticator: Authenticator, home: Home
+) -> None:
+    row, plain = await make_key(database)
+    await execute(home.superuser_url, "ALTER TABLE api_keys DISABLE TRIGGER api_keys_changed")
+    async with authenticator:
+        until = time.monotonic() + auth.CACHE_S * 0.7
+        while time.monotonic() < until:
+            await authenticator.authenticate(bearer(plain))
+            await asyncio.sleep(0.02)
+        async with database.as_worker() as session:
+            await auth.revoke_key(session, tenant_id=row.tenant_id, key_id=row.id)
+        revoked_at = time.monotonic()
+        assert isinstance(await refusal(authenticator, plain), InvalidKey)
+    assert time.monotonic() - revoked_at < auth.CACHE_S + 0.5
 
 
 async def test_notices_are_heard_again_after_the_server_cut_the_connection(

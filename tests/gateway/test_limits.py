@@ -320,6 +320,22 @@ async def test_another_tenants_requests_leave_ours_alone(database: Database, sho
         await admitted(database, shop)
 
 
+async def test_requests_that_wait_for_their_tenants_rows_leave_connections_to_others(
+    database: Database, shop: Shop
+) -> None:
+    other = await a_shop(database, "globex", (shop.base_model, shop.price))
+    await limit(database, shop, requests_per_minute=100)
+    async with asyncio.TaskGroup() as tasks, database.as_worker() as session:
+        await session.execute(text("SELECT FROM limits FOR UPDATE"))
+        for _ in range(20):
+            tasks.create_task(admitted(database, shop))
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            await admitted(database, other)
+        assert len(await holds(database)) == 1
+    assert len(await holds(database)) == 21
+
+
 async def test_many_at_once_never_pass_a_limit_and_none_is_refused_in_vain(
     database: Database, shop: Shop, home: Home
 ) -> None:
