@@ -124,11 +124,14 @@ class Truth:
         )
 
     def check_distinct(self) -> None:
-        """Raises SystemExit where two models answer alike: nothing would tell them apart."""
-        for place in range(len(self._prompts)):
-            said = {self._references[model, place].token_ids for model in self._models}
-            if len(said) < len(self._models):
-                raise SystemExit("some adapters' answers do not differ: make them stronger")
+        """Raises SystemExit where two models answer all prompts alike: nothing tells them apart."""
+        places = range(len(self._prompts))
+        said = {
+            tuple(self._references[model, place].token_ids for place in places)
+            for model in self._models
+        }
+        if len(said) < len(self._models):
+            raise SystemExit("some adapters' answers do not differ: make them stronger")
 
     def _compare(self, text: str, key: tuple[int | None, int], tolerance: float) -> Comparison:
         own = self._references[key]

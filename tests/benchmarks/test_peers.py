@@ -106,6 +106,17 @@ def test_adapters_that_answer_alike_would_prove_nothing(tokenizer: Tokenizer) ->
         truth.check_distinct()
 
 
+def test_adapters_that_answer_one_prompt_alike_are_told_apart_by_another(
+    tokenizer: Tokenizer,
+) -> None:
+    yes, no = reference(tokenizer, "Yes."), reference(tokenizer, "No.")
+    references = {(None, 0): yes, (0, 0): yes, (None, 1): yes, (0, 1): no}
+    truth = Truth(tokenizer, 2 * [Prompt("", ())], references)
+    truth.check_distinct()
+    assert truth.judge(["Yes.", "Yes.", "Yes.", "No."], precision="fp32").is_right
+    assert truth.judge(4 * ["Yes."], precision="fp32").num_of_another == 1
+
+
 # What is asked
 
 
