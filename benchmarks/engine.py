@@ -283,11 +283,17 @@ class Bench:
         )
         driver = Driver(EngineCore(config, adapter_source=_Later(self)))
         if self.source is None:
-            modules = driver.core.base_shape.modules
+            modules = self.adapted(driver)
             self.source = MadeUpAdapters(self._scratch / "adapters", modules, "base")
         if self.machine is None:
             self.machine = measure(self.device, getattr(torch, driver.core.dtype))
         return driver
+
+    def adapted(self, driver: Driver) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the modules that adapters change."""
+        wanted = self.arguments.modules
+        modules = driver.core.base_shape.modules
+        return {k: v for k, v in modules.items() if not wanted or k.rpartition(".")[2] in wanted}
 
     def prompts(self, count: int) -> list[list[int]]:
         return [
@@ -300,9 +306,9 @@ class Bench:
         assert self.machine is not None
         config = AutoConfig.from_pretrained(self.model)
         size = getattr(torch, driver.core.dtype).itemsize
-        modules = driver.core.base_shape.modules.values()
-        num_weights = sum(i * o for i, o in modules) + config.vocab_size * config.hidden_size
-        num_lora = sum(rank * (i + o) for rank in ranks for i, o in modules)
+        linears, adapted = driver.core.base_shape.modules.values(), self.adapted(driver).values()
+        num_weights = sum(i * o for i, o in linears) + config.vocab_size * config.hidden_size
+        num_lora = sum(rank * (i + o) for rank in ranks for i, o in adapted)
         rows_per_adapter = batch / max(1, len(ranks))
         heads = config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or (
@@ -801,6 +807,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, nargs="+", default=[8, 32])
     add("--rank", type=int, default=16)
     add("--most-adapters", type=int, default=128)
+    add("--modules", nargs="+", help="that adapters change, such as q_proj; all unless told")
     add("--prompt-tokens", type=int, default=64)
     add("--answer-tokens", type=int, default=32)
     add("--rounds", type=int, default=7)
