@@ -291,9 +291,11 @@ class Bench:
 
     def adapted(self, driver: Driver) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of the modules that adapters change."""
-        wanted = self.arguments.modules
-        modules = driver.core.base_shape.modules
-        return {k: v for k, v in modules.items() if not wanted or k.rpartition(".")[2] in wanted}
+        linears = driver.core.base_shape.modules
+        own = {name: name.rpartition(".")[2] for name in linears}
+        # As PEFT's "all-linear" has it, which leaves the output layer out.
+        wanted = set(self.arguments.modules or own.values()) - {"lm_head"}
+        return {name: size for name, size in linears.items() if own[name] in wanted}
 
     def prompts(self, count: int) -> list[list[int]]:
         return [
@@ -307,7 +309,7 @@ class Bench:
         config = AutoConfig.from_pretrained(self.model)
         size = getattr(torch, driver.core.dtype).itemsize
         linears, adapted = driver.core.base_shape.modules.values(), self.adapted(driver).values()
-        num_weights = sum(i * o for i, o in linears) + config.vocab_size * config.hidden_size
+        num_weights = sum(i * o for i, o in linears)
         num_lora = sum(rank * (i + o) for rank in ranks for i, o in adapted)
         rows_per_adapter = batch / max(1, len(ranks))
         heads = config.num_key_value_heads
@@ -807,7 +809,9 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, nargs="+", default=[8, 32])
     add("--rank", type=int, default=16)
     add("--most-adapters", type=int, default=128)
-    add("--modules", nargs="+", help="that adapters change, such as q_proj; all unless told")
+    add(
+        "--modules", nargs="+", help="that adapters change, such as q_proj; all linears unless told"
+    )
     add("--prompt-tokens", type=int, default=64)
     add("--answer-tokens", type=int, default=32)
     add("--rounds", type=int, default=7)
