@@ -240,7 +240,7 @@ def choose_formats(name: str, device: torch.device, dtype: torch.dtype | None) -
             f"{str(device)!r}: use 'fp8', 'int8' or 'int4'."
         )
     formats = _formats(device, dtype)
-    return Formats(formats[name], formats["int8"])
+    return Formats(formats[name], formats["int8" if name == "int4" else name])
 
 
 def _formats(device: torch.device, dtype: torch.dtype | None) -> dict[str, Format]:

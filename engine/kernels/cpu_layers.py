@@ -48,7 +48,7 @@ _FIELDS = 7
 _WHOLE, _INT8, _INT4, _DYNAMIC = range(4)
 _KINDS = {None: _WHOLE, "int8": _INT8, "int4": _INT4, "int8-dynamic": _DYNAMIC}
 # Columns after which a part of the adapters is fetched, and from how many rows on.
-_SPAN, _MIN_ROWS_OF_FETCHING = 32, 12
+_SPAN, _MIN_ROWS_OF_FETCHING = 48, 12
 # Most products of the same rows, each of which has a place of its own for what adapters shrink.
 _MOST_AT_ONCE = 3
 
@@ -443,7 +443,8 @@ class CompiledLayer:
         call["tile"] = workspace.take("tile", torch.get_num_threads() * COLUMNS * self._widest)
         # No code is wider than a float.
         call["own_codes"] = workspace.take("own codes", num_rows * self._widest)
-        call["own_scales"] = workspace.take("own scales", 2 * num_rows)
+        own_scales = 2 * num_rows * (self._widest // GROUP_SIZE)
+        call["own_scales"] = workspace.take("own scales", own_scales)
         if adapters is None:
             call["num_groups"] = 0
             return

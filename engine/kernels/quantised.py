@@ -6,7 +6,6 @@ of an input at once: what a row gives never depends on the rows beside it. Knows
 nothing of modules.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -140,34 +139,29 @@ def decode_int4(codes: Tensor, scales: Tensor) -> Tensor:
     return (groups * steps[..., None] + floors[..., None]).flatten(1)
 
 
-# int8, dynamic: a scale for each row, of the weight and of x, and sums are integers
+# int8, dynamic: x in groups too, and what a group adds is a sum of integers
 
 
-def encode_int8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """codes [num_rows, in_features] int8, scales [num_rows] float32."""
-    scales = _steps(rows.abs().amax(dim=1), INT8_MAX)
-    return (rows / scales[:, None]).round().to(torch.int8), scales
-
-
-def decode_int8_rows(codes: Tensor, scales: Tensor) -> Tensor:
-    return codes.float() * scales[:, None]
+def encode_int8_input(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """As `encode_int8`, with scales in float32."""
+    groups = _grouped(rows)
+    scales = _steps(groups.abs().amax(dim=-1), INT8_MAX)
+    codes = (groups / scales[..., None]).round().to(torch.int8)
+    return codes.flatten(1)[:, : rows.shape[1]], scales
 
 
 def product_int8_dynamic(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    own_codes, own_scales = encode_int8_rows(x.float())
-    if _are_integer_sums_exact():
-        sums = torch._int_mm(own_codes, codes.T)
-    else:
-        sums = own_codes.double() @ codes.T.double()
-    return (sums.float() * own_scales[:, None] * scales).to(x.dtype)
-
-
-@functools.cache
-def _are_integer_sums_exact() -> bool:
-    """Without VNNI two products may be added in 16 bits, which the largest ones overflow."""
-    ones = torch.ones(32, 256, dtype=torch.int8)
-    large = torch.cat([INT8_MAX * ones[:16], -INT8_MAX * ones[16:]])
-    return torch.equal(torch._int_mm(large, large.T).double(), large.double() @ large.T.double())
+    """Group by group: sum · scale of x · scale of the weight, each rounded, and added in order."""
+    own_codes, own_scales = encode_int8_input(x.float())
+    own_groups = _grouped(own_codes.float())
+    out = torch.zeros(x.shape[0], codes.shape[0], device=x.device)
+    for first, end in _tiles(codes.shape[0]):
+        groups, tile = _grouped(codes[first:end].float()), out[:, first:end]
+        for group, own_scale in enumerate(own_scales.unbind(dim=1)):
+            # Floats hold every sum of so few.
+            sums = own_groups[:, group] @ groups[:, group].T
+            tile += sums * own_scale[:, None] * scales[first:end, group].float()
+    return out.to(x.dtype)
 
 
 # fp8: e4m3 · scale of the row, weight and x alike
@@ -201,10 +195,10 @@ INT4 = Format(
 )
 INT8_DYNAMIC = Format(
     "int8-dynamic",
-    encode_int8_rows,
-    decode_int8_rows,
+    encode_int8,
+    decode_int8,
     product_int8_dynamic,
-    rounded=lambda x: decode_int8_rows(*encode_int8_rows(x.float())),
+    rounded=lambda x: decode_int8(*encode_int8_input(x.float())),
 )
 FP8 = Format(
     "fp8",

@@ -8,6 +8,7 @@ in the order in which they are multiplied. `quantised` defines what is computed.
 sizes. Knows nothing of modules.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,8 +37,8 @@ from engine.kernels.quantised import (
     INT8,
     INT8_DYNAMIC,
     INT8_MAX,
-    decode_int8_rows,
-    encode_int8_rows,
+    decode_int8,
+    encode_int8,
 )
 from engine.kernels.vectors import FEATURES, FLOATS, LANES, LONG, WORD, WORDS, Builder
 
@@ -51,7 +52,7 @@ _CALL = np.dtype(
             # Of a code, where weights are in groups; room for COLUMNS rows of them for each thread
             *("bits", "tile"),
             # int8-dynamic: [num_rows, in_features] as integers that can be multiplied, and of each
-            # row its scale, float32, and what the offset adds to its sums, int32
+            # row's groups the scale, float32, and what its sums begin with, int32
             *("own_codes", "own_scales"),
         )
     ]
@@ -61,22 +62,24 @@ _CALL = np.dtype(
 HAS_VNNI = bool(FEATURES.get("avx512vnni"))
 CAN_MULTIPLY_INTEGERS = HAS_VNNI or bool(FEATURES.get("avx2"))
 # Rows of an int8-dynamic weight that lie together, and neighbours in a row that do: a panel has the
-# first four codes of each of its rows, then the next four. A vector's sums are those of its rows.
+# first four codes of each of its rows, then the next four, and its rows' scales of the first group,
+# then of the next one. A vector's sums are those of its rows.
 _PANEL, _TOGETHER = 16, 4
 # Added to a weight's codes there, so that they have no sign.
 _OFFSET = 128
 # Panels, and rows of x, whose sums registers hold at once.
-_PANELS, _INTEGER_ROWS = (3, 8) if HAS_VNNI else (1, 3)
+_PANELS, _INTEGER_ROWS = (3, 4) if HAS_VNNI else (1, 2)
 # Of x where it is rounded to int8.
 OWN_DTYPE = torch.int8 if HAS_VNNI else torch.int16
-# Of a row's codes, whichever way they are multiplied.
-INTEGER_MULTIPLE = 32
 
 _OWN_BYTES = OWN_DTYPE.itemsize
+# Of a panel's codes.
+_LINES_OF_A_GROUP = _PANEL * GROUP_SIZE // (4 * LINE)
 Calls = np.ndarray[tuple[int], np.dtype[np.void]]
 
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _HALVES = ir.VectorType(ir.HalfType(), 2)
+_SCALES = ir.VectorType(ir.HalfType(), LANES)
 _SUMS = ir.VectorType(ir.FloatType(), WIDTH)
 _OWN = ir.VectorType(ir.IntType(8 * _OWN_BYTES), LANES)
 # Of sums: in each those of a panel, or of half a panel's pairs.
@@ -166,10 +169,11 @@ _INT4 = _Grouped(GROUP_SIZE // 2, 4, _int4_weights)
 
 
 def _integer_dots(num_panels: int) -> Any:
-    """out[r, c] = (codes[c] · own_codes[r]) · own_scales[r] · scales[c], the sum in integers.
+    """out[r, c] = Σ (codes[c] · own_codes[r]) · own_scales[r] · scales[c], over groups.
 
-    Of so many panels and up to `_INTEGER_ROWS` rows of x; strides in bytes. Meanwhile `pace` bytes
-    behind `ahead` are fetched for each `_TOGETHER` codes of a row.
+    The sum of a group in integers, then as `quantised.product_int8_dynamic`. Of so many panels and
+    up to `_INTEGER_ROWS` rows of x; `out_stride` in bytes. Meanwhile what is behind `ahead` and
+    `scales_ahead` is fetched, `pace` lines of codes for each group.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
@@ -180,10 +184,11 @@ def _integer_dots(num_panels: int) -> Any:
         num_rows: Any,
         codes: Any,
         scales: Any,
-        width: Any,
+        num_groups: Any,
         out: Any,
         out_stride: Any,
         ahead: Any,
+        scales_ahead: Any,
         pace: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -199,41 +204,60 @@ def _integer_dots(num_panels: int) -> Any:
             builder.position_at_end(after)
             return context.get_dummy_value()
 
-        return types.void(*10 * (types.int64,)), generate
+        return types.void(*11 * (types.int64,)), generate
 
     return dots
 
 
 def _put_integer_tile(b: Builder, num_panels: int, num_rows: int, arguments: Any) -> None:
-    own_codes, own_scales, _, codes, scales, width, out, out_stride, ahead, pace = arguments
-    panels = b.starts(codes, b.times(width, _PANEL), num_panels)
-    rows = b.starts(own_codes, b.times(width, _OWN_BYTES), num_rows)
+    own_codes, own_scales, _, codes, scales, num_groups, out, out_stride = arguments[:8]
+    ahead, scales_ahead, pace = arguments[8:]
+    panels = b.starts(codes, b.times(num_groups, _PANEL * GROUP_SIZE), num_panels)
+    panel_scales = b.starts(scales, b.times(num_groups, 2 * _PANEL), num_panels)
+    rows = b.starts(own_codes, b.times(num_groups, GROUP_SIZE * _OWN_BYTES), num_rows)
+    row_scales = b.starts(own_scales, b.times(num_groups, 8), num_rows)
 
-    def add(index: Any, sums: list[Any]) -> list[Any]:
-        next_line = b.ir.mul(index, pace)
-        for line in range(num_panels):
-            b.prefetch(ahead, b.ir.add(next_line, LONG(4 * LINE * line)))
-        place = b.times(index, _PANEL * _TOGETHER)
-        weights = [part for panel in panels for part in _panel_parts(b, panel, place)]
+    def add(group: Any, sums: list[Any]) -> list[Any]:
+        b.prefetch(scales_ahead, b.times(group, 2 * _PANEL * num_panels))
+        lines = b.ir.add(ahead, b.times(b.ir.mul(group, pace), 4 * LINE))
+
+        def fetch(index: Any, _: list[Any]) -> list[Any]:
+            b.prefetch(lines, b.times(index, 4 * LINE))
+            return []
+
+        b.sums(0, pace, fetch)
+        own_place = b.times(group, 8)
+        firsts = [
+            _first_sums(b, b.load(row, b.ir.add(own_place, LONG(4)), WORD)) for row in row_scales
+        ]
+        totals = [first for own in firsts for first in num_panels * _SUMS_OF_A_PANEL * [own]]
+        for part in range(GROUP_SIZE // _TOGETHER):
+            index = b.ir.add(b.times(group, GROUP_SIZE // _TOGETHER), LONG(part))
+            place = b.times(index, _PANEL * _TOGETHER)
+            weights = [part for panel in panels for part in _panel_parts(b, panel, place)]
+            owns = [_own_part(b, row, b.times(index, _TOGETHER * _OWN_BYTES)) for row in rows]
+            pairs = [(weight, own) for own in owns for weight in weights]
+            totals = [
+                _added_integers(b, total, *pair) for total, pair in zip(totals, pairs, strict=True)
+            ]
+        factors = [
+            b.ir.fpext(b.load(panel, b.times(group, 2 * _PANEL), _SCALES), FLOATS)
+            for panel in panel_scales
+        ]
         results: list[Any] = []
-        for row in rows:
-            own = _own_part(b, row, b.times(index, _TOGETHER * _OWN_BYTES))
-            for weight in weights:
-                results.append(_added_integers(b, sums[len(results)], weight, own))
+        for row in row_scales:
+            own_scale = b.spread(b.load(row, own_place, ir.FloatType()))
+            for factor in factors:
+                at = _SUMS_OF_A_PANEL * len(results)
+                total = b.floats(_panel_sums(b, totals[at : at + _SUMS_OF_A_PANEL]))
+                scaled = b.ir.fmul(b.ir.fmul(total, own_scale), factor)
+                results.append(b.ir.fadd(sums[len(results)], scaled))
         return results
 
-    count = b.ir.sdiv(width, LONG(_TOGETHER))
-    num_sums = _SUMS_OF_A_PANEL * num_panels * num_rows
-    totals = iter(b.sums(num_sums, count, add, kind=_TOTALS))
-    for row, start in enumerate(b.starts(out, out_stride, num_rows)):
-        own_scale = b.spread(b.load(own_scales, LONG(8 * row), ir.FloatType()))
-        excess = b.spread(b.load(own_scales, LONG(8 * row + 4), WORD), WORDS)
+    sums = iter(b.sums(num_panels * num_rows, num_groups, add))
+    for start in b.starts(out, out_stride, num_rows):
         for panel in range(num_panels):
-            parts = [next(totals) for _ in range(_SUMS_OF_A_PANEL)]
-            place = LONG(4 * _PANEL * panel)
-            total = b.floats(b.ir.sub(_panel_sums(b, parts), excess))
-            scaled = b.ir.fmul(b.ir.fmul(total, own_scale), b.load(scales, place, FLOATS))
-            b.store(scaled, b.ir.add(start, place))
+            b.store(next(sums), b.ir.add(start, LONG(4 * _PANEL * panel)))
 
 
 # Without VNNI a panel's pairs of codes have a sum each: 32 in four vectors.
@@ -261,6 +285,14 @@ def _added_integers(b: Builder, total: Any, weight: Any, own: Any) -> Any:
     return b.ir.add(total, b.call("llvm.x86.avx2.pmadd.wd", _TOTALS, weight, own))
 
 
+def _first_sums(b: Builder, first: Any) -> Any:
+    """What each row's sum begins with."""
+    if HAS_VNNI:
+        return b.spread(first, _TOTALS)
+    # Once for each pair.
+    return b.ir.and_(b.spread(first, _TOTALS), ir.Constant(_TOTALS, 4 * [-1, 0]))
+
+
 def _panel_sums(b: Builder, parts: list[Any]) -> Any:
     """One for each row."""
     if HAS_VNNI:
@@ -286,23 +318,27 @@ def _side_by_side(b: Builder, first: Any, second: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
 def _integer_dot(
-    _: Any, codes: Any, scale: Any, own_codes: Any, own_scale: Any, out: Any, in_features: Any
+    _: Any, codes: Any, scales: Any, own_codes: Any, own_scales: Any, out: Any, num_groups: Any
 ) -> Any:
     """As `_integer_dots`, of one row that is in no panel."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, scale, own_codes, own_scale, out, in_features = arguments
+        codes, scales, own_codes, own_scales, out, num_groups = arguments
         b = Builder(builder)
 
-        def add(index: Any, sums: list[Any]) -> list[Any]:
-            weight = b.ir.sext(b.load(codes, b.times(index, LANES), _BYTES), WORDS)
-            own = b.ir.sext(b.load(own_codes, b.times(index, LANES * _OWN_BYTES), _OWN), WORDS)
-            return [builder.add(sums[0], builder.mul(weight, own))]
+        def add(group: Any, sums: list[Any]) -> list[Any]:
+            total = ir.Constant(WORDS, LANES * [0])
+            for part in range(GROUP_SIZE // LANES):
+                place = builder.add(b.times(group, GROUP_SIZE), LONG(LANES * part))
+                weight = builder.sext(b.load(codes, place, _BYTES), WORDS)
+                own = builder.sext(b.load(own_codes, b.times(place, _OWN_BYTES), _OWN), WORDS)
+                total = builder.add(total, builder.mul(weight, own))
+            number = builder.sitofp(b.joined(total, builder.add), ir.FloatType())
+            own_scale = b.load(own_scales, b.times(group, 8), ir.FloatType())
+            scale = builder.fpext(b.load(scales, b.times(group, 2), ir.HalfType()), ir.FloatType())
+            return [builder.fadd(sums[0], builder.fmul(builder.fmul(number, own_scale), scale))]
 
-        (total,) = b.sums(1, builder.sdiv(in_features, LONG(LANES)), add, kind=WORDS)
-        number = builder.sitofp(b.joined(total, builder.add), ir.FloatType())
-        for address in (own_scale, scale):
-            number = builder.fmul(number, b.load(address, LONG(0), ir.FloatType()))
+        (number,) = b.sums(1, num_groups, add, kind=ir.FloatType())
         b.store(number, out)
         return context.get_dummy_value()
 
@@ -310,41 +346,44 @@ def _integer_dot(
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _round_row(_: Any, x: Any, own_codes: Any, own_scale: Any, in_features: Any) -> Any:
-    """As `quantised.encode_int8_rows`; behind the scale what the offset adds to the row's sums.
+def _round_row(_: Any, x: Any, own_codes: Any, own_scales: Any, num_groups: Any) -> Any:
+    """As `quantised.encode_int8_input`; behind each scale what the group's sums begin with.
 
-    The scale is NaN if any of the row is not finite.
+    That takes off what the offset of the weight's codes adds. The scale of a group that is not
+    finite is not either.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, own_codes, own_scale, in_features = arguments
+        x, own_codes, own_scales, num_groups = arguments
         b = Builder(builder)
-        count = builder.sdiv(in_features, LONG(LANES))
-        zero = ir.Constant(FLOATS, [ir.FloatType()(0)] * LANES)
 
-        def look(index: Any, found: list[Any]) -> list[Any]:
-            part = b.load(x, b.times(index, 4 * LANES), FLOATS)
-            size = b.call("llvm.fabs.v16f32", FLOATS, part)
-            return [b.larger(size, found[0]), builder.fadd(found[1], builder.fmul(part, zero))]
+        def put(group: Any, _: list[Any]) -> list[Any]:
+            starts = [
+                builder.add(b.times(group, GROUP_SIZE), LONG(at))
+                for at in range(0, GROUP_SIZE, LANES)
+            ]
+            parts = [b.load(x, b.times(start, 4), FLOATS) for start in starts]
+            # The bits of what has no sign are in its order, NaN the largest.
+            sizes = (builder.bitcast(b.call("llvm.fabs.v16f32", FLOATS, p), WORDS) for p in parts)
+            largest = b.joined(functools.reduce(b.larger_integer, sizes), b.larger_integer)
+            largest = builder.bitcast(largest, ir.FloatType())
+            scale = builder.fdiv(largest, ir.FloatType()(INT8_MAX))
+            is_zero = builder.fcmp_ordered("==", scale, ir.FloatType()(0))
+            scale = builder.select(is_zero, ir.FloatType()(1), scale)
+            divisor, total = b.spread(scale), ir.Constant(WORDS, LANES * [0])
+            for part, start in zip(parts, starts, strict=True):
+                quotient = builder.fdiv(part, divisor)
+                codes = builder.fptosi(b.call("llvm.rint.v16f32", FLOATS, quotient), WORDS)
+                place = builder.add(own_codes, b.times(start, _OWN_BYTES))
+                b.store(builder.trunc(codes, _OWN), place)
+                total = builder.add(total, codes)
+            first = builder.mul(b.joined(total, builder.add), WORD(-_OFFSET))
+            place = builder.add(own_scales, b.times(group, 8))
+            b.store(scale, place)
+            b.store(first, builder.add(place, LONG(4)))
+            return []
 
-        largest, nothing = b.sums(2, count, look)
-        scale = builder.fdiv(b.joined(largest, b.larger), ir.FloatType()(INT8_MAX))
-        is_zero = builder.fcmp_ordered("==", scale, ir.FloatType()(0))
-        scale = builder.select(is_zero, ir.FloatType()(1), scale)
-        scale = builder.fadd(scale, b.joined(nothing, builder.fadd))
-        b.store(scale, own_scale)
-        divisor = b.spread(scale)
-
-        def put(index: Any, sums: list[Any]) -> list[Any]:
-            part = builder.fdiv(b.load(x, b.times(index, 4 * LANES), FLOATS), divisor)
-            codes = builder.fptosi(b.call("llvm.rint.v16f32", FLOATS, part), WORDS)
-            place = b.times(index, LANES * _OWN_BYTES)
-            b.store(builder.trunc(codes, _OWN), builder.add(own_codes, place))
-            return [builder.add(sums[0], codes)]
-
-        (total,) = b.sums(1, count, put, kind=WORDS)
-        excess = builder.mul(b.joined(total, builder.add), WORD(_OFFSET))
-        b.store(excess, builder.add(own_scale, LONG(4)))
+        b.sums(0, num_groups, put)
         return context.get_dummy_value()
 
     return types.void(*4 * (types.int64,)), generate
@@ -470,9 +509,10 @@ def _grouped_product(pointer: Any) -> None:
 @exact
 def round_rows(x: Any, own_codes: Any, own_scales: Any, width: Any, first: Any, end: Any) -> None:
     """Rows of x as integers and scales."""
+    num_groups = width // GROUP_SIZE
     for row in range(first, end):
         codes = own_codes + row * width * _OWN_BYTES
-        _round_row(x + 4 * row * width, codes, own_scales + 8 * row, width)
+        _round_row(x + 4 * row * width, codes, own_scales + 8 * row * num_groups, num_groups)
 
 
 @exact
@@ -482,24 +522,33 @@ def _integer_block(
     num_rows: Any,
     codes: Any,
     scales: Any,
-    width: Any,
+    num_groups: Any,
     out: Any,
-    out_stride: Any,
+    stride: Any,
     num_panels: Any,
 ) -> None:
     """`integer_columns` of so many panels, with the next ones fetched meanwhile."""
     num_tiles = (num_rows + _INTEGER_ROWS - 1) // _INTEGER_ROWS
-    ahead = codes + num_panels * _PANEL * width
+    ahead = codes + num_panels * _PANEL * GROUP_SIZE * num_groups
+    next_scales = scales + num_panels * 2 * _PANEL * num_groups
     # Each tile of x brings its part, so that memory has no idle time.
-    pace = (num_panels * _PANEL * _TOGETHER + num_tiles - 1) // num_tiles
+    pace = (num_panels * _LINES_OF_A_GROUP + num_tiles - 1) // num_tiles
     for tile in range(num_tiles):
         row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
-        own, own_place = own_codes + row * width * _OWN_BYTES, own_scales + 8 * row
-        num, place, part = row_end - row, out + row * out_stride, ahead + tile * pace * width // 4
+        x, x_scales = (
+            own_codes + row * num_groups * GROUP_SIZE * _OWN_BYTES,
+            own_scales + 8 * row * num_groups,
+        )
+        num, place = row_end - row, out + row * stride
+        part = ahead + tile * pace * 4 * LINE * num_groups
         if num_panels == _PANELS:
-            _wide_tile(own, own_place, num, codes, scales, width, place, out_stride, part, pace)
+            _wide_tile(
+                x, x_scales, num, codes, scales, num_groups, place, stride, part, next_scales, pace
+            )
         else:
-            _narrow_tile(own, own_place, num, codes, scales, width, place, out_stride, part, pace)
+            _narrow_tile(
+                x, x_scales, num, codes, scales, num_groups, place, stride, part, next_scales, pace
+            )
 
 
 @exact
@@ -516,18 +565,27 @@ def integer_columns(
     out_stride: Any,
 ) -> None:
     """As `products.product`, of rounded rows; `first` is where a panel begins."""
-    stride, column = 4 * out_stride, first
+    stride, column, num_groups = 4 * out_stride, first, width // GROUP_SIZE
     while column + _PANEL <= end:
         num = _PANELS if column + _PANELS * _PANEL <= end else 1
-        own, own_place = codes + column * width, scales + 4 * column
-        place = out + 4 * column
-        _integer_block(own_codes, own_scales, num_rows, own, own_place, width, place, stride, num)
+        own, factors = codes + column * width, scales + 2 * column * num_groups
+        _integer_block(
+            own_codes,
+            own_scales,
+            num_rows,
+            own,
+            factors,
+            num_groups,
+            out + 4 * column,
+            stride,
+            num,
+        )
         column += num * _PANEL
     for c in range(column, end):
-        own, own_place = codes + c * width, scales + 4 * c
+        own, factors = codes + c * width, scales + 2 * c * num_groups
         for row in range(num_rows):
-            x, x_scale = own_codes + row * width * _OWN_BYTES, own_scales + 8 * row
-            _integer_dot(own, own_place, x, x_scale, out + row * stride + 4 * c, width)
+            x, x_scales = own_codes + row * width * _OWN_BYTES, own_scales + 8 * row * num_groups
+            _integer_dot(own, factors, x, x_scales, out + row * stride + 4 * c, num_groups)
 
 
 def _integer_product(pointer: Any) -> None:
@@ -577,7 +635,8 @@ def int8_dynamic_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         return INT8_DYNAMIC.product(x, codes, scales)
     x = x.contiguous()
     out = torch.empty(x.shape[0], codes.shape[0])
-    own_codes, own_scales = torch.empty(x.shape, dtype=OWN_DTYPE), torch.empty(x.shape[0], 2)
+    own_codes = torch.empty(x.shape, dtype=OWN_DTYPE)
+    own_scales = torch.empty(x.shape[0], x.shape[1] // GROUP_SIZE, 2)
     call = _call(x, codes, scales, out=out)
     call[0]["own_codes"], call[0]["own_scales"] = own_codes.data_ptr(), own_scales.data_ptr()
     run(_INTEGER_PRODUCT, call.ctypes.data)
@@ -604,37 +663,41 @@ def _call(x: Tensor, codes: Tensor, scales: Tensor, *, out: Tensor) -> Calls:
     return record
 
 
-# Panels: the order in which an int8-dynamic weight's codes lie
+# Panels: the order in which an int8-dynamic weight's codes and scales lie
 
 
 def _is_in_panels(in_features: int) -> bool:
-    return CAN_MULTIPLY_INTEGERS and in_features % INTEGER_MULTIPLE == 0
+    return CAN_MULTIPLY_INTEGERS and in_features % GROUP_SIZE == 0
 
 
 def _encode_in_panels(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """As `encode_int8_rows`, of rows that begin where a panel does."""
-    codes, scales = encode_int8_rows(rows)
+    """As `encode_int8`, of rows that begin where a panel does."""
+    codes, scales = encode_int8(rows)
     if _is_in_panels(rows.shape[1]):
-        whole = _whole_panels(codes)
-        parts = whole.view(-1, _PANEL, rows.shape[1] // _TOGETHER, _TOGETHER).transpose(1, 2)
+        for part, together in ((codes, _TOGETHER), (scales, 1)):
+            whole = _whole_panels(part)
+            parts = whole.view(-1, _PANEL, part.shape[1] // together, together)
+            whole.copy_(parts.transpose(1, 2).contiguous().view_as(whole))
         # The bits of code + _OFFSET.
-        whole.copy_((parts ^ -_OFFSET).reshape(whole.shape))
+        _whole_panels(codes).bitwise_xor_(-_OFFSET)
     return codes, scales
 
 
 def _decode_from_panels(codes: Tensor, scales: Tensor) -> Tensor:
-    """As `decode_int8_rows`."""
+    """As `decode_int8`."""
     if _is_in_panels(codes.shape[1]):
-        codes = codes.clone()
-        whole = _whole_panels(codes)
-        parts = whole.view(-1, codes.shape[1] // _TOGETHER, _PANEL, _TOGETHER).transpose(1, 2)
-        whole.copy_((parts ^ -_OFFSET).reshape(whole.shape))
-    return decode_int8_rows(codes, scales)
+        codes, scales = codes.clone(), scales.clone()
+        _whole_panels(codes).bitwise_xor_(-_OFFSET)
+        for part, together in ((codes, _TOGETHER), (scales, 1)):
+            whole = _whole_panels(part)
+            parts = whole.view(-1, part.shape[1] // together, _PANEL, together)
+            whole.copy_(parts.transpose(1, 2).contiguous().view_as(whole))
+    return decode_int8(codes, scales)
 
 
-def _whole_panels(codes: Tensor) -> Tensor:
+def _whole_panels(rows: Tensor) -> Tensor:
     """Without the last rows, which fill none and stay as they are."""
-    return codes[: len(codes) // _PANEL * _PANEL]
+    return rows[: len(rows) // _PANEL * _PANEL]
 
 
 FORMATS = {

@@ -76,6 +76,9 @@ class Builder:
     def larger(self, a: Any, b: Any) -> Any:
         return self.ir.select(self.ir.fcmp_ordered(">", a, b), a, b)
 
+    def larger_integer(self, a: Any, b: Any) -> Any:
+        return self.ir.select(self.ir.icmp_signed(">", a, b), a, b)
+
     def call(self, name: str, result: Any, *arguments: Any) -> Any:
         """One of LLVM's own functions."""
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
@@ -95,7 +98,8 @@ class Builder:
         kind: Any = FLOATS,
     ) -> list[Any]:
         """What `add(i, sums)` ends with, for i below `count`, which is at least 1."""
-        zero = ir.Constant(kind, [kind.element(0)] * kind.count)
+        is_vector = isinstance(kind, ir.VectorType)
+        zero = ir.Constant(kind, [kind.element(0)] * kind.count if is_vector else 0)
         before = self.ir.block
         body = self.ir.append_basic_block("sums")
         after = self.ir.append_basic_block("sums.end")
@@ -104,11 +108,13 @@ class Builder:
         index = self.ir.phi(LONG)
         sums = [self.ir.phi(kind) for _ in range(num)]
         results = add(index, sums)
+        # `add` may have loops of its own.
+        end = self.ir.block
         following = self.ir.add(index, LONG(1))
         firsts = [LONG(0), *[zero] * num]
         for phi, first, result in zip([index, *sums], firsts, [following, *results], strict=True):
             phi.add_incoming(first, before)
-            phi.add_incoming(result, body)
+            phi.add_incoming(result, end)
         self.ir.cbranch(self.ir.icmp_signed("<", following, count), body, after)
         self.ir.position_at_end(after)
         return results

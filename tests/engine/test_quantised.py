@@ -37,17 +37,15 @@ def test_codes_stand_for_the_weight_to_half_a_step(form: Format) -> None:
     weight = random_weight(1100, 64)
     found = form.decode(*form.codes_of(weight))
     groups = weight.unflatten(1, (-1, quantised.GROUP_SIZE))
-    if form is INT8:
+    if form in (INT8, INT8_DYNAMIC):
         steps = (groups.abs().amax(dim=-1) / 127).repeat_interleave(32, dim=1)
     elif form is INT4:
         spans = groups.amax(dim=-1) - groups.amin(dim=-1)
         # What the floor loses in float16 comes on top.
         steps = (spans / 15 + 2e-3 * groups.abs().amax(dim=-1)).repeat_interleave(32, dim=1)
-    elif form is FP8:
+    else:
         # 3 bits behind the leading one.
         steps = weight.abs() / 8 + weight.abs().amax(dim=1, keepdim=True) / 448 / 256
-    else:
-        steps = weight.abs().amax(dim=1, keepdim=True) / 127
     assert bool(((found - weight).abs() <= 0.51 * steps).all())
 
 
@@ -96,8 +94,8 @@ def test_a_row_that_is_broken_or_huge_changes_no_other(name: str, num_rows: int)
         assert value == 1e6 or not bool(torch.isfinite(found[1]).any())
 
 
-# Panels that are multiplied together, one by itself, and rows that fill none
-@pytest.mark.parametrize("shape", [(130, 96), (1, 32), (2070, 64), (48, 40)])
+# Panels that are multiplied together, one by itself, and rows that fill none; one panel alone
+@pytest.mark.parametrize("shape", [(130, 96), (1, 32), (2070, 64), (48, 40), (16, 64), (16, 512)])
 def test_codes_lie_in_the_order_of_their_product_and_stand_for_the_same(
     shape: tuple[int, int],
 ) -> None:
@@ -112,7 +110,7 @@ def test_codes_lie_in_the_order_of_their_product_and_stand_for_the_same(
 
 
 @pytest.mark.parametrize("shape", [(130, 96), (7, 64), (48, 40)])
-def test_sums_of_integers_are_the_same_to_the_last_bit_in_every_batch(
+def test_products_of_integers_are_the_same_to_the_last_bit_in_every_batch(
     shape: tuple[int, int],
 ) -> None:
     form, weight = COMPILED["int8-dynamic"], random_weight(*shape)
@@ -125,8 +123,17 @@ def test_sums_of_integers_are_the_same_to_the_last_bit_in_every_batch(
     assert torch.equal(torch.cat(alone), expected)
 
 
+def test_a_large_number_costs_its_own_group_alone() -> None:
+    weight, x = random_weight(48, 96), torch.randn(3, 96)
+    weight[:, :32] = 0
+    for form in (INT8_DYNAMIC, COMPILED["int8-dynamic"]):
+        codes, scales = form.codes_of(weight)
+        expected = form.product(x, codes, scales)
+        assert torch.equal(form.product(x + 1e6 * (torch.arange(96) == 5), codes, scales), expected)
+
+
 def test_sums_of_the_largest_integers_do_not_saturate() -> None:
-    x = torch.cat([torch.ones(9, 4096), -torch.ones(9, 4096)])
+    x = quantised.INT8_MAX * torch.cat([torch.ones(9, 4096), -torch.ones(9, 4096)])
     for form in (INT8_DYNAMIC, COMPILED["int8-dynamic"]):
         torch.testing.assert_close(form.product(x, *form.codes_of(x)), x @ x.T)
 

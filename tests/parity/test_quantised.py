@@ -79,7 +79,7 @@ def whole(path: str, quantization: Any) -> Any:
         if isinstance(module, QuantisedLinear):
             layer = model.get_submodule(name)
             layer.weight = nn.Parameter(module.weight.contiguous())
-            if quantization == "int8-dynamic" and name != "lm_head":
+            if quantization == "int8-dynamic":
                 layer.register_forward_pre_hook(
                     lambda _, args, own=module: (args[0] + own.rounding(args[0]),)
                 )
