@@ -674,10 +674,8 @@ def _encode_in_panels(rows: Tensor) -> tuple[Tensor, Tensor]:
     """As `encode_int8`, of rows that begin where a panel does."""
     codes, scales = encode_int8(rows)
     if _is_in_panels(rows.shape[1]):
-        for part, together in ((codes, _TOGETHER), (scales, 1)):
-            whole = _whole_panels(part)
-            parts = whole.view(-1, _PANEL, part.shape[1] // together, together)
-            whole.copy_(parts.transpose(1, 2).contiguous().view_as(whole))
+        _turn_panels(codes, together=_TOGETHER, are_turned=False)
+        _turn_panels(scales, together=1, are_turned=False)
         # The bits of code + _OFFSET.
         _whole_panels(codes).bitwise_xor_(-_OFFSET)
     return codes, scales
@@ -688,11 +686,17 @@ def _decode_from_panels(codes: Tensor, scales: Tensor) -> Tensor:
     if _is_in_panels(codes.shape[1]):
         codes, scales = codes.clone(), scales.clone()
         _whole_panels(codes).bitwise_xor_(-_OFFSET)
-        for part, together in ((codes, _TOGETHER), (scales, 1)):
-            whole = _whole_panels(part)
-            parts = whole.view(-1, part.shape[1] // together, _PANEL, together)
-            whole.copy_(parts.transpose(1, 2).contiguous().view_as(whole))
+        _turn_panels(codes, together=_TOGETHER, are_turned=True)
+        _turn_panels(scales, together=1, are_turned=True)
     return decode_int8(codes, scales)
+
+
+def _turn_panels(part: Tensor, *, together: int, are_turned: bool) -> None:
+    """Row after row becomes `together` numbers of each row after the next, or the way back."""
+    whole = _whole_panels(part)
+    sizes = (_PANEL, part.shape[1] // together)
+    parts = whole.view(-1, *(sizes[::-1] if are_turned else sizes), together)
+    whole.copy_(parts.transpose(1, 2).contiguous().view_as(whole))
 
 
 def _whole_panels(rows: Tensor) -> Tensor:
