@@ -46,16 +46,18 @@ def _panel(num_vectors: int, num_rows: int) -> Any:
 
             def add(index: Any, sums: list[Any]) -> list[Any]:
                 value = builder.add(values, builder.mul(index, stride))
-                own = [b.load(value, place, VECTOR) for place in places]
                 for line in range(num_vectors * WIDTH // LINE):
                     b.prefetch(value, builder.add(ahead, LONG(4 * LINE * line)))
-                results: list[Any] = []
-                for row in rows:
-                    weight = b.spread(b.load(row, b.times(index, 4), ir.FloatType()), VECTOR)
-                    for vector in own:
-                        total = sums[len(results)]
-                        name = f"llvm.fma.v{WIDTH}f32"
-                        results.append(b.call(name, VECTOR, weight, vector, total))
+                factors = [
+                    b.spread(b.load(row, b.times(index, 4), ir.FloatType()), VECTOR) for row in rows
+                ]
+                # One vector at a time, as in `products`.
+                results = list(sums)
+                for v, place in enumerate(places):
+                    own = b.load(value, place, VECTOR)
+                    for r, factor in enumerate(factors):
+                        i = r * num_vectors + v
+                        results[i] = b.fma(factor, own, results[i])
                 return results
 
             totals = b.sums(num_vectors * num_rows, count, add, kind=VECTOR)

@@ -58,18 +58,18 @@ def _tile(num_columns: int, num_rows: int) -> Any:
 
             def add(index: Any, sums: list[Any]) -> list[Any]:
                 place = b.times(index, 4 * WIDTH)
-                weights = [b.load(column, place, VECTOR) for column in columns]
+                parts = [b.load(row, place, VECTOR) for row in rows]
                 # In the order in which they lie, as the machine's own fetching expects.
                 next_line = builder.mul(index, pace)
                 for line in range(num_columns * WIDTH // LINE):
                     b.prefetch(ahead, builder.add(next_line, LONG(4 * LINE * line)))
-                results: list[Any] = []
-                for row in rows:
-                    part = b.load(row, place, VECTOR)
-                    for own in weights:
-                        total = sums[len(results)]
-                        name = f"llvm.fma.v{WIDTH}f32"
-                        results.append(b.call(name, VECTOR, part, own, total))
+                # One of W at a time: beside the sums and x, registers have room for no more.
+                results = list(sums)
+                for c, column in enumerate(columns):
+                    own = b.load(column, place, VECTOR)
+                    for r, part in enumerate(parts):
+                        i = r * num_columns + c
+                        results[i] = b.fma(part, own, results[i])
                 return results
 
             count = builder.sdiv(width, LONG(WIDTH))

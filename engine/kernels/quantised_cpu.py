@@ -124,7 +124,7 @@ def _added(b: Builder, total: Any, own: Any, part: Any) -> Any:
     for first in range(0, LANES, WIDTH):
         lanes = ir.Constant(ir.VectorType(WORD, WIDTH), list(range(first, first + WIDTH)))
         pieces = (b.ir.shuffle_vector(each, each, lanes) for each in (part, own))
-        total = b.call(f"llvm.fma.v{WIDTH}f32", _SUMS, *pieces, total)
+        total = b.fma(*pieces, total)
     return total
 
 

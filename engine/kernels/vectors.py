@@ -49,6 +49,10 @@ class Builder:
     def added(self, total: Any, a: Any, b: Any) -> Any:
         return self.ir.fadd(total, self.ir.fmul(a, b, flags=SUM_FLAGS), flags=SUM_FLAGS)
 
+    def fma(self, a: Any, b: Any, total: Any) -> Any:
+        """a · b + total, rounded once."""
+        return self.call(f"llvm.fma.v{a.type.count}f32", a.type, a, b, total)
+
     def spread(self, number: Any, kind: Any = FLOATS) -> Any:
         one = self.ir.insert_element(ir.Constant(kind, ir.Undefined), number, WORD(0))
         mask = ir.Constant(ir.VectorType(WORD, kind.count), [0] * kind.count)
