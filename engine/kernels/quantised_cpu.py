@@ -87,7 +87,10 @@ _TOTALS = ir.VectorType(WORD, 16 if HAS_VNNI else 8)
 
 
 def _dots(num_columns: int, kind: "_Grouped") -> Any:
-    """out[c] = W[c] · x for so many rows of W: as `products`, in the same order."""
+    """out[c] = W[c] · x for so many rows of W: as `products`, in the same order.
+
+    Meanwhile as many rows behind them are fetched.
+    """
 
     @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
     def dots(_: Any, codes: Any, scales: Any, x: Any, out: Any, num_groups: Any) -> Any:
@@ -96,8 +99,16 @@ def _dots(num_columns: int, kind: "_Grouped") -> Any:
             b = Builder(builder)
             columns = b.starts(codes, b.times(num_groups, kind.code_bytes), num_columns)
             scale_rows = b.starts(scales, b.times(num_groups, kind.scale_bytes), num_columns)
+            ahead, scales_ahead = (
+                builder.add(start, b.times(num_groups, num_columns * size))
+                for start, size in ((codes, kind.code_bytes), (scales, kind.scale_bytes))
+            )
 
             def add(group: Any, sums: list[Any]) -> list[Any]:
+                size = num_columns * kind.code_bytes
+                for line in range(0, size, 4 * LINE):
+                    b.prefetch(ahead, builder.add(b.times(group, size), LONG(line)))
+                b.prefetch(scales_ahead, b.times(group, num_columns * kind.scale_bytes))
                 place = b.times(group, 4 * GROUP_SIZE)
                 parts = [b.load(x, b.ir.add(place, LONG(at)), FLOATS) for at in (0, 4 * LANES)]
                 results: list[Any] = []
@@ -282,7 +293,8 @@ def _own_part(b: Builder, row: Any, place: Any) -> Any:
 def _added_integers(b: Builder, total: Any, weight: Any, own: Any) -> Any:
     if HAS_VNNI:
         return b.call("llvm.x86.avx512.vpdpbusd.512", _TOTALS, total, weight, own)
-    return b.ir.add(total, b.call("llvm.x86.avx2.pmadd.wd", _TOTALS, weight, own))
+    # Else the compiler makes a tree of these sums, for which there are no registers.
+    return b.kept(b.ir.add(total, b.call("llvm.x86.avx2.pmadd.wd", _TOTALS, weight, own)))
 
 
 def _first_sums(b: Builder, first: Any) -> Any:

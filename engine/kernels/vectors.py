@@ -53,6 +53,11 @@ class Builder:
         """a · b + total, rounded once."""
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, a, b, total)
 
+    def kept(self, vector: Any) -> Any:
+        """The same, in a register at this point: nothing is reordered across it."""
+        kind = ir.FunctionType(vector.type, [vector.type])
+        return self.ir.asm(kind, "", "=x,0", [vector], side_effect=False)
+
     def spread(self, number: Any, kind: Any = FLOATS) -> Any:
         one = self.ir.insert_element(ir.Constant(kind, ir.Undefined), number, WORD(0))
         mask = ir.Constant(ir.VectorType(WORD, kind.count), [0] * kind.count)
