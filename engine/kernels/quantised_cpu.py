@@ -134,8 +134,8 @@ def _added(b: Builder, total: Any, own: Any, part: Any) -> Any:
     """As many at a time as `products` adds."""
     for first in range(0, LANES, WIDTH):
         lanes = ir.Constant(ir.VectorType(WORD, WIDTH), list(range(first, first + WIDTH)))
-        pieces = (b.ir.shuffle_vector(each, each, lanes) for each in (part, own))
-        total = b.fma(*pieces, total)
+        own_piece, piece = (b.ir.shuffle_vector(each, each, lanes) for each in (own, part))
+        total = b.fma(own_piece, piece, total)
     return total
 
 
