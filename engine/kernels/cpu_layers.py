@@ -19,6 +19,7 @@ from engine.kernels.cpu_lora import CompiledLora, expand
 from engine.kernels.cpu_rows import add_row, gate_row, norm_row, rows_of, turn
 from engine.kernels.layer_parts import LayerParts, Norm, Product
 from engine.kernels.loops import (
+    COUNTER_BYTES,
     LINE,
     barrier,
     fetch_rows,
@@ -26,12 +27,21 @@ from engine.kernels.loops import (
     inlined,
     ints,
     loop,
+    next_of,
     run,
     thread_count,
     thread_index,
 )
 from engine.kernels.mixes import PANEL
-from engine.kernels.products import COLUMNS, MULTIPLE, add_to_rows, product, share
+from engine.kernels.products import (
+    COLUMNS,
+    MULTIPLE,
+    SPAN,
+    add_to_rows,
+    num_shares,
+    product,
+    share,
+)
 from engine.kernels.quantised import GROUP_SIZE
 from engine.kernels.quantised_cpu import (
     CAN_MULTIPLY_INTEGERS,
@@ -47,8 +57,11 @@ _WEIGHT, _SCALES, _PRODUCT_BIAS, _IN, _OUT, _TABLE, _KIND = range(7)
 _FIELDS = 7
 _WHOLE, _INT8, _INT4, _DYNAMIC = range(4)
 _KINDS = {None: _WHOLE, "int8": _INT8, "int4": _INT4, "int8-dynamic": _DYNAMIC}
-# Columns after which a part of the adapters is fetched, and from how many rows on.
-_SPAN, _MIN_ROWS_OF_FETCHING = 48, 12
+# From so many rows on a part of the adapters is fetched after each SPAN of columns.
+_MIN_ROWS_OF_FETCHING = 12
+# A layer's products, in the order in which they have counters.
+_QUERY, _KEY, _VALUE, _AFTER, _GATE, _UP, _DOWN = range(7)
+_NUM_PRODUCTS = 7
 # Most products of the same rows, each of which has a place of its own for what adapters shrink.
 _MOST_AT_ONCE = 3
 
@@ -57,6 +70,10 @@ _ADAPTER_FIELDS = (
     *("groups", "num_groups"),
     # [_MOST_AT_ONCE, num_rows, max_rank]
     *("shrunk", "max_rank"),
+)
+_SHARING_FIELDS = (
+    # [_NUM_PRODUCTS, num_threads]: how many parts of a thread's columns are taken; zero before use
+    "counters",
 )
 _QUANTISED_FIELDS = (
     # Of each thread room for COLUMNS rows of a weight, and how many floats that is
@@ -70,7 +87,7 @@ ENTER_CALL = np.dtype(
         # Of query, key and value, one behind the other
         *((name, np.int64) for name in ("products", "query", "key", "value")),
         *((name, np.int64) for name in ("cos", "cos_row", "sin", "sin_row", "dims", "head_dim")),
-        *((name, np.int64) for name in (*_ADAPTER_FIELDS, *_QUANTISED_FIELDS)),
+        *((name, np.int64) for name in (*_ADAPTER_FIELDS, *_SHARING_FIELDS, *_QUANTISED_FIELDS)),
         ("eps", np.float32),
         ("offset", np.float32),
     ],
@@ -82,7 +99,7 @@ LEAVE_CALL = np.dtype(
         *((name, np.int64) for name in ("num_rows", "width", "inner_width", "gate", "up", "out")),
         # Of what was attended, of gate and up, and down: one behind the other
         ("products", np.int64),
-        *((name, np.int64) for name in (*_ADAPTER_FIELDS, *_QUANTISED_FIELDS)),
+        *((name, np.int64) for name in (*_ADAPTER_FIELDS, *_SHARING_FIELDS, *_QUANTISED_FIELDS)),
         ("eps", np.float32),
         ("offset", np.float32),
     ],
@@ -185,23 +202,42 @@ def _expand(out: Any, one: Any, call: Any, place: Any, thread: Any, num_threads:
 
 
 @inlined
-def _multiply(x: Any, one: Any, call: Any, out: Any, thread: Any, num_threads: Any) -> None:
-    """This thread's columns of x Wᵀ + bias, with what `_round` has made of all rows.
+def _multiply(
+    x: Any, one: Any, call: Any, place: Any, out: Any, thread: Any, num_threads: Any
+) -> None:
+    """x Wᵀ + bias, with what `_round` has made of all rows: behind a barrier all columns are there.
 
     Many rows keep the arithmetic busy: meanwhile what the adapters need next is fetched.
     """
     num_rows, out_features = call.num_rows, one[_OUT]
-    first, end = share(out_features, thread, num_threads)
     fetches = one[_TABLE] != 0 and call.num_groups > 0 and num_rows >= _MIN_ROWS_OF_FETCHING
-    size = _SPAN if fetches else max(end - first, 1)
-    num_spans = (end - first + size - 1) // size
-    for span in range(num_spans):
-        start = first + span * size
-        _multiply_columns(x, one, call, out, start, min(start + size, end), thread)
-        if fetches:
-            _fetch_adapters(one, call, span, num_spans, thread, num_threads)
-    if one[_PRODUCT_BIAS]:
-        add_to_rows(out, out_features, num_rows, one[_PRODUCT_BIAS], first, end)
+    num = num_shares(num_rows, num_threads)
+    for i in range(num):
+        owner = (thread + i) % num_threads
+        first, end = share(out_features, owner, num_threads)
+        size = SPAN if fetches or num > 1 else max(end - first, 1)
+        num_spans = (end - first + size - 1) // size
+        counter = _counter_of(call, place, owner, num_threads)
+        span = next_of(counter)
+        while span < num_spans:
+            start, stop = first + span * size, min(first + span * size + size, end)
+            _multiply_columns(x, one, call, out, start, stop, thread)
+            if one[_PRODUCT_BIAS]:
+                add_to_rows(out, out_features, num_rows, one[_PRODUCT_BIAS], start, stop)
+            if fetches and i == 0:
+                _fetch_adapters(one, call, span, num_spans, thread, num_threads)
+            span = next_of(counter)
+
+
+@inlined
+def _counter_of(call: Any, place: Any, thread: Any, num_threads: Any) -> Any:
+    return call.counters + COUNTER_BYTES * (place * num_threads + thread)
+
+
+@inlined
+def _begin_anew(call: Any, place: Any, thread: Any, num_threads: Any) -> None:
+    """Behind a barrier: nobody takes any more of this thread's columns."""
+    ints(_counter_of(call, place, thread, num_threads))[0] = 0
 
 
 @inlined
@@ -241,9 +277,11 @@ def enter_rows(call: Any) -> None:
     for i in range(3):
         one = ints(call.products + 8 * _FIELDS * i)
         out = call.query if i == 0 else (call.key if i == 1 else call.value)
-        _multiply(call.normed, one, call, out, thread, num_threads)
+        _multiply(call.normed, one, call, _QUERY + i, out, thread, num_threads)
         _shrink(call.normed, one, call, i, thread, num_threads)
     barrier()
+    for i in range(3):
+        _begin_anew(call, _QUERY + i, thread, num_threads)
     if call.num_groups:
         for i in range(3):
             one = ints(call.products + 8 * _FIELDS * i)
@@ -272,9 +310,10 @@ def leave_rows(call: Any) -> None:
     if after[_KIND] == _DYNAMIC:
         _round(call.attended, after, call, row, row_end)
         barrier()
-    _multiply(call.attended, after, call, call.total, thread, num_threads)
+    _multiply(call.attended, after, call, _AFTER, call.total, thread, num_threads)
     _shrink(call.attended, after, call, 0, thread, num_threads)
     barrier()
+    _begin_anew(call, _AFTER, thread, num_threads)
     if call.num_groups:
         _expand(call.total, after, call, 0, thread, num_threads)
         barrier()
@@ -285,12 +324,15 @@ def leave_rows(call: Any) -> None:
         norm_row(total, floats(call.norm), normed, call.width, call.eps, call.offset)
     _round(call.normed, gate, call, row, row_end)
     barrier()
-    _multiply(call.normed, gate, call, call.gate, thread, num_threads)
-    _multiply(call.normed, up, call, call.up, thread, num_threads)
+    _multiply(call.normed, gate, call, _GATE, call.gate, thread, num_threads)
+    _multiply(call.normed, up, call, _UP, call.up, thread, num_threads)
     if call.num_groups:
         _shrink(call.normed, gate, call, 1, thread, num_threads)
         _shrink(call.normed, up, call, 2, thread, num_threads)
-        barrier()
+    barrier()
+    _begin_anew(call, _GATE, thread, num_threads)
+    _begin_anew(call, _UP, thread, num_threads)
+    if call.num_groups:
         _expand(call.gate, gate, call, 1, thread, num_threads)
         _expand(call.up, up, call, 2, thread, num_threads)
     first, end = share(call.inner_width, thread, num_threads)
@@ -302,10 +344,12 @@ def leave_rows(call: Any) -> None:
     if down[_KIND] == _DYNAMIC:
         _round(call.gate, down, call, row, row_end)
         barrier()
-    _multiply(call.gate, down, call, call.out, thread, num_threads)
+    _multiply(call.gate, down, call, _DOWN, call.out, thread, num_threads)
     if call.num_groups:
         _shrink(call.gate, down, call, 0, thread, num_threads)
-        barrier()
+    barrier()
+    _begin_anew(call, _DOWN, thread, num_threads)
+    if call.num_groups:
         _expand(call.out, down, call, 0, thread, num_threads)
     first, end = share(call.width, thread, num_threads)
     for r in range(call.num_rows):
@@ -334,6 +378,8 @@ class Workspace:
     def __init__(self) -> None:
         # Of each name: the rows, how many floats of them may be used, and where these begin.
         self._kept: dict[str, tuple[np.ndarray[Any, np.dtype[np.float32]], int, int]] = {}
+        # Zero from loop to loop.
+        self._counters = np.zeros(0, dtype=np.uint8)
         # What was last asked for, and what was said.
         self._turning: tuple[Tensor, Tensor, dict[str, int]] | None = None
 
@@ -345,6 +391,13 @@ class Workspace:
             address = -(-own.ctypes.data // (4 * LINE)) * 4 * LINE
             found = self._kept[name] = own, size, address
         return found[2]
+
+    def counters(self, num_threads: int) -> int:
+        """The address of those of a layer's products."""
+        size = _NUM_PRODUCTS * num_threads * COUNTER_BYTES
+        if len(self._counters) != size:
+            self._counters = np.zeros(size, dtype=np.uint8)
+        return self._counters.ctypes.data
 
     def turning(self, cos: Tensor, sin: Tensor, *, num_rows: int) -> Mapping[str, int]:
         """Where a step's cosines and sines are, as a call has it; all layers ask for the same."""
@@ -439,8 +492,10 @@ class CompiledLayer:
         workspace, num_rows, adapters = step.workspace, step.num_rows, step.adapters
         call["num_rows"] = num_rows
         call["normed"] = workspace.take("normed", num_rows * self.width)
+        num_threads = torch.get_num_threads()
+        call["counters"] = workspace.counters(num_threads)
         call["tile_size"] = COLUMNS * self._widest
-        call["tile"] = workspace.take("tile", torch.get_num_threads() * COLUMNS * self._widest)
+        call["tile"] = workspace.take("tile", num_threads * COLUMNS * self._widest)
         # No code is wider than a float.
         call["own_codes"] = workspace.take("own codes", num_rows * self._widest)
         own_scales = 2 * num_rows * (self._widest // GROUP_SIZE)

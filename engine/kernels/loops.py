@@ -29,6 +29,8 @@ _FLOAT = types.CPointer(types.float32)
 _INT = types.CPointer(types.int64)
 # A thread's share of the columns begins with a line of the cache.
 LINE = 16
+# So far apart two threads' counters do not slow each other down.
+COUNTER_BYTES = 64
 
 _runtime = threads.find_runtime()
 if _runtime is None:
@@ -107,6 +109,17 @@ def ints(_: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(_INT))
 
     return _INT(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def next_of(_: Any, counter: Any) -> Any:
+    """The int64 at an address, which is one larger from now on: no two threads get the same."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], LONG.as_pointer())
+        return builder.atomic_rmw("add", place, LONG(1), "monotonic")
+
+    return types.int64(types.int64), generate
 
 
 def call_at(call: np.dtype[np.void]) -> Any:

@@ -16,7 +16,18 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from engine.kernels.loops import LINE, exact, floats, inlined, loop, run, thread_count, thread_index
+from engine.kernels.loops import (
+    COUNTER_BYTES,
+    LINE,
+    exact,
+    floats,
+    inlined,
+    loop,
+    next_of,
+    run,
+    thread_count,
+    thread_index,
+)
 from engine.kernels.vectors import FEATURES, LONG, WORD, Builder
 
 # Rows of W, and of x, whose sums registers hold at once: there are 32 of 16 floats, or 16 of 8.
@@ -25,6 +36,9 @@ MAX_ROWS, WIDTH = (6, 16) if FEATURES.get("avx512f") else (3, 8)
 # Of a row whose products one sum waits for, each for the one before, while the next rows begin. One
 # row of x with 3,072 of 576 took 329 µs like this, 561 four at a time; rows of 1,536 are slower.
 MAX_WIDTH_OF_CHAINS = 1024
+# From so many rows on a thread that is through with its columns goes on with those that are left to
+# its neighbours, part by part: cores that others use as well are not equally fast.
+_MIN_ROWS_OF_HELPING, _NUM_NEIGHBOURS, SPAN = 12, 3, 3 * LINE
 # What `in_features` must be a multiple of.
 MULTIPLE = 16
 
@@ -288,21 +302,39 @@ def share(num: Any, thread: Any, num_threads: Any) -> Any:
     return first, min(num_lines * (thread + 1) // num_threads * LINE, num)
 
 
+@inlined
+def num_shares(num_rows: Any, num_threads: Any) -> Any:
+    """How many threads' columns a thread looks through, its own first."""
+    return min(num_threads, 1 + _NUM_NEIGHBOURS) if num_rows >= _MIN_ROWS_OF_HELPING else 1
+
+
 _CALL = np.dtype(
     [
-        (name, np.int64)
-        for name in ("x", "weight", "bias", "out", "num_rows", "in_features", "out_features")
+        *((name, np.int64) for name in ("x", "weight", "bias", "out", "num_rows")),
+        # `counters`: of each thread how many parts of its share are taken
+        *((name, np.int64) for name in ("in_features", "out_features", "counters")),
     ]
 )
 
 
 def _linear(pointer: Any) -> None:
     call = numba.carray(pointer, 1)[0]
-    first, end = share(call.out_features, thread_index(), thread_count())
-    width = call.out_features
-    product(call.x, call.num_rows, call.weight, call.in_features, first, end, call.out, width)
-    if call.bias:
-        add_to_rows(call.out, width, call.num_rows, call.bias, first, end)
+    thread, num_threads, width = thread_index(), thread_count(), call.out_features
+    num = num_shares(call.num_rows, num_threads)
+    for i in range(num):
+        owner = (thread + i) % num_threads
+        start, end = share(width, owner, num_threads)
+        size = SPAN if num > 1 else width
+        counter = call.counters + COUNTER_BYTES * owner
+        first = start + size * next_of(counter)
+        while first < end:
+            last = min(first + size, end)
+            product(
+                call.x, call.num_rows, call.weight, call.in_features, first, last, call.out, width
+            )
+            if call.bias:
+                add_to_rows(call.out, width, call.num_rows, call.bias, first, last)
+            first = start + size * next_of(counter)
 
 
 _LINEAR = loop(_linear, _CALL)
@@ -325,5 +357,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     call["bias"] = 0 if bias is None else bias.data_ptr()
     call["num_rows"] = x.numel() // in_features
     call["in_features"], call["out_features"] = in_features, out_features
+    counters = np.zeros(torch.get_num_threads() * COUNTER_BYTES, dtype=np.uint8)
+    call["counters"] = counters.ctypes.data
     run(_LINEAR, record.ctypes.data)
     return out

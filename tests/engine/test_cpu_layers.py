@@ -1,5 +1,7 @@
 """What CPUs compute of a layer in loops of ours equals its definition, and keeps rows apart."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from engine.batch import Batch, build
 from engine.kernels import cpu_rows, reference
 from engine.kernels.cpu_attention import CompiledAttention
+from engine.kernels.cpu_layers import CompiledLayer
 from engine.kernels.cpu_lora import CompiledLora
 from engine.kernels.cpu_stack import CompiledLayers
 from engine.kernels.dense import DenseAttention
@@ -58,6 +61,28 @@ def test_a_product_is_what_torch_says_and_a_row_gives_the_same_whoever_is_beside
     )
     alone = [linear(row[None], weight, bias)[0] for row in x]
     assert torch.equal(found, torch.stack(alone))
+
+
+@contextmanager
+def threads(num_threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3, 7])
+@pytest.mark.parametrize("num_rows", [5, 40])
+def test_threads_that_help_each_other_leave_no_column_out(num_rows: int, num_threads: int) -> None:
+    """More of them than there are cores, so that some come late to every product."""
+    x, weight, bias = torch.randn(num_rows, 64), torch.randn(1000, 64), torch.randn(1000)
+    with threads(1):
+        expected = linear(x, weight, bias)
+    with threads(num_threads):
+        for _ in range(20):
+            assert torch.equal(linear(x, weight, bias), expected)
 
 
 def test_a_product_that_the_loops_cannot_take_is_refused() -> None:
@@ -160,9 +185,15 @@ def batch_of(slots: list[tuple[int, int]]) -> Batch:
     return build(scheduled, block_size=1, device=torch.device("cpu"))
 
 
-def computed(layer: Layer, x: Tensor, angles: Tensor, slots: list[tuple[int, int]]) -> Tensor:
-    """With the query in place of what attention gives."""
-    made = CompiledLayers().layer(layer.parts)
+def computed(
+    layer: Layer,
+    x: Tensor,
+    angles: Tensor,
+    slots: list[tuple[int, int]],
+    made: CompiledLayer | None = None,
+) -> Tensor:
+    """With the query in place of what attention gives; `made`: of the layer, to be used again."""
+    made = made or CompiledLayers().layer(layer.parts)
     batch = batch_of(slots)
     adapters = CompiledLora(batch, layer.weights) if len(batch.slot_runs) else None
     query, key, value = made.enter(x, angles.cos(), angles.sin(), adapters=adapters)
@@ -241,6 +272,26 @@ def test_a_row_of_a_layer_gives_bit_for_bit_what_it_gives_alone(form: Format | N
     for row, slot in enumerate(slots):
         own = slice(row, row + 1)
         assert torch.equal(computed(layer, x[own], angles[own], [slot]), together[own])
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+@pytest.mark.parametrize("form", [None, *FORMATS.values()], ids=["whole", *FORMATS])
+@pytest.mark.parametrize("slots", BATCHES[2:])
+def test_a_layer_gives_the_same_whoever_of_the_threads_is_late(
+    slots: list[tuple[int, int]], form: Format | None, num_threads: int
+) -> None:
+    """With adapters and without, one after the other in the same layer."""
+    layer = random_layer(form)
+    num_rows = sum(n for _, n in slots)
+    x, angles = torch.randn(num_rows, WIDTH), torch.randn(num_rows, HEAD_DIM)
+    batches = [slots, [(NO_ADAPTER, n) for _, n in slots]]
+    made = CompiledLayers().layer(layer.parts)
+    with threads(1):
+        expected = [computed(layer, x, angles, each, made) for each in batches]
+    with threads(num_threads):
+        for _ in range(10):
+            for batch, own in zip(batches, expected, strict=True):
+                assert torch.equal(computed(layer, x, angles, batch, made), own)
 
 
 def test_a_layer_whose_rows_are_no_whole_vectors_is_not_made() -> None:
