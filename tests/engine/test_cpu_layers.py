@@ -405,9 +405,10 @@ def test_layers_at_once_give_bit_for_bit_what_they_give_one_by_one(
 ) -> None:
     weights = random_layer().weights
     layers = [random_layer(form, seed=seed, weights=weights) for seed in range(3)]
-    by_itself, at_once = (
-        decoded(layers, CALLS, slots, at_once=each, prompt=prompt) for each in (False, True)
-    )
+    with threads(1):
+        by_itself = decoded(layers, CALLS, slots, at_once=False, prompt=prompt)
+    with threads(3):
+        at_once = decoded(layers, CALLS, slots, at_once=True, prompt=prompt)
     for found, expected in zip(at_once, by_itself, strict=True):
         assert torch.equal(found, expected)
 
