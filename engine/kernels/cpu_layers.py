@@ -59,9 +59,8 @@ _WHOLE, _INT8, _INT4, _DYNAMIC = range(4)
 _KINDS = {None: _WHOLE, "int8": _INT8, "int4": _INT4, "int8-dynamic": _DYNAMIC}
 # From so many rows on a part of the adapters is fetched after each SPAN of columns.
 _MIN_ROWS_OF_FETCHING = 12
-# A layer's products, in the order in which they have counters.
-_QUERY, _KEY, _VALUE, _AFTER, _GATE, _UP, _DOWN = range(7)
-_NUM_PRODUCTS = 7
+# Where a layer's products have their counters: query, key and value first.
+_QUERY, _AFTER, _GATE, _UP, _DOWN, _NUM_PRODUCTS = 0, 3, 4, 5, 6, 7
 # Most products of the same rows, each of which has a place of its own for what adapters shrink.
 _MOST_AT_ONCE = 3
 

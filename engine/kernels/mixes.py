@@ -51,14 +51,7 @@ def _panel(num_vectors: int, num_rows: int) -> Any:
                 factors = [
                     b.spread(b.load(row, b.times(index, 4), ir.FloatType()), VECTOR) for row in rows
                 ]
-                # One vector at a time, as in `products`.
-                results = list(sums)
-                for v, place in enumerate(places):
-                    own = b.load(value, place, VECTOR)
-                    for r, factor in enumerate(factors):
-                        i = r * num_vectors + v
-                        results[i] = b.fma(factor, own, results[i])
-                return results
+                return b.outer(sums, factors, [(value, place) for place in places])
 
             totals = b.sums(num_vectors * num_rows, count, add, kind=VECTOR)
             for row, start in enumerate(b.starts(out, out_stride, num_rows)):

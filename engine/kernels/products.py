@@ -77,14 +77,7 @@ def _tile(num_columns: int, num_rows: int) -> Any:
                 next_line = builder.mul(index, pace)
                 for line in range(num_columns * WIDTH // LINE):
                     b.prefetch(ahead, builder.add(next_line, LONG(4 * LINE * line)))
-                # One of W at a time: beside the sums and x, registers have room for no more.
-                results = list(sums)
-                for c, column in enumerate(columns):
-                    own = b.load(column, place, VECTOR)
-                    for r, part in enumerate(parts):
-                        i = r * num_columns + c
-                        results[i] = b.fma(part, own, results[i])
-                return results
+                return b.outer(sums, parts, [(column, place) for column in columns])
 
             count = builder.sdiv(width, LONG(WIDTH))
             totals = b.sums(num_columns * num_rows, count, add, kind=VECTOR)

@@ -53,6 +53,21 @@ class Builder:
         """a · b + total, rounded once."""
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, a, b, total)
 
+    def outer(
+        self, sums: list[Any], factors: list[Any], places: list[tuple[Any, Any]]
+    ) -> list[Any]:
+        """sums[r, v] + factors[r] · the vector at places[v], an address and an offset.
+
+        One vector at a time: beside the sums and factors, registers have room for no more.
+        """
+        results = list(sums)
+        for v, (address, offset) in enumerate(places):
+            vector = self.load(address, offset, sums[0].type)
+            for r, factor in enumerate(factors):
+                i = r * len(places) + v
+                results[i] = self.fma(factor, vector, results[i])
+        return results
+
     def kept(self, vector: Any) -> Any:
         """The same, in a register at this point: nothing is reordered across it."""
         kind = ir.FunctionType(vector.type, [vector.type])
