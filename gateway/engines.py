@@ -50,8 +50,11 @@ Admit = Callable[[EngineInfo, str], Awaitable[EngineRow]]
 class _Tie:
     """Mutable: a link, and what its engine was the last time that it told."""
 
-    def __init__(self, address: str, connect: Connect, *, is_asked_for: bool) -> None:
+    def __init__(
+        self, address: str, router: Router, connect: Connect, *, is_asked_for: bool
+    ) -> None:
         self.link = connect(address, self._on_session)
+        self._router = router
         # An operator's, until it is admitted: it does not enroll by itself.
         self.is_asked_for = is_asked_for
         # Filled by whoever introduces it.
@@ -63,6 +66,8 @@ class _Tie:
         self.news = asyncio.Event()
 
     def _on_session(self) -> None:
+        # It may have been started again, perhaps as something else: no request before it tells.
+        self._router.doubt(self.link)
         self.news.set()
 
     def end(self) -> None:
@@ -215,7 +220,7 @@ class Engines:
     # Keeping links.
 
     def _tie(self, address: str, *, is_asked_for: bool = False) -> _Tie:
-        tie = _Tie(address, self._connect, is_asked_for=is_asked_for)
+        tie = _Tie(address, self._router, self._connect, is_asked_for=is_asked_for)
         self._ties[address] = tie
         _keep(self._holding, self._hold(tie))
         return tie
@@ -248,8 +253,8 @@ class Engines:
             try:
                 info = await tie.link.info()
                 if info.engine_epoch == tie.engine_epoch:
+                    self._router.trust(tie.link)
                     return
-                # It was started again, perhaps as something else.
                 self._router.detach(tie.link)
                 tie.replica = None
                 base_model = await self._enroll(info, tie.link.address)
@@ -274,6 +279,7 @@ class Engines:
     def _introduced(self, tie: _Tie, info: EngineInfo, replica: Replica) -> None:
         tie.engine_epoch, tie.replica = info.engine_epoch, replica
         self._router.attach(replica)
+        self._router.trust(tie.link)
         logger.info(
             "engine_attached",
             extra={"base_model": replica.base_model, "revision": replica.revision},

@@ -37,6 +37,8 @@ class Router:
         # In the order in which they came.
         self._replicas: dict[EngineLink, Replica] = {}
         self._draining: set[EngineLink] = set()
+        # Something new listens there, which has not told yet what it serves.
+        self._doubted: set[EngineLink] = set()
         # Weights digests, by the last look and by what was sent there since.
         self._resident: dict[EngineLink, set[str]] = {}
         self._rooms: dict[EngineLink, WaitingRoom] = {}
@@ -51,12 +53,21 @@ class Router:
         """From now on the engine is chosen for nothing that another one could answer."""
         self._draining.add(link)
 
+    def doubt(self, link: EngineLink) -> None:
+        """From now on the engine is chosen for nothing, until it is trusted again."""
+        self._doubted.add(link)
+
+    def trust(self, link: EngineLink) -> None:
+        """What listens there serves what it is attached for."""
+        self._doubted.discard(link)
+
     def detach(self, link: EngineLink) -> None:
         """The engine is gone. One that is not known is no error."""
         self._replicas.pop(link, None)
         self._resident.pop(link, None)
         self._rooms.pop(link, None)
         self._draining.discard(link)
+        self._doubted.discard(link)
 
     def note_residents(self, link: EngineLink, digests: Iterable[str]) -> None:
         """What the engine said that its slots hold."""
@@ -73,7 +84,7 @@ class Router:
 
     @property
     def is_any_connected(self) -> bool:
-        return any(link.is_connected for link in self._replicas)
+        return any(map(self._is_there, self._replicas))
 
     def is_draining(self, link: EngineLink) -> bool:
         return link in self._draining
@@ -95,7 +106,7 @@ class Router:
             for replica in self._replicas.values()
             if replica.base_model_id == base_model_id
             and revision in (None, replica.revision)
-            and replica.link.is_connected
+            and self._is_there(replica.link)
         ]
         serving = [link for link in links if link not in self._draining]
         if not serving and revision is not None:
@@ -103,6 +114,9 @@ class Router:
         if not serving:
             raise Unavailable("No engine is ready. Try again shortly.", retry_after_s=5)
         return serving[0] if len(serving) == 1 else self._share_out(serving, adapter_digest)
+
+    def _is_there(self, link: EngineLink) -> bool:
+        return link.is_connected and link not in self._doubted
 
     def _share_out(self, links: Sequence[EngineLink], adapter_digest: str | None) -> EngineLink:
         """The least busy of the near ones; of all where none is near, or those are too busy."""

@@ -15,7 +15,7 @@ import pytest
 from adapters.validate import BaseShape
 from gateway.database import Database
 from tests.conftest import Home
-from tests.engine.echo_engine import INFO, Engine, until
+from tests.engine.echo_engine import INFO, Engine, Wire, short_folder, until, wire_between
 from tests.gateway.admin_plane import adapter_files
 from tests.gateway.whole_gateway import (
     MODEL,
@@ -218,6 +218,43 @@ async def test_several_engines_share_a_base_model_and_one_of_them_can_go(
         assert (len(gateway.core.seen), len(second.core.seen)) == (2, 3)
 
 
+async def test_an_engine_that_was_started_again_answers_from_its_first_request_on(
+    gateway: Gateway,
+) -> None:
+    async with (
+        short_folder() as folder,
+        another_engine(gateway, base_model=OTHER) as before,
+        another_engine(gateway, base_model=OTHER) as after,
+    ):
+        async with wire_between(folder / "wire", before.path) as wire:
+            await attached(gateway, wire)
+            assert (await ask(gateway, OTHER)).status_code == 200
+        async with wire_between(folder / "wire", after.path):
+            async with asyncio.timeout(PATIENCE_S):
+                while not (await ask(gateway, OTHER)).is_success:
+                    pass
+            answers = [await ask(gateway, OTHER) for _ in range(20)]
+            assert {answer.status_code for answer in answers} == {200}
+
+
+async def test_what_took_an_engines_place_is_asked_for_nothing_before_it_tells_what_it_is(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        short_folder() as folder,
+        another_engine(gateway, base_model=OTHER) as before,
+        another_engine(gateway, base_model=OTHER, base_digest=ANOTHER_DIGEST) as after,
+    ):
+        async with wire_between(folder / "wire", before.path) as wire:
+            await attached(gateway, wire)
+            assert (await ask(gateway, OTHER)).status_code == 200
+        async with wire_between(folder / "wire", after.path):
+            async with asyncio.timeout(PATIENCE_S):
+                while "engine_not_attached" not in caplog.messages:
+                    assert not (await ask(gateway, OTHER)).is_success
+    assert after.core.seen == []
+
+
 UNSERVED: list[tuple[dict[str, Any], int, str]] = [
     ({}, 400, "Send the address"),
     ({"address": "ftp://x"}, 400, "address must be unix:/path or http://host:port"),
@@ -289,7 +326,7 @@ async def streaming(gateway: Gateway, model: str) -> AsyncIterator[AsyncIterator
         yield (line async for line in answer.aiter_lines() if line)
 
 
-async def attached(gateway: Gateway, engine: Engine) -> dict[str, Any]:
+async def attached(gateway: Gateway, engine: Engine | Wire) -> dict[str, Any]:
     answer = await gateway.operator.post(BASE_MODELS, json={"address": engine.address})
     assert answer.status_code == 201, answer.text
     served: dict[str, Any] = answer.json()

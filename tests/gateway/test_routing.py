@@ -54,6 +54,18 @@ async def test_only_engines_of_the_base_model_are_chosen(place: Place) -> None:
     assert place.router.pick(OTHER) is place.links[1]
 
 
+async def test_an_engine_in_doubt_is_chosen_for_nothing_until_it_is_trusted(place: Place) -> None:
+    near, far = place.links
+    place.router.doubt(near)
+    assert {place.router.pick(BASE) for _ in range(3)} == {far}
+    place.router.doubt(far)
+    assert not place.router.is_any_connected
+    with pytest.raises(Unavailable):
+        place.router.pick(BASE, revision=1)
+    place.router.trust(near)
+    assert {place.router.pick(BASE) for _ in range(3)} == {near}
+
+
 async def test_requests_go_to_the_least_busy_engine(place: Place) -> None:
     chosen = [place.submit() for _ in range(6)]
     assert chosen.count(place.links[0]) == chosen.count(place.links[1]) == 3
