@@ -7,7 +7,8 @@ that it remembers. A gateway of the step before works on this schema as it did.
 """
 
 from alembic import op
-from sqlalchemy import Connection
+
+from migrations.functions import change, owned_by_worker
 
 revision = "0009"
 down_revision = "0008"
@@ -61,27 +62,13 @@ def upgrade() -> None:
     connection = op.get_bind()
     database = connection.exec_driver_sql("SELECT current_database()").scalar_one()
     quote = connection.dialect.identifier_preparer.quote
-    app, worker = quote(f"{database}_app"), quote(f"{database}_worker")
+    app = quote(f"{database}_app")
     connection.exec_driver_sql(SILENT_NOTICE)
     connection.exec_driver_sql(f"REVOKE INSERT ON holds FROM {app}")
     connection.exec_driver_sql(f"ALTER POLICY app ON idempotency_keys WITH CHECK ({OWN_KEYS})")
-    # Whose functions they are must be able to make one there, for that moment.
-    connection.exec_driver_sql(f"GRANT CREATE ON SCHEMA public TO {worker}")
-    connection.exec_driver_sql(f"SET LOCAL ROLE {worker}")
-    for function, (old, new) in CHANGES.items():
-        _change(connection, function, old, new)
-    connection.exec_driver_sql("RESET ROLE")
-    connection.exec_driver_sql(f"REVOKE CREATE ON SCHEMA public FROM {worker}")
-
-
-def _change(connection: Connection, function: str, old: str, new: str) -> None:
-    """Put `new` in the place of `old`, which must be there once."""
-    query = "SELECT pg_get_functiondef($1::regprocedure)"
-    definition: str = connection.exec_driver_sql(query, (f"public.{function}",)).scalar_one()
-    if definition.count(old) != 1:
-        raise RuntimeError(f"{function} is not as it was: change it by hand")
-    # Replacing keeps owner and privileges.
-    connection.exec_driver_sql(definition.replace(old, new))
+    with owned_by_worker(connection):
+        for function, (old, new) in CHANGES.items():
+            change(connection, function, {old: new})
 
 
 def downgrade() -> None:

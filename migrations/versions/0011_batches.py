@@ -9,7 +9,8 @@ free for whoever waits. A gateway of the step before reads and writes this schem
 from importlib import import_module
 
 from alembic import op
-from sqlalchemy import Connection
+
+from migrations.functions import change, owned_by_worker
 
 revision = "0011"
 down_revision = "0010"
@@ -178,24 +179,9 @@ def upgrade() -> None:
     first.run(connection, *(first.grant(line, worker) for line in first.grants(WORKER_GRANTS)))
     for table in TENANT_TABLES:
         first.protect(connection, table, rows=first.OWN_ROWS, app=app, worker=worker)
-    _change(connection, EXTEND, EXTENSION, times=2)
-    # Whose function it is must be able to make one there, for that moment.
-    first.run(connection, f"GRANT CREATE ON SCHEMA public TO {worker}")
-    first.run(connection, f"SET LOCAL ROLE {worker}")
-    _change(connection, ADMIT, ADMISSION, times=1)
-    first.run(connection, "RESET ROLE", f"REVOKE CREATE ON SCHEMA public FROM {worker}")
-
-
-def _change(connection: Connection, function: str, changes: dict[str, str], *, times: int) -> None:
-    """Put one text in the place of another, which must be there so often."""
-    query = "SELECT pg_get_functiondef($1::regprocedure)"
-    definition: str = connection.exec_driver_sql(query, (f"public.{function}",)).scalar_one()
-    for old, new in changes.items():
-        if definition.count(old) != times:
-            raise RuntimeError(f"{function} is not as it was: change it by hand")
-        definition = definition.replace(old, new)
-    # Replacing keeps owner and privileges.
-    connection.exec_driver_sql(definition)
+    change(connection, EXTEND, EXTENSION, times=2)
+    with owned_by_worker(connection):
+        change(connection, ADMIT, ADMISSION)
 
 
 def downgrade() -> None:

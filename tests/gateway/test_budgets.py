@@ -17,11 +17,12 @@ from gateway.ledger import settle
 from gateway.limits import Admission, Stream, admit, extend
 from gateway.prices import bill, ceiling
 from gateway.tables import GatewayInstance, Webhook, WebhookDelivery, new_id
-from tests.conftest import Home
+from tests.conftest import Home, connected
 from tests.gateway.money import Shop, a_base_model, a_shop
 
 INSTANCE = uuid.UUID(int=99)
 PROMPT = 10
+PATIENCE_S = 60
 
 
 @pytest.fixture
@@ -318,6 +319,42 @@ async def test_whatever_happens_at_once_held_and_spent_stay_below_the_cap(
         spent = (await session.execute(text("SELECT sum(cost_nano) FROM usage_events"))).scalar()
     assert {each.spent_nano for each in found} == {int(spent or 0)}
     assert {each.held_nano for each in found} == {0}
+
+
+# Whoever grows looks at the budget until the lock is free again.
+LONG_LOOK = """
+    CREATE OR REPLACE FUNCTION budget_window_start(
+        period text, time_zone text, moment timestamptz
+    ) RETURNS timestamptz LANGUAGE plpgsql STABLE AS $$
+    BEGIN
+        IF current_query() LIKE '%extend_holds%' THEN
+            PERFORM pg_advisory_xact_lock_shared(42);
+        END IF;
+        RETURN date_trunc(period, moment, time_zone);
+    END
+    $$
+"""
+NUM_LOOKING = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+
+
+async def test_what_is_settled_while_another_grows_is_not_overlooked(
+    database: Database, shop: Shop, home: Home
+) -> None:
+    await budget(database, shop, price_of(shop, 40))
+    ending = await ask(database, shop, max_tokens=20)
+    growing = await ask(database, shop, max_tokens=1)
+    async with connected(home.superuser_url) as connection:
+        await connection.execute(LONG_LOOK)
+        await connection.execute("SELECT pg_advisory_lock(42)")
+        grown = asyncio.create_task(grow(database, growing, progress=1, wanted=2000))
+        async with asyncio.timeout(PATIENCE_S):
+            while not await connection.fetchval(NUM_LOOKING):  # noqa: ASYNC110 - a server
+                await asyncio.sleep(0.01)
+        await close(database, shop, ending, 20)
+        await connection.execute("SELECT pg_advisory_unlock(42)")
+        assert await grown > 1
+    found = await standing(database, shop)
+    assert 0 < found.spent_nano < found.held_nano + found.spent_nano <= found.cap_nano
 
 
 async def test_every_amount_is_an_integer(database: Database, shop: Shop) -> None:
