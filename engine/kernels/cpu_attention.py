@@ -1,8 +1,9 @@
 """Compiled loops for attention over blocks, whether a sequence has one new token or many.
 
 They read every cached position in place, in float32, on torch's own threads: a few neighbouring
-queries of a sequence together, each with all heads that share a key. What a query gives never
-depends on the queries beside it. Knows addresses and sizes. Knows nothing of layers.
+queries of a sequence together, each with all heads that share a key, and with the next heads too
+where these queries are few, so that a block is read as it lies. What a query gives never depends on
+the queries beside it. Knows addresses and sizes. Knows nothing of layers.
 """
 
 import math
@@ -64,8 +65,8 @@ _STEP_FIELDS = (
     *("contexts", "max_context"),
 )
 Calls = np.ndarray[tuple[int], np.dtype[np.void]]
-# Rows of queries, a row for each head, that meet a block's keys together.
-_MOST_ROWS = 24
+# Rows of queries, a row for each head, that meet a block together.
+_MOST_ROWS = 32
 
 
 @inlined
@@ -124,12 +125,15 @@ def _reach(call: Any, context: Any) -> Any:
 
 @inlined
 def _score(
-    call: Any, queries: Any, num_rows: Any, keys: Any, values: Any, num: Any, out: Any
+    call: Any, queries: Any, num_rows: Any, keys: Any, num: Any, out: Any, ahead: Any
 ) -> None:
-    """out[r, i] = queries[r] · keys[i] for `num` positions of one block."""
+    """out[r, i] = queries[r] · keys[i] for `num` positions of one block.
+
+    Meanwhile as much is fetched from `ahead` on.
+    """
     dim, stride = call.key_dim, call.num_kv_heads * call.key_dim
     if dim % WIDTH == 0:
-        dots(queries, dim, num_rows, keys, stride, num, dim, out, call.max_context, values)
+        dots(queries, dim, num_rows, keys, stride, num, dim, out, call.max_context, ahead)
         return
     for row in range(num_rows):
         query, own = floats(queries + 4 * row * dim), floats(out + 4 * row * call.max_context)
@@ -164,63 +168,121 @@ def _weigh(call: Any, scores: Any, first: Any, end: Any, context: Any) -> None:
 
 
 @inlined
-def _attend(call: Any, seq: Any, row: Any, num: Any, kv_head: Any, room: Any) -> None:
-    """`num` neighbouring rows of a sequence and one key head. `room`: this thread's."""
-    # What the first of them sees, and what the last.
-    context = ints(call.contexts)[seq] - ints(call.starts)[seq + 1] + row + 1
+def _context(call: Any, seq: Any, row: Any) -> Any:
+    """How many positions of its sequence come up to a row, its own among them."""
+    return ints(call.contexts)[seq] - ints(call.starts)[seq + 1] + row + 1
+
+
+@inlined
+def _score_blocks(
+    call: Any,
+    table: Any,
+    first: Any,
+    end: Any,
+    queries: Any,
+    num_rows: Any,
+    head: Any,
+    head_end: Any,
+    scores: Any,
+) -> None:
+    """Scores of the positions from `first` to `end`: those of each key head's rows."""
+    size, dim, start = call.block_size, call.key_dim, first
+    while start < end:
+        block = start // size
+        stop = min((block + 1) * size, end)
+        place = (start % size) * call.num_kv_heads + head
+        keys = call.keys + 4 * (table[block] * call.block_stride + place * dim)
+        # The next block of keys, or the first of values, comes while this one is computed.
+        if stop < end:
+            ahead = call.keys + 4 * table[block + 1] * call.block_stride
+        else:
+            ahead = call.values + 4 * table[first // size] * call.block_stride
+        for i in range(head_end - head):
+            own = scores + 4 * (i * num_rows * call.max_context + start - first)
+            rows = queries + 4 * i * num_rows * dim
+            _score(call, rows, num_rows, keys + 4 * i * dim, stop - start, own, ahead)
+            ahead += 4 * (stop - start) * dim
+        start = stop
+
+
+@inlined
+def _mix_blocks(
+    call: Any,
+    table: Any,
+    first: Any,
+    end: Any,
+    scores: Any,
+    num_rows: Any,
+    head: Any,
+    head_end: Any,
+    out: Any,
+    behind: Any,
+) -> None:
+    """Add up the values of these positions, by their scores. Last comes the block `behind`."""
+    size, dim, start = call.block_size, call.value_dim, first
+    while start < end:
+        block = start // size
+        stop = min((block + 1) * size, end)
+        own = call.values + 4 * table[block] * call.block_stride
+        following = call.values + 4 * table[block + 1] * call.block_stride if stop < end else behind
+        place = (start % size) * call.num_kv_heads + head
+        for i in range(head_end - head):
+            mix(
+                scores + 4 * (i * num_rows * call.max_context + start - first),
+                call.max_context,
+                num_rows,
+                own + 4 * (place + i) * dim,
+                call.num_kv_heads * dim,
+                stop - start,
+                dim,
+                out + 4 * i * num_rows * dim,
+                dim,
+                (following - own) // 4,
+            )
+        start = stop
+
+
+@inlined
+def _attend(call: Any, seq: Any, row: Any, num: Any, head: Any, head_end: Any, room: Any) -> None:
+    """`num` neighbouring rows of a sequence, and these key heads. `room`: this thread's."""
+    # What the first of the rows sees, and what the last.
+    context = _context(call, seq, row)
     first, end = context - _reach(call, context), context + num - 1
     table = ints(call.tables + 8 * seq * call.table_width)
     group, key_dim, value_dim = call.group, call.key_dim, call.value_dim
+    # Of one key head, and of all.
     num_rows = num * group
+    num_all = num_rows * (head_end - head)
     queries = room
-    mixed = queries + 4 * num_rows * key_dim
-    scores = mixed + 4 * num_rows * value_dim
-    for i in range(num_rows):
-        head = kv_head * group + i % group
-        start = (row + i // group) * call.query_row + head * call.query_head
+    mixed = queries + 4 * num_all * key_dim
+    scores = mixed + 4 * num_all * value_dim
+    for i in range(num_all):
+        own_head = (head + i // num_rows) * group + i % group
+        start = (row + i % num_rows // group) * call.query_row + own_head * call.query_head
         copy_row(floats(call.query + 4 * start), floats(queries + 4 * i * key_dim), key_dim)
-    start = first
-    while start < end:
-        block = start // call.block_size
-        stop = min((block + 1) * call.block_size, end)
-        place = (start % call.block_size) * call.num_kv_heads + kv_head
-        keys = call.keys + 4 * (table[block] * call.block_stride + place * key_dim)
-        values = call.values + 4 * (table[block] * call.block_stride + place * value_dim)
-        if stop < end:
-            ahead = table[block + 1] * call.block_stride + kv_head * key_dim
-            num_ahead = min(call.block_size, end - stop)
-            fetch_rows(call.keys + 4 * ahead, call.num_kv_heads * key_dim, num_ahead, key_dim)
-        own = scores + 4 * (start - first)
-        _score(call, queries, num_rows, keys, values, stop - start, own)
-        start = stop
-    for i in range(num_rows):
-        _weigh(call, scores + 4 * i * call.max_context, first, end, context + i // group)
+    _score_blocks(call, table, first, end, queries, num_rows, head, head_end, scores)
+    for i in range(num_all):
+        own, seen = scores + 4 * i * call.max_context, context + i % num_rows // group
+        _weigh(call, own, first, end, seen)
     sums = floats(mixed)
-    for i in range(num_rows * value_dim):
+    for i in range(num_all * value_dim):
         sums[i] = 0
-    start = first
-    while start < end:
-        block = start // call.block_size
-        stop = min((block + 1) * call.block_size, end)
-        place = (start % call.block_size) * call.num_kv_heads + kv_head
-        mix(
-            scores + 4 * (start - first),
-            call.max_context,
-            num_rows,
-            call.values + 4 * (table[block] * call.block_stride + place * value_dim),
-            call.num_kv_heads * value_dim,
-            stop - start,
-            value_dim,
-            mixed,
-            value_dim,
-            0,
-        )
-        start = stop
-    num_heads = call.num_kv_heads * group
-    for i in range(num_rows):
-        head = (row + i // group) * num_heads + kv_head * group + i % group
-        own, out = floats(mixed + 4 * i * value_dim), floats(call.out + 4 * head * value_dim)
+    behind = _first_keys(call, min(seq + 1, call.num_seqs - 1))
+    _mix_blocks(call, table, first, end, scores, num_rows, head, head_end, mixed, behind)
+    for i in range(num_all):
+        own_head = (head + i // num_rows) * group + i % group
+        start = (row + i % num_rows // group) * call.num_kv_heads * group + own_head
+        own, out = floats(mixed + 4 * i * value_dim), floats(call.out + 4 * start * value_dim)
         copy_row(own, out, value_dim)
+
+
+@inlined
+def _first_keys(call: Any, seq: Any) -> Any:
+    """Where the first block is that a sequence's rows see."""
+    context = _context(call, seq, ints(call.starts)[seq])
+    block = (context - _reach(call, context)) // call.block_size
+    table = ints(call.tables + 8 * seq * call.table_width)
+    return call.keys + 4 * table[block] * call.block_stride
 
 
 @inlined
@@ -229,6 +291,12 @@ def _cost(call: Any, seq: Any, row: Any, num: Any) -> Any:
     end = ints(call.starts)[seq + 1]
     last = min(row + num, end)
     return (last - row) * _reach(call, ints(call.contexts)[seq] - end + last)
+
+
+@inlined
+def _num_heads_before(call: Any, bound: Any, cost: Any) -> Any:
+    """How many key heads begin below `bound`, one after the other, each of the same cost."""
+    return min(max(-(-bound // cost), 0), call.num_kv_heads)
 
 
 @inlined
@@ -251,11 +319,15 @@ def attend_rows(call: Any) -> None:
     for seq in range(call.num_seqs):
         for row in range(starts[seq], starts[seq + 1], size):
             cost = _cost(call, seq, row, size)
-            for kv_head in range(call.num_kv_heads):
-                if share_first <= before < share_end:
-                    num = min(size, starts[seq + 1] - row)
-                    _attend(call, seq, row, num, kv_head, room)
-                before += cost
+            num = min(size, starts[seq + 1] - row)
+            most = max(_MOST_ROWS // (num * call.group), 1)
+            # The heads that begin within this thread's share.
+            head = _num_heads_before(call, share_first - before, cost)
+            end = _num_heads_before(call, share_end - before, cost)
+            while head < end:
+                _attend(call, seq, row, num, head, min(head + most, end), room)
+                head += most
+            before += cost * call.num_kv_heads
 
 
 def _attention(pointer: Any) -> None:
@@ -329,7 +401,7 @@ class CompiledAttention:
     def _make_room(self, calls: Calls, *, group: int, dims: int) -> None:
         """Say how many rows attend at once, and where their queries, sums and scores go."""
         at_once = min(self._longest, max(_MOST_ROWS // group, 1))
-        size = at_once * group * (dims + self._max_context)
+        size = max(_MOST_ROWS, group) * (dims + self._max_context)
         if len(self._room) < torch.get_num_threads() * size:
             self._room = torch.empty(torch.get_num_threads() * size)
         calls["at_once"] = at_once

@@ -263,17 +263,17 @@ def dots(
     width: Any,
     out: Any,
     out_stride: Any,
-    values: Any,
+    ahead: Any,
 ) -> None:
     """out[r, i] = x[r] · keys[i]; all strides in floats, `width` a multiple of WIDTH.
 
-    The `values`, which lie as the keys do, are brought into the cache meanwhile.
+    As much as the keys are is brought into the cache meanwhile, from `ahead` on.
     """
     size, own_size, out_size = 4 * stride, 4 * x_stride, 4 * out_stride
-    i = 0
+    pace, i = 4 * COLUMNS * WIDTH, 0
     while i + COLUMNS <= num:
-        own, place, ahead = keys + i * size, out + 4 * i, values + i * size
-        _tiles(x, own_size, num_rows, own, size, width, place, out_size, ahead, size, 0)
+        own, place, part = keys + i * size, out + 4 * i, ahead + 4 * i * width
+        _tiles(x, own_size, num_rows, own, size, width, place, out_size, part, pace, 0)
         i += COLUMNS
     _last(x, own_size, num_rows, keys + i * size, size, num - i, width, out + 4 * i, out_size)
 
