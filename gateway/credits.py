@@ -8,7 +8,7 @@ a tenant may get back in a day. Knows nothing of how two requests are found to b
 
 import datetime
 import uuid
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -31,35 +31,36 @@ FIND_SUPERSEDED = text("""
     ORDER BY a.tenant_id, a.started_at DESC, r.started_at
 """)
 
-# One writer of a tenant's credits at a time, and what it got back on that day so far.
-CREDITED_TODAY = text("""
-    SELECT pg_advisory_xact_lock(hashtextextended('credits ' || :tenant_id, 0)),
-           CAST(coalesce((
-               SELECT sum(amount_nano) FROM usage_credits
-               WHERE tenant_id = CAST(:tenant_id AS uuid)
-                 AND (at AT TIME ZONE 'UTC')::date = CAST(:day AS date)
-           ), 0) AS bigint) AS credited_nano
+# One writer of a tenant's credits at a time. It reads in other statements: what those before it
+# committed while it waited is not seen by this one.
+LOCK_CREDITS = text("SELECT pg_advisory_xact_lock(hashtextextended('credits ' || :tenant_id, 0))")
+
+CREDITED_ON_DAY = text("""
+    SELECT CAST(coalesce(sum(amount_nano), 0) AS bigint) FROM usage_credits
+    WHERE tenant_id = :tenant_id AND (at AT TIME ZONE 'UTC')::date = CAST(:day AS date)
 """)
 
 
 async def credit_retries(
-    session: AsyncSession, event_ids: Collection[uuid.UUID], *, max_a_day_nano: int
+    session: AsyncSession, tenants: Mapping[uuid.UUID, uuid.UUID], *, max_a_day_nano: int
 ) -> list[Spending]:
-    """Credit what these new events supersede or are superseded by.
+    """Credit what new events supersede or are superseded by. `tenants`: of each event's id.
 
     Returns what that takes from budgets: costs below zero.
     """
-    pairs = (await session.execute(FIND_SUPERSEDED, {"ids": list(event_ids)})).all()
+    # Always in one order, so that two settlers wait for each other instead of deadlocking.
+    for tenant_id in sorted(set(tenants.values())):
+        await session.execute(LOCK_CREDITS, {"tenant_id": str(tenant_id)})
+    pairs = (await session.execute(FIND_SUPERSEDED, {"ids": list(tenants)})).all()
     given_back: list[Spending] = []
     attempts: set[uuid.UUID] = set()
     retries: set[uuid.UUID] = set()
     for pair in pairs:
         day = pair.at.astimezone(datetime.UTC).date()
-        asked = {"tenant_id": str(pair.tenant_id), "day": day}
-        credited_nano = (await session.execute(CREDITED_TODAY, asked)).one().credited_nano
-        is_known = await session.get(UsageCredit, pair.id) is not None
-        if is_known or pair.id in attempts or pair.retry_id in retries:
+        if pair.id in attempts or pair.retry_id in retries:
             continue
+        asked = {"tenant_id": pair.tenant_id, "day": day}
+        credited_nano = (await session.execute(CREDITED_ON_DAY, asked)).scalar_one()
         if credited_nano + pair.amount_nano > max_a_day_nano:
             continue
         facts = dict(pair._mapping)

@@ -174,7 +174,11 @@ async def settle(
     new = [each for each in billed if each.request_id in fresh]
     await _add_to_rollups(session, new)
     spendings = [_spending(each) for each in new]
-    comparable = [each.request_id for each in new if each.opened.attempt_digest is not None]
+    comparable = {
+        each.request_id: each.opened.tenant_id
+        for each in new
+        if each.opened.attempt_digest is not None
+    }
     if max_credit_nano and comparable:
         spendings += await credit_retries(session, comparable, max_a_day_nano=max_credit_nano)
     # Before the holds: budgets, then holds, is the order in which rows are locked everywhere.
