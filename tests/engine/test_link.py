@@ -212,7 +212,13 @@ async def test_streams_are_lost_when_the_engine_stays_away_and_the_link_comes_ba
     path = folder / "engine.sock"
     frames: list[Frame] = []
     worker = EngineLink(
-        f"unix:{path}", worker_id="w", worker_epoch=1, secret=None, on_frame=frames.append
+        f"unix:{path}",
+        worker_id="w",
+        worker_epoch=1,
+        secret=None,
+        on_frame=frames.append,
+        # A test that is slow to read is no slow consumer.
+        max_queued_events=1 << 20,
     )
     async with worker:
         with pytest.raises(EngineLost):

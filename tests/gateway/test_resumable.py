@@ -17,6 +17,7 @@ from gateway import resumable
 from gateway.database import Database
 from gateway.staging import MAX_UPLOADS_UNDER_WAY
 from gateway.tables import AuditEntry
+from tests.conftest import Home
 from tests.gateway.admin_plane import (
     MAX_UPLOAD_BYTES,
     Plane,
@@ -25,6 +26,7 @@ from tests.gateway.admin_plane import (
     passing_probe,
     report,
 )
+from tests.gateway.whole_gateway import gateway_process
 
 BASE = "/admin/v1/tenants/acme/adapters/sql"
 WEIGHTS = "adapter_model.safetensors"
@@ -281,43 +283,49 @@ async def test_a_tenant_has_only_so_many_bytes_under_way(plane: Plane) -> None:
 
 
 async def test_memory_stays_constant_however_large_the_file(
-    database: Database, tmp_path: Path
+    home: Home, database: Database, tmp_path: Path
 ) -> None:
     size = 64 << 20
     chunk = np.full(1 << 18, 0.01, np.float32).tobytes()
     digest = hashlib.sha256(chunk * (size // len(chunk))).hexdigest()
-    async with admin_plane(database, tmp_path, max_upload_bytes=size + 1000) as plane:
-        await plane.make_tenant("acme")
+    # In a process of its own, whose allocator holds nothing for other tests.
+    async with gateway_process(
+        home,
+        database,
+        tmp_path,
+        module="gateway",
+        environment={},
+        max_upload_bytes=size + 1000,
+    ) as gateway:
         config = adapter_files()["adapter_config.json"]
-        files = declaration({"adapter_config.json": config})["files"]
-        files.append({"name": WEIGHTS, "size_bytes": size, "sha256": digest})
-        upload = (await plane.client.post(f"{BASE}/uploads", json={"files": files})).json()["id"]
-        await put(plane, upload, "adapter_config.json", config)
+        declared = declaration({"adapter_config.json": config})
+        declared["files"].append({"name": WEIGHTS, "size_bytes": size, "sha256": digest})
+        answer = await gateway.operator.post(f"{BASE}/uploads", json=declared)
+        files = f"{BASE}/uploads/{answer.json()['id']}/files"
         peaks: list[int] = []
 
         async def body() -> AsyncIterator[bytes]:
             for _ in range(size // len(chunk)):
                 yield chunk
-                peaks.append(resident_bytes())
+                peaks.append(resident_bytes(gateway.pid))
 
-        answer = await plane.client.put(
-            f"{BASE}/uploads/{upload}/files/{WEIGHTS}",
-            content=body(),
-            headers={"content-range": f"bytes 0-{size - 1}/{size}"},
-            timeout=300,
-        )
-        assert answer.status_code == 200, answer.text
-        assert len(parts(plane)) == 1 + size // resumable.PIECE_BYTES
+        for name, length, content in (
+            ("adapter_config.json", len(config), config),
+            (WEIGHTS, size, body()),
+        ):
+            headers = {"content-range": f"bytes 0-{length - 1}/{length}"}
+            answer = await gateway.operator.put(f"{files}/{name}", content=content, headers=headers)
+            assert answer.status_code == 200, answer.text
         # These bytes are no safetensors file, which is found out at the end.
-        answer = await complete(plane, upload)
+        answer = await gateway.operator.post(f"{files.removesuffix('/files')}/complete")
         assert answer.json()["findings"][0]["code"] == "weights_unreadable"
-        peaks.append(resident_bytes())
+        peaks.append(resident_bytes(gateway.pid))
     # By the middle every buffer has been there once; 32 MiB and their judgement are to come.
     assert max(peaks) - peaks[len(peaks) // 2] < 24 << 20
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
 DIGEST = "0" * 64

@@ -261,7 +261,8 @@ async def gateway_process(
     *,
     module: str,
     environment: dict[str, str],
-    context_length: int,
+    context_length: int = INFO.max_model_len,
+    **settings: Any,
 ) -> AsyncIterator[GatewayProcess]:
     """`module` is what runs the gateway, and the engine, an echo, is here."""
     store = ArtifactStore((folder / "store").as_uri())
@@ -271,11 +272,11 @@ async def gateway_process(
     )
     async with short_folder() as sockets:
         engine = Engine(sockets / "engine", core=EchoCore(), secret=SECRET, info=info)
-        settings = _settings(home, engine, folder, port=free_port())
-        url = f"http://{settings.host}:{settings.port}"
+        own = _settings(home, engine, folder, port=free_port(), **settings)
+        url = f"http://{own.host}:{own.port}"
         async with (
             engine.serve(),
-            _running(module, settings.to_environment() | environment, folder / "log") as process,
+            _running(module, own.to_environment() | environment, folder / "log") as process,
             speaking(url, await _operator_key(database)) as operator,
         ):
             key = await _open_shop(operator)
