@@ -253,7 +253,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare quantised bases with the whole one.")
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of a checkpoint")
-    add("--quantizations", nargs="*", default=["int8", "int4", "int8-dynamic"])
+    add("--quantizations", nargs="*", default=["bf16", "int8", "int4", "int8-dynamic"])
     add("--device", default="cpu")
     add("--dtype", default="auto")
     add("--num-threads", type=int)

@@ -12,7 +12,7 @@ from engine.errors import ConfigurationError
 from engine.protocol import UNIX_PREFIX, bearer
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-QuantizationName = Literal["none", "int8", "int4", "int8-dynamic", "fp8"]
+QuantizationName = Literal["none", "bf16", "int8", "int4", "int8-dynamic", "fp8"]
 PARENT_VARIABLE = "MANYLORA_PARENT_PID"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 SECRET_VARIABLE = "MANYLORA_ENGINE_SECRET"  # noqa: S105 the variable's name, not a secret

@@ -68,7 +68,9 @@ def tiny_llama_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**(sizes | changes))
 
 
-def save_random_model(config: PretrainedConfig, folder: Path, *, seed: int = 0) -> str:
+def save_random_model(
+    config: PretrainedConfig, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> str:
     """Weights large enough that tokens depend on what came before; the folder as a string."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
@@ -77,7 +79,7 @@ def save_random_model(config: PretrainedConfig, folder: Path, *, seed: int = 0) 
             if parameter.dim() > 1 and "norm" not in name:
                 parameter.normal_(std=0.15)
     model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     return str(folder)
 
 

@@ -32,7 +32,7 @@ from benchmarks.provenance import commit
 from benchmarks.serve import machine
 
 ALL: Sequence[Peer] = (
-    *(Manylora(precision) for precision in ("fp32", "int8", "int8-dynamic", "int4")),
+    *(Manylora(precision) for precision in ("fp32", "bf16", "int8", "int8-dynamic", "int4")),
     Generate(),
     TransformersServe(),
     *(Vllm(cores) for cores in (1, 2)),

@@ -23,6 +23,11 @@ from engine.kernels.slot_weights import SlotWeights
 HALF = (torch.float16, torch.bfloat16)
 # Ada and Hopper.
 MIN_FP8_CAPABILITY = (8, 9)
+# Quantisations that a GPU has no use for, and what to do there.
+ON_CPU_ALONE = {
+    "bf16": "set dtype to 'bfloat16'",
+    "int8-dynamic": "use 'fp8', 'int8' or 'int4'",
+}
 
 
 class AttentionPlan(Protocol):
@@ -234,10 +239,10 @@ def choose_formats(name: str, device: torch.device, dtype: torch.dtype | None) -
     if name == "fp8":
         _require_fp8(device)
         return Formats(quantised.FP8, None)
-    if name == "int8-dynamic" and device.type != "cpu":
+    if name in ON_CPU_ALONE and device.type != "cpu":
         raise ConfigurationError(
-            f"quantization is 'int8-dynamic', which only a CPU serves, but device is "
-            f"{str(device)!r}: use 'fp8', 'int8' or 'int4'."
+            f"quantization is {name!r}, which only a CPU serves, but device is {str(device)!r}: "
+            f"{ON_CPU_ALONE[name]}."
         )
     formats = _formats(device, dtype)
     return Formats(formats[name], formats["int8" if name == "int4" else name])
@@ -245,7 +250,7 @@ def choose_formats(name: str, device: torch.device, dtype: torch.dtype | None) -
 
 def _formats(device: torch.device, dtype: torch.dtype | None) -> dict[str, Format]:
     if device.type != "cpu" or dtype is not torch.float32 or not _can_compile():
-        own = (quantised.INT8, quantised.INT4, quantised.INT8_DYNAMIC)
+        own = (quantised.BF16, quantised.INT8, quantised.INT4, quantised.INT8_DYNAMIC)
         return {form.name: form for form in own}
     # As in `choose`.
     from engine.kernels import quantised_cpu
@@ -257,7 +262,7 @@ def _require_fp8(device: torch.device) -> None:
     if device.type != "cuda":
         raise ConfigurationError(
             f"quantization is 'fp8', which needs a CUDA device, but device is {str(device)!r}: "
-            "use 'int8', 'int4' or 'int8-dynamic'."
+            "use 'bf16', 'int8', 'int4' or 'int8-dynamic'."
         )
     if torch.cuda.get_device_capability(device) < MIN_FP8_CAPABILITY:
         raise ConfigurationError(

@@ -55,8 +55,14 @@ from engine.kernels.slot_weights import SlotWeights
 # the adapters' table, 0 where they can't change it, and what kind of weight it is.
 _WEIGHT, _SCALES, _PRODUCT_BIAS, _IN, _OUT, _TABLE, _KIND = range(7)
 _FIELDS = 7
-_WHOLE, _INT8, _INT4, _DYNAMIC = range(4)
-_KINDS = {None: _WHOLE, "int8": _INT8, "int4": _INT4, "int8-dynamic": _DYNAMIC}
+_WHOLE, _BF16, _INT8, _INT4, _DYNAMIC = range(5)
+_KINDS = {
+    None: _WHOLE,
+    "bf16": _BF16,
+    "int8": _INT8,
+    "int4": _INT4,
+    "int8-dynamic": _DYNAMIC,
+}
 # From so many rows on a part of the adapters is fetched after each SPAN of columns.
 _MIN_ROWS_OF_FETCHING = 12
 # Where a layer's products have their counters: query, key and value first.
@@ -254,7 +260,7 @@ def _multiply_columns(
             own, own_scales, num_rows, weight, scales, width, first, end, out, out_features
         )
     else:
-        bits = 4 if kind == _INT4 else 8
+        bits = 4 if kind == _INT4 else (8 if kind == _INT8 else 16)
         grouped_columns(
             bits, x, num_rows, weight, scales, width, first, end, out, out_features, tile
         )

@@ -5,6 +5,7 @@ vectors of each row of V in registers. Each sum is taken in one order, whatever 
 Knows addresses and sizes. Knows nothing of modules.
 """
 
+import functools
 from typing import Any
 
 import numba
@@ -51,7 +52,8 @@ def _panel(num_vectors: int, num_rows: int) -> Any:
                 factors = [
                     b.spread(b.load(row, b.times(index, 4), ir.FloatType()), VECTOR) for row in rows
                 ]
-                return b.outer(sums, factors, [(value, place) for place in places])
+                loads = [functools.partial(b.load, value, place, VECTOR) for place in places]
+                return b.outer(sums, factors, loads)
 
             totals = b.sums(num_vectors * num_rows, count, add, kind=VECTOR)
             for row, start in enumerate(b.starts(out, out_stride, num_rows)):

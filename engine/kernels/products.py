@@ -6,6 +6,8 @@ taken in one order, whatever the number of rows: what a row gives never depends 
 it. Knows addresses and sizes. Knows nothing of modules.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -65,30 +67,50 @@ def _tile(num_columns: int, num_rows: int) -> Any:
         pace: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, x_stride, weight, stride, width, out, out_stride, ahead, pace = arguments
-            b = Builder(builder)
-            columns = b.starts(weight, stride, num_columns)
-            rows = b.starts(x, x_stride, num_rows)
-
-            def add(index: Any, sums: list[Any]) -> list[Any]:
-                place = b.times(index, 4 * WIDTH)
-                parts = [b.load(row, place, VECTOR) for row in rows]
-                # In the order in which they lie, as the machine's own fetching expects.
-                next_line = builder.mul(index, pace)
-                for line in range(num_columns * WIDTH // LINE):
-                    b.prefetch(ahead, builder.add(next_line, LONG(4 * LINE * line)))
-                return b.outer(sums, parts, [(column, place) for column in columns])
-
-            count = builder.sdiv(width, LONG(WIDTH))
-            totals = b.sums(num_columns * num_rows, count, add, kind=VECTOR)
-            for row, start in enumerate(b.starts(out, out_stride, num_rows)):
-                own = totals[row * num_columns : (row + 1) * num_columns]
-                b.store(_sums_of(b, own), start)
+            put_tile(Builder(builder), num_columns, num_rows, arguments, load=_load, itemsize=4)
             return context.get_dummy_value()
 
         return types.void(*9 * (types.int64,)), generate
 
     return tile
+
+
+def put_tile(
+    b: Builder,
+    num_columns: int,
+    num_rows: int,
+    arguments: Any,
+    *,
+    load: Callable[[Builder, Any, Any], Any],
+    itemsize: int,
+) -> None:
+    """As `_tile`, of weights of so many bytes, WIDTH of which `load` makes floats."""
+    x, x_stride, weight, stride, width, out, out_stride, ahead, pace = arguments
+    columns = b.starts(weight, stride, num_columns)
+    rows = b.starts(x, x_stride, num_rows)
+
+    def add(index: Any, sums: list[Any]) -> list[Any]:
+        place, own_place = b.times(index, 4 * WIDTH), b.times(index, itemsize * WIDTH)
+        # In the order in which they lie, as the machine's own fetching expects.
+        next_line = b.ir.mul(index, pace)
+        for start in range(0, num_columns * itemsize * WIDTH, 4 * LINE):
+            b.prefetch(ahead, b.ir.add(next_line, LONG(start)))
+        of_rows = [functools.partial(b.load, row, place, VECTOR) for row in rows]
+        of_columns = [functools.partial(load, b, column, own_place) for column in columns]
+        # Those that are fewer stay in registers meanwhile.
+        kept, others = sorted((of_rows, of_columns), key=len)
+        return b.outer(sums, [each() for each in kept], others)
+
+    count = b.ir.sdiv(width, LONG(WIDTH))
+    totals = b.sums(num_columns * num_rows, count, add, kind=VECTOR)
+    for row, start in enumerate(b.starts(out, out_stride, num_rows)):
+        first = row * num_columns
+        own = totals[row::num_rows] if num_columns < num_rows else totals[first:][:num_columns]
+        b.store(_sums_of(b, own), start)
+
+
+def _load(b: Builder, column: Any, place: Any) -> Any:
+    return b.load(column, place, VECTOR)
 
 
 def _sums_of(b: Builder, vectors: list[Any]) -> Any:

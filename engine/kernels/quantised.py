@@ -1,4 +1,4 @@
-"""Weights in few bits: what their codes stand for, and products with them, in torch.
+"""Weights in fewer bits: what their codes stand for, and products with them, in torch.
 
 A format keeps a weight [out_features, in_features] as `codes` and `scales`. This is the definition,
 on any device; `quantised_cpu` computes some of it in compiled loops. Nothing here looks at two rows
@@ -84,6 +84,18 @@ def _steps(largest: Tensor, num_steps: int) -> Tensor:
     """How wide one of `num_steps` is; any width will do where all is zero."""
     steps = largest / num_steps
     return torch.where(steps == 0, 1.0, steps)
+
+
+# bf16: the upper half of a float32, rounded; all of it where a checkpoint has no more itself
+
+
+def encode_bf16(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """codes [num_rows, in_features] bfloat16, and no scales."""
+    return rows.bfloat16(), rows.new_empty(len(rows), 0)
+
+
+def decode_bf16(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes.float()
 
 
 # int8: code · scale of the group, symmetric
@@ -189,6 +201,7 @@ def product_fp8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return product
 
 
+BF16 = Format("bf16", encode_bf16, decode_bf16, _whole_product(decode_bf16))
 INT8 = Format("int8", encode_int8, decode_int8, _whole_product(decode_int8))
 INT4 = Format(
     "int4", encode_int4, decode_int4, _whole_product(decode_int4), multiples=(GROUP_SIZE, 1)

@@ -1,4 +1,4 @@
-"""Compiled loops for products with weights in few bits: x in float32, on a CPU.
+"""Compiled loops for products with weights in fewer bits: x in float32, on a CPU.
 
 A decode step reads every weight once and does little with it. Here that is the codes as they are:
 they become floats in registers, 16 at a time, and meet a row of x there. For more rows they are
@@ -30,8 +30,9 @@ from engine.kernels.loops import (
     thread_count,
     thread_index,
 )
-from engine.kernels.products import COLUMNS, WIDTH, block, share
+from engine.kernels.products import COLUMNS, VECTOR, WIDTH, block, put_tile, share
 from engine.kernels.quantised import (
+    BF16,
     GROUP_SIZE,
     INT4,
     INT8,
@@ -69,6 +70,12 @@ _PANEL, _TOGETHER = 16, 4
 _OFFSET = 128
 # Panels, and rows of x, whose sums registers hold at once.
 _PANELS, _INTEGER_ROWS = (3, 4) if HAS_VNNI else (1, 2)
+# Rows of a weight in bf16, and of x, whose sums registers hold at once: what becomes floats should
+# meet many.
+_BF16_COLUMNS, _BF16_ROWS = (4, 6) if FEATURES.get("avx512f") else (2, 6)
+# From so many rows on a weight in bf16 is written out, four of its rows at a time, before they meet
+# it; fewer find it in the halves of floats that it is kept in.
+_MIN_ROWS_OF_WRITING = 24
 # Of x where it is rounded to int8.
 OWN_DTYPE = torch.int8 if HAS_VNNI else torch.int16
 
@@ -78,6 +85,7 @@ _LINES_OF_A_GROUP = _PANEL * GROUP_SIZE // (4 * LINE)
 Calls = np.ndarray[tuple[int], np.dtype[np.void]]
 
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
+_SHORTS = ir.VectorType(ir.IntType(16), LANES)
 _HALVES = ir.VectorType(ir.HalfType(), 2)
 _SCALES = ir.VectorType(ir.HalfType(), LANES)
 _SUMS = ir.VectorType(ir.FloatType(), WIDTH)
@@ -108,7 +116,8 @@ def _dots(num_columns: int, kind: "_Grouped") -> Any:
                 size = num_columns * kind.code_bytes
                 for line in range(0, size, 4 * LINE):
                     b.prefetch(ahead, builder.add(b.times(group, size), LONG(line)))
-                b.prefetch(scales_ahead, b.times(group, num_columns * kind.scale_bytes))
+                if kind.scale_bytes:
+                    b.prefetch(scales_ahead, b.times(group, num_columns * kind.scale_bytes))
                 place = b.times(group, 4 * GROUP_SIZE)
                 parts = [b.load(x, b.ir.add(place, LONG(at)), FLOATS) for at in (0, 4 * LANES)]
                 results: list[Any] = []
@@ -149,6 +158,17 @@ class _Grouped:
     weights: Callable[[Builder, Any, Any, Any], tuple[Any, Any]]
 
 
+def _bf16_weights(b: Builder, column: Any, _: Any, group: Any) -> tuple[Any, Any]:
+    """Upper halves of floats"""
+    place = b.times(group, 2 * GROUP_SIZE)
+    upper = ir.Constant(WORDS, LANES * [16])
+    low, high = (
+        b.ir.bitcast(b.ir.shl(b.ir.zext(b.load(column, at, _SHORTS), WORDS), upper), FLOATS)
+        for at in (place, b.ir.add(place, LONG(2 * LANES)))
+    )
+    return low, high
+
+
 def _int8_weights(b: Builder, column: Any, scales: Any, group: Any) -> tuple[Any, Any]:
     """scale · code"""
     place = b.times(group, GROUP_SIZE)
@@ -175,6 +195,7 @@ def _int4_weights(b: Builder, column: Any, scales: Any, group: Any) -> tuple[Any
     return low, high
 
 
+_BF16 = _Grouped(2 * GROUP_SIZE, 0, _bf16_weights)
 _INT8 = _Grouped(GROUP_SIZE, 2, _int8_weights)
 _INT4 = _Grouped(GROUP_SIZE // 2, 4, _int4_weights)
 
@@ -203,16 +224,9 @@ def _integer_dots(num_panels: int) -> Any:
         pace: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            num_rows = arguments[2]
-            after = builder.append_basic_block("dots.end")
-            choice = builder.switch(num_rows, after)
-            for num in range(1, _INTEGER_ROWS + 1):
-                tile = builder.append_basic_block("dots")
-                choice.add_case(LONG(num), tile)
-                builder.position_at_end(tile)
-                _put_integer_tile(Builder(builder), num_panels, num, arguments)
-                builder.branch(after)
-            builder.position_at_end(after)
+            b = Builder(builder)
+            put = functools.partial(_put_integer_tile, b, num_panels, arguments=arguments)
+            b.for_number(arguments[2], _INTEGER_ROWS, put)
             return context.get_dummy_value()
 
         return types.void(*11 * (types.int64,)), generate
@@ -220,7 +234,7 @@ def _integer_dots(num_panels: int) -> Any:
     return dots
 
 
-def _put_integer_tile(b: Builder, num_panels: int, num_rows: int, arguments: Any) -> None:
+def _put_integer_tile(b: Builder, num_panels: int, num_rows: int, *, arguments: Any) -> None:
     own_codes, own_scales, _, codes, scales, num_groups, out, out_stride = arguments[:8]
     ahead, scales_ahead, pace = arguments[8:]
     panels = b.starts(codes, b.times(num_groups, _PANEL * GROUP_SIZE), num_panels)
@@ -401,6 +415,44 @@ def _round_row(_: Any, x: Any, own_codes: Any, own_scales: Any, num_groups: Any)
     return types.void(*4 * (types.int64,)), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _bf16_tile(
+    _: Any,
+    num_rows: Any,
+    x: Any,
+    x_stride: Any,
+    codes: Any,
+    stride: Any,
+    width: Any,
+    out: Any,
+    out_stride: Any,
+    ahead: Any,
+    pace: Any,
+) -> Any:
+    """out[r, c] = x[r] · W[c] for so many rows and _BF16_COLUMNS: as `products._tile`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        num_rows, *rest = arguments
+        b = Builder(builder)
+
+        def put(num: int) -> None:
+            put_tile(b, _BF16_COLUMNS, num, rest, load=_load_bf16, itemsize=2)
+
+        b.for_number(num_rows, _BF16_ROWS, put)
+        return context.get_dummy_value()
+
+    return types.void(*10 * (types.int64,)), generate
+
+
+def _load_bf16(b: Builder, column: Any, place: Any) -> Any:
+    """Upper halves of floats"""
+    kind = ir.VectorType(WORD, WIDTH)
+    halves = b.load(column, place, ir.VectorType(ir.IntType(16), WIDTH))
+    shift = ir.Constant(kind, WIDTH * [16])
+    return b.ir.bitcast(b.ir.shl(b.ir.zext(halves, kind), shift), VECTOR)
+
+
+_bf16_row, _bf16_one = _dots(COLUMNS, _BF16), _dots(1, _BF16)
 _int8_row, _int8_one = _dots(COLUMNS, _INT8), _dots(1, _INT8)
 _int4_row, _int4_one = _dots(COLUMNS, _INT4), _dots(1, _INT4)
 _wide_tile, _narrow_tile = _integer_dots(_PANELS), _integer_dots(1)
@@ -432,7 +484,7 @@ def _writing(kind: _Grouped) -> Any:
     return write
 
 
-_write_int8, _write_int4 = _writing(_INT8), _writing(_INT4)
+_write_bf16, _write_int8, _write_int4 = (_writing(kind) for kind in (_BF16, _INT8, _INT4))
 
 
 # Products: out[t] = W · x[t]. The threads share the rows of W.
@@ -442,6 +494,8 @@ _write_int8, _write_int4 = _writing(_INT8), _writing(_INT4)
 def _grouped_row(bits: Any, codes: Any, scales: Any, x: Any, out: Any, num_groups: Any) -> None:
     if bits == 4:
         _int4_row(codes, scales, x, out, num_groups)
+    elif bits == 16:
+        _bf16_row(codes, scales, x, out, num_groups)
     else:
         _int8_row(codes, scales, x, out, num_groups)
 
@@ -450,6 +504,8 @@ def _grouped_row(bits: Any, codes: Any, scales: Any, x: Any, out: Any, num_group
 def _grouped_one(bits: Any, codes: Any, scales: Any, x: Any, out: Any, num_groups: Any) -> None:
     if bits == 4:
         _int4_one(codes, scales, x, out, num_groups)
+    elif bits == 16:
+        _bf16_one(codes, scales, x, out, num_groups)
     else:
         _int8_one(codes, scales, x, out, num_groups)
 
@@ -458,8 +514,36 @@ def _grouped_one(bits: Any, codes: Any, scales: Any, x: Any, out: Any, num_group
 def _write_groups(bits: Any, out: Any, codes: Any, scales: Any, num_groups: Any) -> None:
     if bits == 4:
         _write_int4(out, codes, scales, num_groups)
+    elif bits == 16:
+        _write_bf16(out, codes, scales, num_groups)
     else:
         _write_int8(out, codes, scales, num_groups)
+
+
+@exact
+def _bf16_block(
+    x: Any, num_rows: Any, codes: Any, width: Any, out: Any, out_stride: Any, ahead: Any
+) -> None:
+    """As `products.block`, of weights in bf16."""
+    num_tiles = (num_rows + _BF16_ROWS - 1) // _BF16_ROWS
+    pace = (_BF16_COLUMNS * WIDTH * 2 + num_tiles - 1) // num_tiles
+    part = pace * (width // WIDTH)
+    for column in range(0, COLUMNS, _BF16_COLUMNS):
+        own, place, start = codes + 2 * column * width, out + 4 * column, ahead + 2 * column * width
+        for tile in range(num_tiles):
+            row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
+            _bf16_tile(
+                row_end - row,
+                x + 4 * row * width,
+                4 * width,
+                own,
+                2 * width,
+                width,
+                place + 4 * row * out_stride,
+                4 * out_stride,
+                start + tile * part,
+                pace,
+            )
 
 
 @exact
@@ -476,9 +560,10 @@ def grouped_columns(
     out_stride: Any,
     tile: Any,
 ) -> None:
-    """As `products.product`, of weights in 8 or 4 bits; `tile`: room for COLUMNS rows of them."""
+    """As `products.product`, of weights in so many bits; `tile`: room for COLUMNS rows of them."""
     num_groups = width // GROUP_SIZE
-    code_stride, scale_stride = width * bits // 8, num_groups * (4 if bits == 4 else 2)
+    code_stride = width * bits // 8
+    scale_stride = num_groups * (4 if bits == 4 else (2 if bits == 8 else 0))
     for column in range(first, end, COLUMNS):
         own, own_scales = codes + column * code_stride, scales + column * scale_stride
         place = out + 4 * column
@@ -490,6 +575,9 @@ def grouped_columns(
                     _grouped_one(bits, one, one_scales, x + 4 * row * width, at, num_groups)
         elif num_rows == 1:
             _grouped_row(bits, own, own_scales, x, place, num_groups)
+        elif bits == 16 and num_rows < _MIN_ROWS_OF_WRITING:
+            ahead = own + COLUMNS * code_stride
+            _bf16_block(x, num_rows, own, width, place, out_stride, ahead)
         else:
             _write_groups(bits, tile, own, own_scales, COLUMNS * num_groups)
             ahead = own + COLUMNS * code_stride
@@ -629,6 +717,13 @@ _GROUPED_PRODUCT = loop(_grouped_product, _CALL)
 _INTEGER_PRODUCT = loop(_integer_product, _CALL) if CAN_MULTIPLY_INTEGERS else None
 
 
+def bf16_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """As `Format.product` of bf16."""
+    if x.shape[1] % GROUP_SIZE:
+        return BF16.product(x, codes, scales)
+    return _product(x, codes, scales, bits=16)
+
+
 def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """As `Format.product` of int8."""
     if x.shape[1] % GROUP_SIZE:
@@ -717,6 +812,7 @@ def _whole_panels(rows: Tensor) -> Tensor:
 
 
 FORMATS = {
+    "bf16": replace(BF16, product=bf16_product),
     "int8": replace(INT8, product=int8_product),
     "int4": replace(INT4, product=int4_product),
     "int8-dynamic": replace(

@@ -3,7 +3,7 @@
 Knows addresses and registers. Knows nothing of what is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,19 +54,30 @@ class Builder:
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, a, b, total)
 
     def outer(
-        self, sums: list[Any], factors: list[Any], places: list[tuple[Any, Any]]
+        self, sums: list[Any], factors: list[Any], loads: Sequence[Callable[[], Any]]
     ) -> list[Any]:
-        """sums[r, v] + factors[r] · the vector at places[v], an address and an offset.
+        """sums[r, v] + factors[r] · the vector that loads[v] gives.
 
         One vector at a time: beside the sums and factors, registers have room for no more.
         """
         results = list(sums)
-        for v, (address, offset) in enumerate(places):
-            vector = self.load(address, offset, sums[0].type)
+        for v, load in enumerate(loads):
+            vector = load()
             for r, factor in enumerate(factors):
-                i = r * len(places) + v
+                i = r * len(loads) + v
                 results[i] = self.fma(factor, vector, results[i])
         return results
+
+    def for_number(self, number: Any, most: int, put: Callable[[int], None]) -> None:
+        """What `put` makes of the number that it is, from 1 to `most`."""
+        after = self.ir.append_basic_block("number.end")
+        choice = self.ir.switch(number, after)
+        for num in range(1, most + 1):
+            choice.add_case(LONG(num), self.ir.append_basic_block("number"))
+            self.ir.position_at_end(choice.cases[-1][1])
+            put(num)
+            self.ir.branch(after)
+        self.ir.position_at_end(after)
 
     def kept(self, vector: Any) -> Any:
         """The same, in a register at this point: nothing is reordered across it."""

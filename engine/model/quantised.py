@@ -1,4 +1,4 @@
-"""A linear layer whose weight is kept in few bits, while all that is around it is not.
+"""A linear layer whose weight is kept in fewer bits, while all that is around it is not.
 
 Adapters are trained beside whole weights: to whoever asks, the layer's weight is the float32 that
 its codes stand for. Knows a layer and its form. Knows nothing of adapters, or of checkpoints.

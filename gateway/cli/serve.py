@@ -176,9 +176,9 @@ def _refused_flags(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
 @click.option(
     "--quantization",
-    type=click.Choice(["none", "int8", "int4", "int8-dynamic", "fp8"]),
-    help="Of the base model's weights, at load; adapters stay in --dtype. int8-dynamic is for "
-    "CPUs, fp8 for GPUs. [default: none]",
+    type=click.Choice(["none", "bf16", "int8", "int4", "int8-dynamic", "fp8"]),
+    help="Of the base model's weights, at load; adapters stay in --dtype. bf16 and int8-dynamic "
+    "are for CPUs, fp8 for GPUs. [default: none]",
 )
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and answer together.")
 @click.option("--max-num-seqs", type=int, help="Most sequences in one step.")

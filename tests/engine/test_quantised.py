@@ -10,14 +10,14 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError, UnsupportedModel
-from engine.kernels import choice, quantised, quantised_cpu
-from engine.kernels.quantised import FP8, INT4, INT8, INT8_DYNAMIC, Format
+from engine.kernels import choice, products, quantised, quantised_cpu
+from engine.kernels.quantised import BF16, FP8, INT4, INT8, INT8_DYNAMIC, Format
 from engine.model.loader import LoadedModel, load
 from engine.model.quantised import QuantisedLinear
 from tests.model_lab import FolderSource, open_lab, save_random_model, tiny_llama_config
 
-FORMATS = {each.name: each for each in (INT8, INT4, INT8_DYNAMIC, FP8)}
-ON_CPU = ["int8", "int4", "int8-dynamic"]
+FORMATS = {each.name: each for each in (BF16, INT8, INT4, INT8_DYNAMIC, FP8)}
+ON_CPU = ["bf16", "int8", "int4", "int8-dynamic"]
 COMPILED = quantised_cpu.FORMATS
 WIDE = tiny_llama_config(hidden_size=64, intermediate_size=96)
 
@@ -43,6 +43,9 @@ def test_codes_stand_for_the_weight_to_half_a_step(form: Format) -> None:
         spans = groups.amax(dim=-1) - groups.amin(dim=-1)
         # What the floor loses in float16 comes on top.
         steps = (spans / 15 + 2e-3 * groups.abs().amax(dim=-1)).repeat_interleave(32, dim=1)
+    elif form is BF16:
+        # 7 bits behind the leading one.
+        steps = weight.abs() / 128
     else:
         # 3 bits behind the leading one.
         steps = weight.abs() / 8 + weight.abs().amax(dim=1, keepdim=True) / 448 / 256
@@ -72,11 +75,23 @@ def test_compiled_products_are_those_of_the_definition(
     torch.testing.assert_close(form.product(x, codes, scales), found, rtol=1e-5, atol=1e-4)
 
 
-def test_int8_takes_weights_of_any_width() -> None:
-    codes, scales = INT8.codes_of(random_weight(5, 39))
+@pytest.mark.parametrize("form", [BF16, INT8], ids=["bf16", "int8"])
+def test_weights_may_have_any_width(form: Format) -> None:
+    codes, scales = form.codes_of(random_weight(5, 39))
     x = torch.randn(3, 39)
-    found = quantised_cpu.int8_product(x, codes, scales)
-    torch.testing.assert_close(found, x @ INT8.decode(codes, scales).T, rtol=1e-5, atol=1e-4)
+    found = COMPILED[form.name].product(x, codes, scales)
+    torch.testing.assert_close(found, x @ form.decode(codes, scales).T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 33])
+@pytest.mark.parametrize("shape", [(48, 64), (7, 96), (130, 1056)])
+def test_weights_that_bf16_holds_give_the_bits_of_whole_ones(
+    shape: tuple[int, int], num_rows: int
+) -> None:
+    weight = random_weight(*shape).bfloat16().float()
+    x = torch.randn(num_rows, shape[1])
+    found = COMPILED["bf16"].product(x, *COMPILED["bf16"].codes_of(weight))
+    assert torch.equal(found, products.linear(x, weight, None))
 
 
 @pytest.mark.parametrize("num_rows", [2, 6, 40])
@@ -159,11 +174,10 @@ def test_all_linear_layers_are_quantised_and_nothing_else(
     loaded = load_tiny(path, quantization, max_loras=0)
     own = {name: m for name, m in loaded.model.named_modules() if isinstance(m, QuantisedLinear)}
     assert own.keys() == loaded.base_shape.modules.keys()
-    assert {m.codes.dtype for name, m in own.items() if name != "lm_head"} <= {
-        torch.int8,
-        torch.uint8,
-    }
-    assert own["lm_head"].codes.dtype is torch.int8
+    expected = {"bf16": torch.bfloat16, "int4": torch.uint8}.get(quantization, torch.int8)
+    assert {m.codes.dtype for name, m in own.items() if name != "lm_head"} == {expected}
+    output_layer = torch.int8 if quantization == "int4" else expected
+    assert own["lm_head"].codes.dtype is output_layer
     others = set(dict(loaded.model.named_parameters()).values()) - {
         parameter for module in own.values() for parameter in module.parameters()
     }
@@ -219,6 +233,19 @@ def test_a_quantised_family_answers_in_a_batch_as_it_does_alone(
         lab.run()
         assert [lab.answers[key].token_ids for key in keys] == alone
         lab.assert_nothing_is_left()
+
+
+def test_a_checkpoint_in_bf16_loses_nothing_in_bf16(tmp_path: Path) -> None:
+    path = save_random_model(WIDE, tmp_path / "model", dtype=torch.bfloat16)
+    prompts = [[(37 * i + k) % 257 for i in range(length)] for k, length in enumerate((3, 30, 17))]
+    answers = {}
+    for quantization in ("none", "bf16"):
+        with open_lab(path, FolderSource(tmp_path), quantization=quantization) as lab:
+            keys = [lab.submit(prompt, max_tokens=12, logprobs=3) for prompt in prompts]
+            lab.run()
+            found = [lab.answers[key] for key in keys]
+            answers[quantization] = [(each.token_ids, each.logprobs) for each in found]
+    assert answers["none"] == answers["bf16"]
 
 
 # What is refused

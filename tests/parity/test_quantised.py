@@ -31,7 +31,7 @@ from tests.model_lab import (
 VOCAB_SIZE = 257
 PROMPT = [(37 * i + 5) % VOCAB_SIZE for i in range(29)]
 # Of the largest logit. Where inputs are rounded, float32's last bit decides some of the roundings.
-MAX_ERROR = {"int8": 1e-4, "int4": 1e-4, "int8-dynamic": 3e-2}
+MAX_ERROR = {"bf16": 1e-4, "int8": 1e-4, "int4": 1e-4, "int8-dynamic": 3e-2}
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 MODELS: dict[str, PretrainedConfig] = {
