@@ -67,7 +67,11 @@ def _tile(num_columns: int, num_rows: int) -> Any:
         pace: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            put_tile(Builder(builder), num_columns, num_rows, arguments, load=_load, itemsize=4)
+            num_lines = num_columns * WIDTH // LINE
+            b = Builder(builder)
+            put_tile(
+                b, num_columns, num_rows, arguments, load=_load, itemsize=4, num_lines=num_lines
+            )
             return context.get_dummy_value()
 
         return types.void(*9 * (types.int64,)), generate
@@ -83,23 +87,28 @@ def put_tile(
     *,
     load: Callable[[Builder, Any, Any], Any],
     itemsize: int,
+    num_lines: int,
 ) -> None:
-    """As `_tile`, of weights of so many bytes, WIDTH of which `load` makes floats."""
+    """As `_tile`, of weights of so many bytes, WIDTH of which `load` makes floats.
+
+    For each vector of a row `num_lines` of the cache are fetched.
+    """
     x, x_stride, weight, stride, width, out, out_stride, ahead, pace = arguments
     columns = b.starts(weight, stride, num_columns)
     rows = b.starts(x, x_stride, num_rows)
 
     def add(index: Any, sums: list[Any]) -> list[Any]:
         place, own_place = b.times(index, 4 * WIDTH), b.times(index, itemsize * WIDTH)
-        # In the order in which they lie, as the machine's own fetching expects.
-        next_line = b.ir.mul(index, pace)
-        for start in range(0, num_columns * itemsize * WIDTH, 4 * LINE):
-            b.prefetch(ahead, b.ir.add(next_line, LONG(start)))
         of_rows = [functools.partial(b.load, row, place, VECTOR) for row in rows]
         of_columns = [functools.partial(load, b, column, own_place) for column in columns]
-        # Those that are fewer stay in registers meanwhile.
+        # Those that are fewer stay in registers.
         kept, others = sorted((of_rows, of_columns), key=len)
-        return b.outer(sums, [each() for each in kept], others)
+        parts = [each() for each in kept]
+        # In the order in which they lie, as the machine's own fetching expects.
+        next_line = b.ir.mul(index, pace)
+        for line in range(num_lines):
+            b.prefetch(ahead, b.ir.add(next_line, LONG(4 * LINE * line)))
+        return b.outer(sums, parts, others)
 
     count = b.ir.sdiv(width, LONG(WIDTH))
     totals = b.sums(num_columns * num_rows, count, add, kind=VECTOR)

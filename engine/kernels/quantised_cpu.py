@@ -73,6 +73,8 @@ _PANELS, _INTEGER_ROWS = (3, 4) if HAS_VNNI else (1, 2)
 # Rows of a weight in bf16, and of x, whose sums registers hold at once: what becomes floats should
 # meet many.
 _BF16_COLUMNS, _BF16_ROWS = (4, 6) if FEATURES.get("avx512f") else (2, 6)
+# Of the cache, for a vector of each row; half a line is fetched twice.
+_BF16_LINES = -(-_BF16_COLUMNS * WIDTH // (2 * LINE))
 # From so many rows on a weight in bf16 is written out, four of its rows at a time, before they meet
 # it; fewer find it in the halves of floats that it is kept in.
 _MIN_ROWS_OF_WRITING = 24
@@ -436,7 +438,9 @@ def _bf16_tile(
         b = Builder(builder)
 
         def put(num: int) -> None:
-            put_tile(b, _BF16_COLUMNS, num, rest, load=_load_bf16, itemsize=2)
+            put_tile(
+                b, _BF16_COLUMNS, num, rest, load=_load_bf16, itemsize=2, num_lines=_BF16_LINES
+            )
 
         b.for_number(num_rows, _BF16_ROWS, put)
         return context.get_dummy_value()
