@@ -29,7 +29,7 @@ MIB = 1 << 20
 MAX_MEMORY_BYTES = {"render": 384 * MIB, "build": 2048 * MIB, "grammar": 768 * MIB}
 # Of a processor, to read, build and try a tokenizer; that bundle took 5.
 BUILD_CPU_S = 20.0
-TRIAL_CPU_S = 0.5
+TRIAL_CPU_S = 1.0
 # For each trial, beside eight times the conversation's own length.
 TRIAL_CHARACTERS = 128 << 10
 NUM_TEMPLATES = 64
