@@ -31,8 +31,8 @@ FIND_SUPERSEDED = text("""
     ORDER BY a.tenant_id, a.started_at DESC, r.started_at
 """)
 
-# One writer of a tenant's credits at a time. It reads in other statements: what those before it
-# committed while it waited is not seen by this one.
+# One writer of a tenant's credits at a time. Nothing is read here: a statement that waits for a
+# lock does not see what was committed meanwhile.
 LOCK_CREDITS = text("SELECT pg_advisory_xact_lock(hashtextextended('credits ' || :tenant_id, 0))")
 
 CREDITED_ON_DAY = text("""
