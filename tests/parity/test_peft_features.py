@@ -48,6 +48,7 @@ VOCAB_SIZE, NUM_ADDED = 257, 3
 MAX_ERROR = 1e-4
 BASE = "the base model"
 MAX_RANK = 8
+MAX_NUM_SEQS = 8
 NUM_TOKENS = 16
 BLOCK_SIZE, MAX_MODEL_LEN = 4, 64
 PROMPT = [(37 * i + 5) % VOCAB_SIZE for i in range(29)]
@@ -347,7 +348,7 @@ def measure_tokens(family: Family, table: dict[str, Measured]) -> Counter[str]:
         block_size=BLOCK_SIZE,
         num_blocks=family.num_blocks,
         max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=8,
+        max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=24,
         max_loras=5,
         max_lora_rank=MAX_RANK,
@@ -356,11 +357,22 @@ def measure_tokens(family: Family, table: dict[str, Measured]) -> Counter[str]:
     models = {digests.get(feature or ""): model for feature, (_, _, model) in family.rows().items()}
     with closing(lab.core):
         asked = []
+
+        def ask(feature: str | None, prompt: list[int], max_tokens: int) -> None:
+            adapter = digests.get(feature or "")
+            key = lab.submit(prompt, adapter=adapter, max_tokens=max_tokens)
+            asked.append((feature, prompt, key))
+
         for feature, (_, prompt, _) in family.rows().items():
             # Equal beginnings are computed once.
-            for own in (prompt, [*prompt, 3], [*prompt[:-1], 4, 5]):
-                key = lab.submit(own, adapter=digests.get(feature or ""), max_tokens=NUM_TOKENS)
-                asked.append((feature, own, key))
+            for variant in (prompt, [*prompt, 3], [*prompt[:-1], 4, 5]):
+                ask(feature, variant, NUM_TOKENS)
+        lab.run()
+        # How many of those run together is for the loads to say, but these are of one adapter,
+        # and more than the memory holds.
+        for first in range(MAX_NUM_SEQS):
+            prompt = [first, *PROMPT]
+            ask("everything", prompt, MAX_MODEL_LEN - len(prompt))
         lab.run()
         lab.assert_nothing_is_left()
     for feature, prompt, key in asked:
@@ -368,7 +380,7 @@ def measure_tokens(family: Family, table: dict[str, Measured]) -> Counter[str]:
         assert answer.state is SequenceState.LENGTH, (feature, answer.last.fault)
         lab.seen["found"] += answer.last.cached_tokens > 0
         own = table[feature or BASE]
-        own.num_greedy_tokens += NUM_TOKENS
+        own.num_greedy_tokens += len(answer.token_ids)
         own.num_ties += num_ties(following(model, prompt, answer.token_ids), answer.token_ids)
     return lab.seen
 
