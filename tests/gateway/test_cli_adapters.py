@@ -24,7 +24,11 @@ NAMED = ("--tenant", "acme", "--name", "sql")
 
 
 @pytest.fixture
-async def command(database: Database, tmp_path: Path) -> AsyncIterator[Command]:
+async def command(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Command]:
+    # Where the tests run, a server may have left its operator's key.
+    monkeypatch.chdir(tmp_path)
     async with admin_plane(database, tmp_path) as plane:
         await plane.make_tenant("acme")
         yield Command(plane, tmp_path / "home")
