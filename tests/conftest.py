@@ -4,6 +4,7 @@ postgres   the server, once a session
 cluster    on it, and once a session too: what makes databases like a migrated one
 home       a migrated database for one test: the URLs of its roles
 database   the same, opened as `gateway.database.Database`
+announce   say something in the run's summary
 """
 
 import asyncio
@@ -14,8 +15,9 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -35,6 +37,8 @@ sys.dont_write_bytecode = False
 # A shell starts what runs in the background deaf to Ctrl-C, and so would be all that we start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Where a test's report keeps what it has announced.
+ANNOUNCED = "announced"
 # Groups of tests that take longest.
 LONGEST = (
     "tests/end_to_end",
@@ -80,6 +84,22 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have announced: processes that share the tests have no terminal of their own."""
+    told = [
+        (report.nodeid, words)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.when == "call"
+        for name, words in report.user_properties
+        if name == ANNOUNCED
+    ]
+    if told:
+        terminalreporter.section("announced")
+    for test, words in told:
+        terminalreporter.write_line(f"{test}: {words}")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
     """Where several processes share the tests, each takes one group after the other, in order."""
@@ -101,6 +121,12 @@ def _group(nodeid: str) -> str:
 
 def _rank(group: str) -> int:
     return LONGEST.index(group) if group in LONGEST else len(LONGEST)
+
+
+@pytest.fixture
+def announce(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Say something in the run's summary, whatever comes of the test."""
+    return partial(record_property, ANNOUNCED)
 
 
 # Nobody needs these data after a power cut, and copies of databases are in no journal.

@@ -1,7 +1,8 @@
 """Gateways, engine and PostgreSQL are killed under load, and every token is billed exactly once.
 
-`witness` says what is compared and why that is a proof. The moments and victims come from a seed
-that is printed; `--crash-seed` runs the same plan again, as far as a machine's timing allows it.
+`witness` says what is compared and why that is a proof. The moments and victims come from a seed,
+which the run's summary tells; `--crash-seed` runs the same plan again, as far as a machine's timing
+allows it.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import itertools
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,10 +118,9 @@ class Plan:
     ],
 )
 async def test_every_token_is_billed_once_whoever_is_killed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int, plan: Plan
+    tmp_path: Path, announce: Callable[[str], None], seed: int, plan: Plan
 ) -> None:
-    with capsys.disabled():
-        print(f"\ncrash seed {seed}", flush=True)
+    announce(f"crash seed {seed}")
     async with town(tmp_path, engine=plan.engine, flags=plan.flags) as place:
         shops = await place.during(open_shops(place, model=plan.model))
         if plan.engine == "words":
@@ -138,8 +139,9 @@ async def test_every_token_is_billed_once_whoever_is_killed(
         await place.during(place.end_gateways())
         assert list(place.journals.glob("*/*.journal")) == []
         nobody_logged_a_fault(place)
-    with capsys.disabled():
-        print(f"killed {dict(place.kills)}\nasked {dict(crowd.counts)}\nfound {dict(counts)}")
+    announce(f"killed {dict(place.kills)}")
+    announce(f"asked {dict(crowd.counts)}")
+    announce(f"found {dict(counts)}")
 
 
 async def open_shops(place: Town, *, model: str) -> Shops:

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -281,7 +281,7 @@ async def check(town: Town) -> None:
 
 @pytest.mark.parametrize("num_kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 async def test_uploads_survive_a_gateway_that_is_killed_at_any_moment(
-    town: Town, num_kills: int
+    town: Town, announce: Callable[[str], None], num_kills: int
 ) -> None:
     async with gateway(town), town.client() as client:
         body = {"slug": "acme", "name": "acme"}
@@ -299,7 +299,7 @@ async def test_uploads_survive_a_gateway_that_is_killed_at_any_moment(
         await no_version_is_left_in_probe(town)
         await check(town)
         await nothing_is_left_over(town)
-    print(f"\n{dict(town.counts)}")
+    announce(f"{dict(town.counts)}")
 
 
 async def no_version_is_left_in_probe(town: Town) -> None:
