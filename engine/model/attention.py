@@ -187,7 +187,8 @@ def forward(
         input_ids=input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
-        logits_to_keep=batch.logit_rows,
+        # 0 is all of them, as they lie.
+        logits_to_keep=0 if batch.wants_all_rows else batch.logit_rows,
         paged=PagedStep(memory, plan),
     ).logits
     return logits[0]

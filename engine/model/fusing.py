@@ -6,15 +6,17 @@ what gives the module's own results is put in place of its `forward`. Anything e
 was. Knows modules. Knows nothing of sequences.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from engine.kernels.choice import LayerKernels, RowKernels, WholeLayer, WholeStack
 from engine.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
@@ -395,9 +397,9 @@ class _LayerInLoops:
                 **others,
             )
         assert position_embeddings is not None, "there is no RoPE"
-        if self.leads and chain is not None and not any(chain.watchers):
-            chain.result = paged.pass_through(
-                chain.stack, hidden_states, position_embeddings, chain.calls(), adapters
+        if self.leads and chain is not None:
+            chain.result = chain.pass_through(
+                hidden_states, position_embeddings, paged=paged, adapters=adapters
             )
             if chain.result is not None:
                 return chain.result
@@ -423,39 +425,69 @@ class _Chain:
     watchers: list[Mapping[int, Any]]
     result: Tensor | None = None
 
-    def calls(self) -> Sequence[LayerCall]:
+    def pass_through(
+        self, hidden: Tensor, positions: tuple[Tensor, Tensor], *, paged: Any, adapters: Any
+    ) -> Tensor | None:
+        """What the last layer gives; None where each must be asked for itself."""
+        if any(self.watchers):
+            return None
+        found: Tensor | None = paged.pass_through(
+            self.stack, hidden, positions, self._calls(), adapters
+        )
+        return found
+
+    def _calls(self) -> Sequence[LayerCall]:
         """The very same object where nothing has changed for certain."""
         if all(call.sliding_window is None for call in self.known_calls):
             return self.known_calls
         return [_call_of(attention) for attention in self.attentions]
 
 
-def _join_layers(model: nn.Module, kernels: LayerKernels, run: Callable[[], object]) -> None:
-    for layers in model.modules():
-        if isinstance(layers, nn.ModuleList) and len(layers) > 1:
-            own = [_fused(layer) for layer in layers]
-            if all(isinstance(each, _LayerInLoops) for each in own) and _follow(layers, run):
-                _join(kernels, layers, own)
+class _Call(NamedTuple):
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def received(self) -> tuple[Any, ...]:
+        return *self.args, *self.kwargs.values()
 
 
-def _follow(layers: nn.ModuleList, run: Callable[[], object]) -> bool:
-    """Whether each is called, once and in order, with what the one before gave, and with no more
-    than all of them get."""
-    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
+def _calls_of(modules: Iterable[nn.Module], run: Callable[[], object]) -> list[_Call]:
+    """In the order in which they end."""
+    calls: list[_Call] = []
     handles = [
-        layer.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
-        for layer in layers
+        module.register_forward_hook(lambda *call: calls.append(_Call(*call)), with_kwargs=True)
+        for module in modules
     ]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return [call[0] for call in calls] == list(layers) and all(
+    return calls
+
+
+def _join_layers(model: nn.Module, kernels: LayerKernels, run: Callable[[], object]) -> None:
+    for body in list(model.modules()):
+        for layers in body.children():
+            if isinstance(layers, nn.ModuleList) and len(layers) > 1:
+                own = [_fused(layer) for layer in layers]
+                if all(isinstance(each, _LayerInLoops) for each in own) and _follow(layers, run):
+                    _join(kernels, layers, own)
+                    _shorten(body, layers, run)
+
+
+def _follow(layers: nn.ModuleList, run: Callable[[], object]) -> bool:
+    """Whether each is called, once and in order, with what the one before gave, and with no more
+    than all of them get."""
+    calls = _calls_of(layers, run)
+    return [call.module for call in calls] == list(layers) and all(
         len(args) == 1
-        and args[0] is before[3]
-        and others.keys() == before[2].keys()
-        and all(others[name] is before[2][name] for name in ("position_embeddings", "paged"))
+        and args[0] is before.output
+        and others.keys() == before.kwargs.keys()
+        and all(others[name] is before.kwargs[name] for name in ("position_embeddings", "paged"))
         for before, (_, args, others, _) in pairwise(calls)
     )
 
@@ -472,3 +504,79 @@ def _join(kernels: LayerKernels, layers: nn.ModuleList, own: Sequence[_LayerInLo
     for layer, each in zip(layers, own, strict=True):
         joined = replace(each, chain=chain, leads=each is own[0])
         setattr(layer, "forward", MethodType(joined, layer))  # noqa: B010 a method, to mypy
+
+
+# From token ids to the last norm
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """Where the model's own code calls one part after the other, and nothing else.
+
+    Beside all layers at once, its checks and wrappers took a millisecond of each step.
+    """
+
+    own: Forward
+    embed: nn.Module
+    rotary: nn.Module
+    norm: nn.Module
+    first: _LayerInLoops
+    chain: _Chain
+    output: type[ModelOutput]
+
+    def __call__(
+        self,
+        body: Any,
+        *,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        paged: Any = None,
+        **others: Any,
+    ) -> Any:
+        states = None
+        if input_ids is not None and paged is not None and not any(others.values()):
+            states = self._states(input_ids, position_ids, paged)
+        if states is None:
+            return self.own(input_ids=input_ids, position_ids=position_ids, paged=paged, **others)
+        return self.output(last_hidden_state=self.norm(states))
+
+    def _states(self, input_ids: Tensor, position_ids: Tensor | None, paged: Any) -> Tensor | None:
+        """What the last layer gives; None where each must be asked for itself."""
+        adapters = None if self.first.bank is None else self.first.bank.plan
+        if not self.first.kernels.serves(adapters):
+            return None
+        hidden = self.embed(input_ids)
+        positions = self.rotary(hidden, position_ids)
+        return self.chain.pass_through(hidden, positions, paged=paged, adapters=adapters)
+
+
+def _shorten(body: nn.Module, layers: nn.ModuleList, run: Callable[[], object]) -> None:
+    """Go from part to part where the model's own code hands on the very objects that these give."""
+    first, parts = _fused(layers[0]), [part for part in body.children() if part is not layers]
+    calls = _calls_of([*parts, layers[0], layers[-1], body], run)
+    is_usual = len(parts) == 3 and len(calls) == 6 and calls[-1].module is body
+    if not is_usual or [call.module for call in calls[2:4]] != [layers[0], layers[-1]]:
+        return
+    embed, rotary, entered, left, norm, whole = calls
+    given, output = whole.kwargs, whole.output
+    if (
+        first.chain is not None
+        and {"input_ids", "position_ids", "paged"} <= given.keys()
+        and _are(embed.received, given["input_ids"])
+        and _are(rotary.received, embed.output, given["position_ids"])
+        and entered.args[0] is embed.output
+        and entered.kwargs["position_embeddings"] is rotary.output
+        and entered.kwargs["paged"] is given["paged"]
+        and _are(norm.received, left.output)
+        and isinstance(output, ModelOutput)
+        and output.keys() == {"last_hidden_state"}
+        and output["last_hidden_state"] is norm.output
+    ):
+        straight = _Body(
+            body.forward, embed.module, rotary.module, norm.module, first, first.chain, type(output)
+        )
+        setattr(body, "forward", MethodType(straight, body))  # noqa: B010 a method, to mypy
+
+
+def _are(found: Sequence[object], *expected: object) -> bool:
+    return len(found) == len(expected) and all(map(operator.is_, found, expected))

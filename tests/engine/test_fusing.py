@@ -249,3 +249,41 @@ def test_whoever_listens_to_a_layer_or_its_parts_hears_them_in_each_step(
         assert attending == [0, 1] * 2
         heard.clear()
         attending.clear()
+
+
+@pytest.mark.parametrize(
+    ("config", "is_straight"),
+    [
+        (tiny_llama_config(), True),
+        (transformers.Qwen2Config(**SIZES), True),
+        # Its code scales what the embedding gives.
+        (transformers.GraniteConfig(**SIZES, embedding_multiplier=3.0), False),
+    ],
+    ids=["llama", "qwen2", "granite"],
+)
+def test_a_body_that_only_hands_on_what_its_parts_give_goes_from_part_to_part(
+    config: Any, is_straight: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kernels = random_model(config), choose(torch.device("cpu"), torch.float32)
+    recorder = Recorder()
+    model(input_ids=PROMPT, use_cache=False, paged=recorder)
+    layers = [recorder.layers[index] for index in range(2)]
+    expected = decoded(model, layers)
+    assert kernels.rows is not None
+    fuse(model, kernels.rows, partial(run, model), whole=kernels.layers)
+    asked: list[nn.Module] = []
+    for layer in model.model.layers:
+        call = layer.forward
+        monkeypatch.setattr(
+            layer,
+            "forward",
+            lambda *args, call=call, layer=layer, **kwargs: (
+                asked.append(layer) or call(*args, **kwargs)
+            ),
+        )
+    torch.testing.assert_close(decoded(model, layers), expected, atol=2e-5, rtol=1e-4)
+    assert asked == ([] if is_straight else list(model.model.layers) * 2)
+    # What only the model's own code can answer, it answers.
+    run(model)
+    told = model(input_ids=PROMPT, use_cache=False, paged=Recorder(), output_hidden_states=True)
+    assert len(told.hidden_states) == 3
