@@ -40,6 +40,9 @@ class LayerAttention(Protocol):
         """query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads,
         head_dim] of the new tokens. Gives [num_tokens, num_heads, value_dim]."""
 
+    def serves(self, stack: WholeStack) -> bool:
+        """Whether it can attend within the stack's loops."""
+
     def pass_through(
         self,
         stack: WholeStack,
@@ -47,8 +50,8 @@ class LayerAttention(Protocol):
         positions: tuple[Tensor, Tensor],
         calls: Sequence[LayerCall],
         adapters: LoraPlan | None,
-    ) -> Tensor | None:
-        """What comes out of the stack's last layer; None where it can't attend like this."""
+    ) -> Tensor:
+        """What comes out of the last layer of a stack that it serves."""
 
 
 def paged_attention(
@@ -124,8 +127,9 @@ class Recorder:
             enable_gqa=True,
         )[0].transpose(0, 1)
 
-    def pass_through(self, *_: object) -> None:
-        """Each layer's attention is wanted."""
+    def serves(self, _: WholeStack) -> bool:
+        """Never: each layer's attention is wanted."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,9 @@ class PagedStep:
         )
         return out
 
+    def serves(self, stack: WholeStack) -> bool:
+        return stack.serves(self.plan)
+
     def pass_through(
         self,
         stack: WholeStack,
@@ -157,9 +164,7 @@ class PagedStep:
         positions: tuple[Tensor, Tensor],
         calls: Sequence[LayerCall],
         adapters: LoraPlan | None,
-    ) -> Tensor | None:
-        if not stack.serves(self.plan):
-            return None
+    ) -> Tensor:
         return stack.run(
             hidden,
             *positions,

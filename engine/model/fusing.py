@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from engine.kernels.choice import LayerKernels, RowKernels, WholeLayer, WholeStack
+from engine.kernels.choice import LayerKernels, LoraPlan, RowKernels, WholeLayer, WholeStack
 from engine.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
 from engine.model.lora import LoraBank, LoraLinear
 from engine.model.quantised import QuantisedLinear
@@ -375,6 +375,14 @@ class _LayerInLoops:
     chain: "_Chain | None" = None
     leads: bool = False
 
+    @property
+    def adapters(self) -> LoraPlan | None:
+        return None if self.bank is None else self.bank.plan
+
+    def serves(self) -> bool:
+        """Whether this step can do without its parts."""
+        return not any(self.watchers) and self.kernels.serves(self.adapters)
+
     def __call__(
         self,
         layer: Any,
@@ -385,10 +393,18 @@ class _LayerInLoops:
         **others: Any,
     ) -> Any:
         chain = self.chain
-        if chain is not None and hidden_states is chain.result:
-            return hidden_states
-        adapters = None if self.bank is None else self.bank.plan
-        if any(self.watchers) or not self.kernels.serves(adapters):
+        if chain is not None:
+            if hidden_states is chain.result:
+                return hidden_states
+            if self.leads:
+                chain.result = None
+                if chain.serves(paged):
+                    assert position_embeddings is not None, "there is no RoPE"
+                    chain.result = chain.pass_through(
+                        hidden_states, position_embeddings, paged=paged
+                    )
+                    return chain.result
+        if not self.serves():
             return self.by_parts(
                 layer,
                 hidden_states,
@@ -397,12 +413,7 @@ class _LayerInLoops:
                 **others,
             )
         assert position_embeddings is not None, "there is no RoPE"
-        if self.leads and chain is not None:
-            chain.result = chain.pass_through(
-                hidden_states, position_embeddings, paged=paged, adapters=adapters
-            )
-            if chain.result is not None:
-                return chain.result
+        adapters = self.adapters
         states = self.made.enter(hidden_states, *position_embeddings, adapters=adapters)
         has_window = self.call.sliding_window is not None
         call = _call_of(layer.self_attn) if has_window else self.call
@@ -418,21 +429,24 @@ class _Chain:
     """Layers of which the first may do the work of all: the others hand on what it gave."""
 
     stack: WholeStack
+    first: _LayerInLoops
     attentions: list[Any]
     # As these call, but for windows, which may be others now
     known_calls: list[LayerCall]
-    # The hooks of all layers and their parts
+    # The hooks of all layers, and of the others' parts
     watchers: list[Mapping[int, Any]]
     result: Tensor | None = None
 
+    def serves(self, paged: Any) -> bool:
+        """Whether this step can do without its layers."""
+        return not any(self.watchers) and self.first.serves() and paged.serves(self.stack)
+
     def pass_through(
-        self, hidden: Tensor, positions: tuple[Tensor, Tensor], *, paged: Any, adapters: Any
-    ) -> Tensor | None:
-        """What the last layer gives; None where each must be asked for itself."""
-        if any(self.watchers):
-            return None
-        found: Tensor | None = paged.pass_through(
-            self.stack, hidden, positions, self._calls(), adapters
+        self, hidden: Tensor, positions: tuple[Tensor, Tensor], *, paged: Any
+    ) -> Tensor:
+        """What the last layer gives, in a step that it serves."""
+        found: Tensor = paged.pass_through(
+            self.stack, hidden, positions, self._calls(), self.first.adapters
         )
         return found
 
@@ -498,9 +512,9 @@ def _join(kernels: LayerKernels, layers: nn.ModuleList, own: Sequence[_LayerInLo
     except MISFITS:
         return
     hooks = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
-    watchers = [*hooks, *(each for one in own for each in one.watchers)]
+    watchers = [*hooks, *(each for one in own[1:] for each in one.watchers)]
     attentions = [layer.self_attn for layer in layers]
-    chain = _Chain(stack, attentions, [each.call for each in own], watchers)
+    chain = _Chain(stack, own[0], attentions, [each.call for each in own], watchers)
     for layer, each in zip(layers, own, strict=True):
         joined = replace(each, chain=chain, leads=each is own[0])
         setattr(layer, "forward", MethodType(joined, layer))  # noqa: B010 a method, to mypy
@@ -520,7 +534,6 @@ class _Body:
     embed: nn.Module
     rotary: nn.Module
     norm: nn.Module
-    first: _LayerInLoops
     chain: _Chain
     output: type[ModelOutput]
 
@@ -533,21 +546,13 @@ class _Body:
         paged: Any = None,
         **others: Any,
     ) -> Any:
-        states = None
-        if input_ids is not None and paged is not None and not any(others.values()):
-            states = self._states(input_ids, position_ids, paged)
-        if states is None:
+        is_usual = input_ids is not None and paged is not None and not any(others.values())
+        if not is_usual or not self.chain.serves(paged):
             return self.own(input_ids=input_ids, position_ids=position_ids, paged=paged, **others)
-        return self.output(last_hidden_state=self.norm(states))
-
-    def _states(self, input_ids: Tensor, position_ids: Tensor | None, paged: Any) -> Tensor | None:
-        """What the last layer gives; None where each must be asked for itself."""
-        adapters = None if self.first.bank is None else self.first.bank.plan
-        if not self.first.kernels.serves(adapters):
-            return None
         hidden = self.embed(input_ids)
         positions = self.rotary(hidden, position_ids)
-        return self.chain.pass_through(hidden, positions, paged=paged, adapters=adapters)
+        states = self.chain.pass_through(hidden, positions, paged=paged)
+        return self.output(last_hidden_state=self.norm(states))
 
 
 def _shorten(body: nn.Module, layers: nn.ModuleList, run: Callable[[], object]) -> None:
@@ -573,7 +578,7 @@ def _shorten(body: nn.Module, layers: nn.ModuleList, run: Callable[[], object]) 
         and output["last_hidden_state"] is norm.output
     ):
         straight = _Body(
-            body.forward, embed.module, rotary.module, norm.module, first, first.chain, type(output)
+            body.forward, embed.module, rotary.module, norm.module, first.chain, type(output)
         )
         setattr(body, "forward", MethodType(straight, body))  # noqa: B010 a method, to mypy
 
