@@ -7,7 +7,7 @@ it. Knows addresses and sizes. Knows nothing of modules.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numba
@@ -115,46 +115,45 @@ def put_tile(
     for row, start in enumerate(b.starts(out, out_stride, num_rows)):
         first = row * num_columns
         own = totals[row::num_rows] if num_columns < num_rows else totals[first:][:num_columns]
-        b.store(_sums_of(b, own), start)
+        b.store(sums_of(b, own), start)
 
 
 def _load(b: Builder, column: Any, place: Any) -> Any:
     return b.load(column, place, VECTOR)
 
 
-def _sums_of(b: Builder, vectors: list[Any]) -> Any:
-    """Of each of the vectors, which are a power of two, the sum: as one vector.
+def sums_of(b: Builder, vectors: list[Any]) -> Any:
+    """Of each of one, two or four vectors the sum: as one vector.
 
-    Two vectors become one of their halves' sums, until one vector has a part of each; then the
-    parts are halved.
+    Within each four numbers first, where moving them costs least, then across the fours.
     """
-    size = WIDTH
-    while len(vectors) > 1:
+    num = len(vectors)
+    for low, high in (((0, 4, 1, 5), (2, 6, 3, 7)), ((0, 1, 4, 5), (2, 3, 6, 7))):
+        # One that is left alone is its own partner.
+        partners = vectors[1::2] or vectors
         vectors = [
-            _halved(b, first, second, size)
-            for first, second in zip(vectors[::2], vectors[1::2], strict=True)
+            b.ir.fadd(_in_fours(b, first, second, low), _in_fours(b, first, second, high))
+            for first, second in zip(vectors[::2], partners, strict=True)
         ]
-        size //= 2
     (whole,) = vectors
-    while size > 1:
-        whole = _halved(b, whole, None, size)
-        size //= 2
-    return whole
+    while whole.type.count > 4:
+        half = whole.type.count // 2
+        parts = [_taken(b, whole, whole, range(first, first + half)) for first in (0, half)]
+        whole = b.ir.fadd(*parts)
+    return whole if num == 4 else _taken(b, whole, whole, range(num))
 
 
-def _halved(b: Builder, first: Any, second: Any, size: int) -> Any:
-    """Each part of `size` becomes one of half the size, those of `first` before `second`'s."""
+def _in_fours(b: Builder, first: Any, second: Any, places: tuple[int, ...]) -> Any:
+    """Of each four numbers of `first` and the four beside them these; `second`'s begin with 4."""
     width = first.type.count
-    end = width if second is None else 2 * width
-    starts = range(0, end, size)
-    low = [start + i for start in starts for i in range(size // 2)]
-    high = [place + size // 2 for place in low]
-    other = ir.Constant(first.type, ir.Undefined) if second is None else second
-    parts = [
-        b.ir.shuffle_vector(first, other, ir.Constant(ir.VectorType(WORD, len(places)), places))
-        for places in (low, high)
-    ]
-    return b.ir.fadd(*parts)
+    own = [start + (i if i < 4 else width + i - 4) for start in range(0, width, 4) for i in places]
+    return _taken(b, first, second, own)
+
+
+def _taken(b: Builder, first: Any, second: Any, places: Iterable[int]) -> Any:
+    chosen = list(places)
+    mask = ir.Constant(ir.VectorType(WORD, len(chosen)), chosen)
+    return b.ir.shuffle_vector(first, second, mask)
 
 
 _one, _two, _three, _four, _five, _six = (_tile(COLUMNS, num_rows) for num_rows in range(1, 7))

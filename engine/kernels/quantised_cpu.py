@@ -30,7 +30,7 @@ from engine.kernels.loops import (
     thread_count,
     thread_index,
 )
-from engine.kernels.products import COLUMNS, VECTOR, WIDTH, block, put_tile, share
+from engine.kernels.products import COLUMNS, VECTOR, WIDTH, block, put_tile, share, sums_of
 from engine.kernels.quantised import (
     BF16,
     GROUP_SIZE,
@@ -132,8 +132,7 @@ def _dots(num_columns: int, kind: "_Grouped") -> Any:
                 return results
 
             totals = b.sums(num_columns, num_groups, add, kind=_SUMS)
-            for column, total in enumerate(totals):
-                b.store(b.sum_of(total), builder.add(out, LONG(4 * column)))
+            b.store(sums_of(b, totals), out)
             return context.get_dummy_value()
 
         return types.void(*5 * (types.int64,)), generate

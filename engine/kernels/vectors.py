@@ -105,9 +105,6 @@ class Builder:
             vector = join(*parts)
         return self.ir.extract_element(vector, WORD(0))
 
-    def sum_of(self, vector: Any) -> Any:
-        return self.joined(vector, lambda a, b: self.ir.fadd(a, b, flags=SUM_FLAGS))
-
     def larger(self, a: Any, b: Any) -> Any:
         return self.ir.select(self.ir.fcmp_ordered(">", a, b), a, b)
 
