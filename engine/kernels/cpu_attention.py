@@ -27,7 +27,7 @@ from engine.kernels.loops import (
     thread_count,
     thread_index,
 )
-from engine.kernels.mixes import mix
+from engine.kernels.mixes import PANEL, mix
 from engine.kernels.products import WIDTH, dots
 
 # Fields of int64: addresses of float32 or int64, sizes in elements.
@@ -187,22 +187,22 @@ def _score_blocks(
 ) -> None:
     """Scores of the positions from `first` to `end`: those of each key head's rows."""
     size, dim, start = call.block_size, call.key_dim, first
+    block = first // size
+    offset, values = first - block * size, call.values + 4 * table[block] * call.block_stride
     while start < end:
-        block = start // size
-        stop = min((block + 1) * size, end)
-        place = (start % size) * call.num_kv_heads + head
+        num = min(size - offset, end - start)
+        place = offset * call.num_kv_heads + head
         keys = call.keys + 4 * (table[block] * call.block_stride + place * dim)
         # The next block of keys, or the first of values, comes while this one is computed.
-        if stop < end:
+        ahead = values
+        if start + num < end:
             ahead = call.keys + 4 * table[block + 1] * call.block_stride
-        else:
-            ahead = call.values + 4 * table[first // size] * call.block_stride
         for i in range(head_end - head):
             own = scores + 4 * (i * num_rows * call.max_context + start - first)
             rows = queries + 4 * i * num_rows * dim
-            _score(call, rows, num_rows, keys + 4 * i * dim, stop - start, own, ahead)
-            ahead += 4 * (stop - start) * dim
-        start = stop
+            _score(call, rows, num_rows, keys + 4 * i * dim, num, own, ahead)
+            ahead += 4 * num * dim
+        start, block, offset = start + num, block + 1, 0
 
 
 @inlined
@@ -220,12 +220,16 @@ def _mix_blocks(
 ) -> None:
     """Add up the values of these positions, by their scores. Last comes the block `behind`."""
     size, dim, start = call.block_size, call.value_dim, first
+    block = first // size
+    offset = first - block * size
     while start < end:
-        block = start // size
-        stop = min((block + 1) * size, end)
+        num = min(size - offset, end - start)
+        # The next block comes while this one is mixed, as it lies.
+        ahead = behind
+        if start + num < end:
+            ahead = call.values + 4 * table[block + 1] * call.block_stride
         own = call.values + 4 * table[block] * call.block_stride
-        following = call.values + 4 * table[block + 1] * call.block_stride if stop < end else behind
-        place = (start % size) * call.num_kv_heads + head
+        place = offset * call.num_kv_heads + head
         for i in range(head_end - head):
             mix(
                 scores + 4 * (i * num_rows * call.max_context + start - first),
@@ -233,13 +237,15 @@ def _mix_blocks(
                 num_rows,
                 own + 4 * (place + i) * dim,
                 call.num_kv_heads * dim,
-                stop - start,
+                num,
                 dim,
                 out + 4 * i * num_rows * dim,
                 dim,
-                (following - own) // 4,
+                ahead + 4 * i * num * dim,
+                PANEL,
+                num * PANEL,
             )
-        start = stop
+        start, block, offset = start + num, block + 1, 0
 
 
 @inlined

@@ -111,7 +111,8 @@ def expand(
 ) -> None:
     """Add to the first `num` columns of rows first..end of `out`."""
     shrunk, own = s + 4 * first * ld, out + 4 * first * width
-    mix(shrunk, ld, end - first, lora_B, width, rank, num, own, width, PANEL)
+    num_rows, ahead = end - first, lora_B + 4 * PANEL
+    mix(shrunk, ld, num_rows, lora_B, width, rank, num, own, width, ahead, width, PANEL)
 
 
 def _lora(pointer: Any) -> None:

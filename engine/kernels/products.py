@@ -38,6 +38,8 @@ MAX_ROWS, WIDTH = (6, 16) if FEATURES.get("avx512f") else (3, 8)
 # Of a row whose products one sum waits for, each for the one before, while the next rows begin. One
 # row of x with 3,072 of 576 took 329 µs like this, 561 four at a time; rows of 1,536 are slower.
 MAX_WIDTH_OF_CHAINS = 1024
+# Of rows of x that meet SPAN rows of W after each other, so that they stay in the second level.
+_MOST_FLOATS = 80 * 1024
 # From so many rows on a thread that is through with its columns goes on with those that are left to
 # its neighbours, part by part: cores that others use as well are not equally fast.
 _MIN_ROWS_OF_HELPING, _NUM_NEIGHBOURS, SPAN = 12, 3, 3 * LINE
@@ -47,8 +49,8 @@ MULTIPLE = 16
 VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 
 
-def _tile(num_columns: int, num_rows: int) -> Any:
-    """out[r, c] = x[r] · W[c] for so many rows of both. Strides are in bytes.
+def _tile(num_columns: int, most_rows: int) -> Any:
+    """out[r, c] = x[r] · W[c] for so many rows of W, and `num_rows` of x. Strides are in bytes.
 
     Meanwhile `pace` bytes behind `ahead` are fetched for each vector of a row.
     """
@@ -56,6 +58,7 @@ def _tile(num_columns: int, num_rows: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
     def tile(
         _: Any,
+        num_rows: Any,
         x: Any,
         x_stride: Any,
         weight: Any,
@@ -67,14 +70,16 @@ def _tile(num_columns: int, num_rows: int) -> Any:
         pace: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            num_lines = num_columns * WIDTH // LINE
-            b = Builder(builder)
-            put_tile(
-                b, num_columns, num_rows, arguments, load=_load, itemsize=4, num_lines=num_lines
-            )
+            b, num_lines = Builder(builder), num_columns * WIDTH // LINE
+
+            def put(num: int) -> None:
+                own = arguments[1:]
+                put_tile(b, num_columns, num, own, load=_load, itemsize=4, num_lines=num_lines)
+
+            b.for_number(arguments[0], most_rows, put)
             return context.get_dummy_value()
 
-        return types.void(*9 * (types.int64,)), generate
+        return types.void(*10 * (types.int64,)), generate
 
     return tile
 
@@ -156,35 +161,17 @@ def _taken(b: Builder, first: Any, second: Any, places: Iterable[int]) -> Any:
     return b.ir.shuffle_vector(first, second, mask)
 
 
-_one, _two, _three, _four, _five, _six = (_tile(COLUMNS, num_rows) for num_rows in range(1, 7))
-_single = _tile(1, 1)
+_four, _single = _tile(COLUMNS, MAX_ROWS), _tile(1, 1)
 
 
-@exact
-def _rows_of_four(
-    num: Any,
-    x: Any,
-    x_stride: Any,
-    weight: Any,
-    stride: Any,
-    width: Any,
-    out: Any,
-    out_stride: Any,
-    ahead: Any,
-    pace: Any,
-) -> None:
-    if num == 6:
-        _six(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
-    elif num == 5:
-        _five(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
-    elif num == 4:
-        _four(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
-    elif num == 3:
-        _three(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
-    elif num == 2:
-        _two(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
-    else:
-        _one(x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
+@inlined
+def tiles_of(num_rows: Any, most: Any) -> Any:
+    """How many tiles, the rows of each of them, and how many have one more.
+
+    Asked once: a division takes as long as a part of a short tile.
+    """
+    num_tiles = (num_rows + most - 1) // most
+    return num_tiles, num_rows // num_tiles, num_rows % num_tiles
 
 
 @exact
@@ -205,21 +192,11 @@ def _tiles(
 
     Each tile of x fetches `ahead_stride` bytes behind the one before, as `_tile` does.
     """
-    num_tiles = (num_rows + MAX_ROWS - 1) // MAX_ROWS
+    num_tiles, size, num_larger = tiles_of(num_rows, MAX_ROWS)
     for tile in range(num_tiles):
-        row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
-        _rows_of_four(
-            row_end - row,
-            x + row * x_stride,
-            x_stride,
-            weight,
-            stride,
-            width,
-            out + row * out_stride,
-            out_stride,
-            ahead + tile * ahead_stride,
-            pace,
-        )
+        num = size + 1 if tile < num_larger else size
+        _four(num, x, x_stride, weight, stride, width, out, out_stride, ahead, pace)
+        x, out, ahead = x + num * x_stride, out + num * out_stride, ahead + ahead_stride
 
 
 @exact
@@ -238,7 +215,8 @@ def _last(
     for c in range(num):
         own = weight + c * stride
         for row in range(num_rows):
-            _single(x + row * x_stride, 0, own, 0, width, out + row * out_stride + 4 * c, 0, own, 0)
+            place = out + row * out_stride + 4 * c
+            _single(1, x + row * x_stride, 0, own, 0, width, place, 0, own, 0)
 
 
 @exact
@@ -265,18 +243,43 @@ def product(
 
     x and weight: addresses of rows of `width` floats, one behind the other; `out_stride` in floats.
     """
-    size, column = 4 * width, first
+    size = 4 * width
     if num_rows == 1 and width <= MAX_WIDTH_OF_CHAINS:
         # One after the other, as they lie: memory is read faster than in four places at once.
-        while column < end:
+        for column in range(first, end):
             own = weight + column * size
             ahead = own + COLUMNS * size
-            _single(x, 0, own, 0, width, out + 4 * column, 0, ahead, 4 * WIDTH)
-            column += 1
+            _single(1, x, 0, own, 0, width, out + 4 * column, 0, ahead, 4 * WIDTH)
+        return
+    num_groups = (num_rows * width + _MOST_FLOATS - 1) // _MOST_FLOATS
+    span = SPAN if num_groups > 1 else end - first
+    for start in range(first, end, span):
+        stop = min(start + span, end)
+        for group in range(num_groups):
+            row, row_end = num_rows * group // num_groups, num_rows * (group + 1) // num_groups
+            own, place = x + row * size, out + 4 * row * out_stride
+            fetched = 4 * COLUMNS * WIDTH if group == 0 else 0
+            _columns(own, row_end - row, weight, width, start, stop, place, out_stride, fetched)
+
+
+@exact
+def _columns(
+    x: Any,
+    num_rows: Any,
+    weight: Any,
+    width: Any,
+    first: Any,
+    end: Any,
+    out: Any,
+    out_stride: Any,
+    fetched: Any,
+) -> None:
+    """As `product`; for each vector of a row so many bytes of the next ones are fetched."""
+    size, column = 4 * width, first
     while column + COLUMNS <= end:
         own = weight + column * size
         ahead = own + COLUMNS * size
-        block(x, num_rows, own, width, out + 4 * column, out_stride, ahead, 4 * COLUMNS * WIDTH)
+        block(x, num_rows, own, width, out + 4 * column, out_stride, ahead, fetched)
         column += COLUMNS
     own, place = weight + column * size, out + 4 * column
     _last(x, size, num_rows, own, size, end - column, width, place, 4 * out_stride)

@@ -30,6 +30,8 @@ def _mix(pointer: numba.types.CPointer) -> None:
         call.width,
         call.out,
         call.width,
+        call.values,
+        call.stride,
         0,
     )
 
