@@ -63,13 +63,13 @@ _CALL = np.dtype(
 HAS_VNNI = bool(FEATURES.get("avx512vnni"))
 CAN_MULTIPLY_INTEGERS = HAS_VNNI or bool(FEATURES.get("avx2"))
 # Rows of an int8-dynamic weight that lie together, and neighbours in a row that do: a panel has the
-# first four codes of each of its rows, then the next four, and its rows' scales of the first group,
-# then of the next one. A vector's sums are those of its rows.
-_PANEL, _TOGETHER = 16, 4
+# first few codes of each of its rows, as many as one sum takes, then the next ones, and its rows'
+# scales of the first group, then of the next one. A vector's sums are those of its rows.
+_PANEL, _TOGETHER = 16, 4 if HAS_VNNI else 2
 # Added to a weight's codes there, so that they have no sign.
 _OFFSET = 128
 # Panels, and rows of x, whose sums registers hold at once.
-_PANELS, _INTEGER_ROWS = (3, 4) if HAS_VNNI else (1, 2)
+_PANELS, _INTEGER_ROWS = (3, 4) if HAS_VNNI else (1, 4)
 # Rows of a weight in bf16, and of x, whose sums registers hold at once: what becomes floats should
 # meet many.
 _BF16_COLUMNS, _BF16_ROWS = (4, 6) if FEATURES.get("avx512f") else (2, 6)
@@ -254,7 +254,7 @@ def _put_integer_tile(b: Builder, num_panels: int, num_rows: int, *, arguments: 
         b.sums(0, pace, fetch)
         own_place = b.times(group, 8)
         firsts = [
-            _first_sums(b, b.load(row, b.ir.add(own_place, LONG(4)), WORD)) for row in row_scales
+            b.spread(b.load(row, b.ir.add(own_place, LONG(4)), WORD), _TOTALS) for row in row_scales
         ]
         totals = [first for own in firsts for first in num_panels * _SUMS_OF_A_PANEL * [own]]
         for part in range(GROUP_SIZE // _TOGETHER):
@@ -286,8 +286,8 @@ def _put_integer_tile(b: Builder, num_panels: int, num_rows: int, *, arguments: 
             b.store(next(sums), b.ir.add(start, LONG(4 * _PANEL * panel)))
 
 
-# Without VNNI a panel's pairs of codes have a sum each: 32 in four vectors.
-_SUMS_OF_A_PANEL = 1 if HAS_VNNI else 4
+# In vectors.
+_SUMS_OF_A_PANEL = 1 if HAS_VNNI else 2
 
 
 def _panel_parts(b: Builder, panel: Any, place: Any) -> list[Any]:
@@ -300,9 +300,8 @@ def _panel_parts(b: Builder, panel: Any, place: Any) -> list[Any]:
 
 def _own_part(b: Builder, row: Any, place: Any) -> Any:
     """The same codes of x for each row."""
-    if HAS_VNNI:
-        return b.spread(b.load(row, place, WORD), _TOTALS)
-    return b.ir.bitcast(b.spread(b.load(row, place, LONG), ir.VectorType(LONG, 4)), _OWN)
+    own = b.spread(b.load(row, place, WORD), _TOTALS)
+    return own if HAS_VNNI else b.ir.bitcast(own, _OWN)
 
 
 def _added_integers(b: Builder, total: Any, weight: Any, own: Any) -> Any:
@@ -312,35 +311,11 @@ def _added_integers(b: Builder, total: Any, weight: Any, own: Any) -> Any:
     return b.kept(b.ir.add(total, b.call("llvm.x86.avx2.pmadd.wd", _TOTALS, weight, own)))
 
 
-def _first_sums(b: Builder, first: Any) -> Any:
-    """What each row's sum begins with."""
-    if HAS_VNNI:
-        return b.spread(first, _TOTALS)
-    # Once for each pair.
-    return b.ir.and_(b.spread(first, _TOTALS), ir.Constant(_TOTALS, 4 * [-1, 0]))
-
-
 def _panel_sums(b: Builder, parts: list[Any]) -> Any:
     """One for each row."""
     if HAS_VNNI:
         return parts[0]
-    whole = _side_by_side(b, _side_by_side(b, *parts[:2]), _side_by_side(b, *parts[2:]))
-    even, odd = (
-        b.ir.shuffle_vector(
-            whole,
-            ir.Constant(whole.type, ir.Undefined),
-            ir.Constant(WORDS, list(range(first, 2 * _PANEL, 2))),
-        )
-        for first in range(2)
-    )
-    return b.ir.add(even, odd)
-
-
-def _side_by_side(b: Builder, first: Any, second: Any) -> Any:
-    size = 2 * first.type.count
-    return b.ir.shuffle_vector(
-        first, second, ir.Constant(ir.VectorType(WORD, size), list(range(size)))
-    )
+    return b.ir.shuffle_vector(*parts, ir.Constant(WORDS, list(range(_PANEL))))
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
