@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -37,8 +37,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.provenance import commit
 from benchmarks.roofline import Machine, StepWork, floor_s, measure
-from engine.config import EngineConfig
+from engine.config import EngineConfig, QuantizationName
 from engine.core import EngineCore
+from engine.kernels.quantised import BF16, FP8, GROUP_SIZE, INT4, INT8, INT8_DYNAMIC
 from engine.protocol import SamplingParams, Submit
 from engine.sequence import Sequence as EngineSequence
 from engine.sequence import SequenceKey
@@ -196,6 +197,11 @@ class Mix:
     step_s: list[list[float]] = field(default_factory=list)
     token_ids: list[list[int]] = field(default_factory=list)
 
+    @property
+    def ranks(self) -> list[int]:
+        """Of the distinct adapters"""
+        return [int(each.split("-")[0]) for each in set(self.adapters) if each is not None]
+
 
 def run_in_turns(
     driver: Driver, mixes: list[Mix], prompts: list[list[int]], *, num_tokens: int
@@ -279,7 +285,7 @@ class Bench:
             dtype=self.arguments.dtype,
             max_model_len=self.arguments.max_model_len,
             memory_bytes=self.arguments.memory_mib * 1024**2 or None,
-            **settings,
+            **{"quantization": self.arguments.quantization, **settings},
         )
         driver = Driver(EngineCore(config, adapter_source=_Later(self)))
         if self.source is None:
@@ -303,9 +309,8 @@ class Bench:
             for _ in range(count)
         ]
 
-    def decode_floor_s(self, driver: Driver, *, batch: int, ranks: Sequence[int]) -> float:
+    def decode_work(self, driver: Driver, *, batch: int, ranks: Sequence[int]) -> StepWork:
         """Of one decode step in the middle of the answers; `ranks` of the distinct adapters."""
-        assert self.machine is not None
         config = AutoConfig.from_pretrained(self.model)
         size = getattr(torch, driver.core.dtype).itemsize
         linears, adapted = driver.core.base_shape.modules.values(), self.adapted(driver).values()
@@ -318,11 +323,20 @@ class Bench:
         )
         context = self.arguments.prompt_tokens + self.arguments.answer_tokens // 2
         num_cached = batch * context * 2 * heads * head_dim * config.num_hidden_layers
-        work = StepWork(
-            num_bytes=size * (num_weights + num_lora + num_cached),
+        weights = num_weights * bytes_of_weight(self.arguments.quantization, size)
+        return StepWork(
+            num_bytes=round(weights) + size * (num_lora + num_cached),
             num_operations=round(2 * (num_weights * batch + num_lora * rows_per_adapter)),
         )
-        return floor_s(work, self.machine)
+
+
+def bytes_of_weight(quantization: str, size: int) -> float:
+    """Of one number of the base model, with its share of a scale; `size` where it is kept whole."""
+    for form in (BF16, INT8, INT4, INT8_DYNAMIC, FP8):
+        if form.name == quantization:
+            rows = torch.zeros(GROUP_SIZE, GROUP_SIZE)
+            return sum(each.nbytes for each in form.encode(rows)) / rows.numel()
+    return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,8 +417,11 @@ def compare_mixes(
             for ours, theirs in zip(own_round, base_round, strict=False)
         ]
         times = [step for each in steps for step in each]
-        ranks = [int(a.split("-")[0]) for a in {a for a in mix.adapters if a is not None}]
-        floor = bench.decode_floor_s(driver, batch=batch, ranks=ranks)
+        work, base_work = (
+            bench.decode_work(driver, batch=batch, ranks=each.ranks) for each in (mix, base)
+        )
+        assert bench.machine is not None
+        floor = floor_s(work, bench.machine)
         row = {
             "batch": batch,
             "mix": mix.name,
@@ -413,6 +430,8 @@ def compare_mixes(
             "ratio": interval(ratios),
             "ratio_of_medians": statistics.median(t for each in base_steps for t in each)
             / statistics.median(times),
+            # What the ratio would be if bytes alone took time
+            "byte_bound": base_work.num_bytes / work.num_bytes,
             "tokens_per_s": batch / statistics.median(times),
             "inter_token_ms": {
                 "p50": 1e3 * quantile(times, 0.5),
@@ -431,7 +450,7 @@ def compare_mixes(
         print(
             f"batch {batch:>3}  {mix.name:<28} {row['tokens_per_s']:8.1f} tok/s  "
             f"step {row['inter_token_ms']['p50']:7.1f} ms (floor {row['floor_ms']:6.1f})  "
-            f"÷ {base.name}: {row['ratio']['median']:.3f}  "
+            f"÷ {base.name}: {row['ratio']['median']:.3f} (bytes: {row['byte_bound']:.3f})  "
             f"differing answers {row['answers_that_differ_from_lone_ones']}",
             flush=True,
         )
@@ -805,6 +824,7 @@ def parse() -> argparse.Namespace:
     which.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto")
+    add("--quantization", choices=get_args(QuantizationName), default="none")
     add("--memory-mib", type=int, default=0, help="for KV cache and adapters; 0: what fits")
     add("--max-model-len", type=int, default=1024)
     add("--batch", type=int, nargs="+", default=[8, 32])

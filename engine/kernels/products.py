@@ -252,7 +252,7 @@ def product(
             _single(1, x, 0, own, 0, width, out + 4 * column, 0, ahead, 4 * WIDTH)
         return
     num_groups = (num_rows * width + _MOST_FLOATS - 1) // _MOST_FLOATS
-    span = SPAN if num_groups > 1 else end - first
+    span = SPAN if num_groups > 1 else max(end - first, 1)
     for start in range(first, end, span):
         stop = min(start + span, end)
         for group in range(num_groups):
