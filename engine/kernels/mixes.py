@@ -58,10 +58,8 @@ def _put_panel(b: Builder, num_vectors: int, arguments: Any, num_rows: int) -> N
     places = [LONG(4 * WIDTH * i) for i in range(num_vectors)]
 
     def add(index: Any, sums: list[Any]) -> list[Any]:
-        value, following = (
-            b.ir.add(start, b.ir.mul(index, size))
-            for start, size in ((values, stride), (ahead, pace))
-        )
+        value = b.ir.add(values, b.ir.mul(index, stride))
+        following = b.ir.add(ahead, b.ir.mul(index, pace))
         for line in range(num_vectors * WIDTH // LINE):
             b.prefetch(following, LONG(4 * LINE * line))
         factors = [b.spread(b.load(row, b.times(index, 4), ir.FloatType()), VECTOR) for row in rows]

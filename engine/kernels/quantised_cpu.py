@@ -30,7 +30,16 @@ from engine.kernels.loops import (
     thread_count,
     thread_index,
 )
-from engine.kernels.products import COLUMNS, VECTOR, WIDTH, block, put_tile, share, sums_of
+from engine.kernels.products import (
+    COLUMNS,
+    VECTOR,
+    WIDTH,
+    block,
+    put_tile,
+    share,
+    sums_of,
+    tiles_of,
+)
 from engine.kernels.quantised import (
     BF16,
     GROUP_SIZE,
@@ -503,15 +512,16 @@ def _bf16_block(
     x: Any, num_rows: Any, codes: Any, width: Any, out: Any, out_stride: Any, ahead: Any
 ) -> None:
     """As `products.block`, of weights in bf16."""
-    num_tiles = (num_rows + _BF16_ROWS - 1) // _BF16_ROWS
+    num_tiles, size, num_larger = tiles_of(num_rows, _BF16_ROWS)
     pace = (_BF16_COLUMNS * WIDTH * 2 + num_tiles - 1) // num_tiles
     part = pace * (width // WIDTH)
     for column in range(0, COLUMNS, _BF16_COLUMNS):
         own, place, start = codes + 2 * column * width, out + 4 * column, ahead + 2 * column * width
+        row = 0
         for tile in range(num_tiles):
-            row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
+            num = size + 1 if tile < num_larger else size
             _bf16_tile(
-                row_end - row,
+                num,
                 x + 4 * row * width,
                 4 * width,
                 own,
@@ -522,6 +532,7 @@ def _bf16_block(
                 start + tile * part,
                 pace,
             )
+            row += num
 
 
 @exact
@@ -606,18 +617,19 @@ def _integer_block(
     num_panels: Any,
 ) -> None:
     """`integer_columns` of so many panels, with the next ones fetched meanwhile."""
-    num_tiles = (num_rows + _INTEGER_ROWS - 1) // _INTEGER_ROWS
+    num_tiles, size, num_larger = tiles_of(num_rows, _INTEGER_ROWS)
     ahead = codes + num_panels * _PANEL * GROUP_SIZE * num_groups
     next_scales = scales + num_panels * 2 * _PANEL * num_groups
     # Each tile of x brings its part, so that memory has no idle time.
     pace = (num_panels * _LINES_OF_A_GROUP + num_tiles - 1) // num_tiles
+    row = 0
     for tile in range(num_tiles):
-        row, row_end = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
+        num = size + 1 if tile < num_larger else size
         x, x_scales = (
             own_codes + row * num_groups * GROUP_SIZE * _OWN_BYTES,
             own_scales + 8 * row * num_groups,
         )
-        num, place = row_end - row, out + row * stride
+        place = out + row * stride
         part = ahead + tile * pace * 4 * LINE * num_groups
         if num_panels == _PANELS:
             _wide_tile(
@@ -627,6 +639,7 @@ def _integer_block(
             _narrow_tile(
                 x, x_scales, num, codes, scales, num_groups, place, stride, part, next_scales, pace
             )
+        row += num
 
 
 @exact

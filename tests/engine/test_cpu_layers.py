@@ -63,6 +63,22 @@ def test_a_product_is_what_torch_says_and_a_row_gives_the_same_whoever_is_beside
     assert torch.equal(found, torch.stack(alone))
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("shape", [(300, 576, 100), (64, 1536, 53), (81, 1024, 4)])
+def test_rows_that_are_multiplied_in_groups_are_what_each_is_alone(
+    shape: tuple[int, int, int], num_threads: int
+) -> None:
+    """More of them than stay near a core at once."""
+    num_rows, in_features, out_features = shape
+    x, weight = torch.randn(num_rows, in_features), torch.randn(out_features, in_features)
+    with threads(num_threads):
+        found = linear(x, weight, None)
+        alone = [linear(row[None], weight, None)[0] for row in x]
+    expected = (x.double() @ weight.double().T).float()
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+    assert torch.equal(found, torch.stack(alone))
+
+
 @contextmanager
 def threads(num_threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
